@@ -1,0 +1,422 @@
+"""Power retention by chunks, in PyTorch: the path that every device has.
+
+A sequence is cut into chunks of c tokens. Within a chunk the weights are formed outright; what came
+before is in the state, one row per row of phi:
+
+    n_i = exp(L_i - L_s) phi_q(q_i) S_c + sum_{s < j <= i} w_ij v_j       o_i = n_i / z_i
+
+Three products carry the state, and a fourth works inside the chunk, forward and backward:
+
+    expand_reduce   S    += phi(x)^T y           state update; dS from queries
+    expand_apply    y    += phi(x) S             state query; dv from dS
+    contract        dx   += J_phi(x)^T (S y)     dq from S; dk from dS
+    intra-chunk     causal, in blocks of query rows
+
+The normaliser rides along: values have a last column of ones, so that a state is [N, D, dv + 1] and
+its last column is the sum of keys; an output gradient has the normaliser's as its last column.
+
+Shapes: N = b * h rows (batch and key head), r query heads to a key head, c tokens in a chunk,
+e = dv + 1. Everything here is float32, or float64 for float64 inputs. Decays enter as the p-th root
+on the vectors themselves, since the weights are homogeneous of degree p. Queries are rescaled row by
+row to magnitude 1 by a power of two: the output does not depend on a query's scale (nor on ``scale``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retention import _checks
+from retention._numerics import has_weight, integer_power, normalise, unit_exponent
+from retention._symmetric_power import Expansion, Side, state_dim
+
+# Query rows of one intra-chunk block: wide enough for efficient products, and the causal waste is
+# half a block a row.
+_ROWS = 128
+
+
+# ---- the three products with the state ----------------------------------------------------------
+
+
+def _groups(x: Tensor, deg: int) -> Iterator[slice]:
+    """Slices of the N rows, such that one block of phi stays in a CPU's cache."""
+    N, d, c = x.shape
+    largest = state_dim(d, deg) * deg * 8 // d * c  # the last block's rows, about deg * w / d of D
+    budget = 2**19 if x.device.type == "cpu" else 2**25
+    size = max(1, budget // max(1, largest))
+    for start in range(0, N, size):
+        yield slice(start, start + size)
+
+
+def expand_reduce(S: Tensor, x: Tensor, y: Tensor, deg: int, side: Side) -> None:
+    """``S += phi(x)^T y`` in place: S [N, D, e], x [N, d, c], y [N, c, e]."""
+    for n in _groups(x, deg):
+        phi = Expansion(x[n], deg, side)
+        for last, rows in phi.rows():
+            S[n, rows].baddbmm_(phi.block(last), y[n])
+
+
+def expand_apply(y: Tensor, x: Tensor, S: Tensor, deg: int, side: Side) -> None:
+    """``y += phi(x) S`` in place: y [N, c, e], x [N, d, c], S [N, D, e]."""
+    for n in _groups(x, deg):
+        phi = Expansion(x[n], deg, side)
+        for last, rows in phi.rows():
+            y[n].baddbmm_(phi.block(last).mT, S[n, rows])
+
+
+def contract(x: Tensor, S: Tensor, y: Tensor, deg: int, side: Side) -> Tensor:
+    """The gradient of ``x`` [N, d, c] through phi, where dphi = S y^T: S [N, D, e], y [N, c, e]."""
+    dx = torch.empty_like(x)
+    for n in _groups(x, deg):
+        phi = Expansion(x[n], deg, side)
+        for last, rows in phi.rows():
+            phi.accumulate_gradient(last, torch.bmm(S[n, rows], y[n].mT))
+        dx[n] = phi.gradient()
+    return dx
+
+
+# ---- inside a chunk -----------------------------------------------------------------------------
+
+
+def _row_blocks(c: int) -> Iterator[slice]:
+    for start in range(0, c, _ROWS):
+        yield slice(start, min(start + _ROWS, c))
+
+
+def _scores(q: Tensor, k: Tensor, L: Tensor | None, i: slice) -> tuple[Tensor, Tensor | None]:
+    """Scores of the query rows i against keys up to the last of them, and their decay.
+
+    q [N, r, c, d], k [N, c, d], L [N, c] -> a [N, r, i, j], decay [N, 1, i, j]. Pairs with j > i have
+    weight 0: through the decay where there is one, else through the score.
+    """
+    future = torch.ones(i.stop - i.start, i.stop - i.start, dtype=torch.bool, device=q.device).triu(1)
+    a = torch.matmul(q[:, :, i].flatten(1, 2), k[:, : i.stop].mT)
+    a = a.unflatten(1, (q.shape[1], i.stop - i.start))
+    if L is None:
+        a[..., i].masked_fill_(future, 0)
+        return a, None
+    # Masked before the exponential: a positive difference would overflow.
+    decay = L[:, i, None] - L[:, None, : i.stop]
+    decay[..., i].masked_fill_(future, -torch.inf)
+    return a, decay.exp_()[:, None]
+
+
+def _intra_forward(y: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor | None, deg: int) -> None:
+    """``y += w v`` in place: y [N, r, c, e], q [N, r, c, d], k [N, c, d], v [N, c, e]."""
+    for i in _row_blocks(k.shape[1]):
+        a, decay = _scores(q, k, L, i)
+        w = integer_power(a, deg)
+        if decay is not None:
+            w *= decay
+        wv = torch.bmm(w.flatten(1, 2), v[:, : i.stop])
+        y[:, :, i] += wv.unflatten(1, (q.shape[1], -1))
+
+
+def _weight_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    L: Tensor | None,
+    do: Tensor,
+    z: Tensor,
+    i: slice,
+    deg: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per pair of the query rows i, [N, r, i, j]: w / z, its derivative by the score, and do . v.
+
+    do [N, r, c, dv], z [N, r, c, 1]. Neither quotient overflows where z is small: z >= w.
+    """
+    a, decay = _scores(q, k, L, i)
+    slope = integer_power(a, deg - 1)
+    if decay is not None:
+        slope = slope * decay
+    share = (a * slope).div_(z[:, :, i])
+    slope = (slope / z[:, :, i]).mul_(deg)
+    do_v = torch.bmm(do[:, :, i].flatten(1, 2), v[:, : i.stop, :-1].mT)
+    return share, slope, do_v.view_as(a)
+
+
+def _intra_backward_queries(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    L: Tensor | None,
+    do: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    deg: int,
+) -> Tensor:
+    """The gradient of the queries [N, r, c, d]; completes ``delta`` [N, r, c, 1] in place.
+
+    delta = do . o comes in with the state's share. Taken from the weights rather than from the
+    output, it cancels exactly where one weight is all there is.
+    """
+    dq = torch.empty_like(q)
+    for i in _row_blocks(k.shape[1]):
+        share, slope, do_v = _weight_gradients(q, k, v, L, do, z, i, deg)
+        delta[:, :, i] += share.mul_(do_v).sum(-1, keepdim=True)
+        da = do_v.sub_(delta[:, :, i]).mul_(slope).flatten(1, 2)
+        dq[:, :, i] = torch.bmm(da, k[:, : i.stop]).unflatten(1, (q.shape[1], -1))
+    return dq
+
+
+def _intra_backward_keys(
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    L: Tensor | None,
+    do: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    deg: int,
+) -> None:
+    """Adds to the gradients dk [N, c, d] and dv [N, c, dv] in place."""
+    for i in _row_blocks(k.shape[1]):
+        share, slope, do_v = _weight_gradients(q, k, v, L, do, z, i, deg)
+        dv[:, : i.stop] += torch.bmm(share.flatten(1, 2).mT, do[:, :, i].flatten(1, 2))
+        da = do_v.sub_(delta[:, :, i]).mul_(slope).flatten(1, 2)
+        dk[:, : i.stop] += torch.bmm(da.mT, q[:, :, i].flatten(1, 2))
+
+
+# ---- one sequence (a batch of equal length) -----------------------------------------------------
+
+
+@dataclass
+class _Chunk:
+    """One chunk of every row, in the compute dtype."""
+
+    tokens: slice
+    q: Tensor  # [N, r, c, d], each row at its own scale
+    k: Tensor  # [N, c, d]
+    v: Tensor  # [N, c, e], last column ones
+    L: Tensor | None  # [N, c], cumulative log gate from the chunk's start
+    exponent: Tensor  # [N, r, c, 1] of the queries' power-of-two scale
+    z: Tensor | None  # [N, r, c, 1], the normaliser at that scale, in backward
+    deg: int
+
+    def _root(self, exponent: Tensor) -> Tensor:
+        return (exponent / self.deg).exp()
+
+    @property
+    def since_start(self) -> Tensor | None:
+        """p-th root of each token's decay since the chunk's start: [N, c]."""
+        return None if self.L is None else self._root(self.L)
+
+    @property
+    def until_end(self) -> Tensor | None:
+        """p-th root of the decay from each token to the chunk's end: [N, c]."""
+        return None if self.L is None else self._root(self.L[:, -1:] - self.L)
+
+    def queries_for_state(self) -> Tensor:
+        """Decayed queries, features first: [N, d, r * c]."""
+        q = self.q if self.L is None else self.q * self.since_start[:, None, :, None]
+        return q.flatten(1, 2).mT.contiguous()
+
+    def keys_for_state(self) -> Tensor:
+        """Decayed keys, features first: [N, d, c]."""
+        k = self.k if self.L is None else self.k * self.until_end[..., None]
+        return k.mT.contiguous()
+
+    def decay_(self, S: Tensor) -> None:
+        """Decays a state over the whole chunk, in place."""
+        if self.L is not None:
+            S *= self.L[:, -1].exp()[:, None, None]
+
+
+class Sequence:
+    """Equal-length sequences [b, t, ...] as chunks of N = b * h rows."""
+
+    def __init__(
+        self, Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int, chunk: int
+    ):
+        self.Q, self.K, self.V, self.log_G = Q, K, V, log_G
+        self.deg = deg
+        self.b, self.t, self.h, self.dv = V.shape
+        self.r = Q.shape[2] // self.h
+        self.rows = self.b * self.h
+        self.dtype = _checks.state_dtype(Q.dtype)
+        starts = range(0, self.t, chunk)
+        self.chunks = [slice(start, min(start + chunk, self.t)) for start in starts]
+
+    def by_key_head(self, x: Tensor, tokens: slice) -> Tensor:
+        """[b, t, h, f] -> [N, c, f] in the compute dtype, a copy."""
+        x = x[:, tokens].transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        return x.reshape(self.rows, *x.shape[2:])
+
+    def by_query_head(self, x: Tensor, tokens: slice) -> Tensor:
+        """[b, t, h * r, f] -> [N, r, c, f] in the compute dtype, a copy."""
+        x = x[:, tokens].transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        return x.reshape(self.rows, self.r, *x.shape[2:])
+
+    def store(self, target: Tensor, tokens: slice, x: Tensor) -> None:
+        """[N, c, f] or [N, r, c, f] back into ``target`` [b, t, heads, f]."""
+        target[:, tokens] = x.reshape(self.b, target.shape[2], *x.shape[-2:]).transpose(1, 2)
+
+    def chunk(self, tokens: slice, norm: Tensor | None = None) -> _Chunk:
+        """Queries of magnitude 1; or, given ``norm`` [b, t, hq], such that the normaliser is near 1.
+
+        Backward divides by it: however small the weights are, no quotient overflows.
+        """
+        q = self.by_query_head(self.Q, tokens)
+        exponent, z = unit_exponent(q), None
+        if norm is not None:
+            z = self.by_query_head(norm[..., None], tokens)
+            # A row without weight becomes a query of 0, which has no gradient to anything.
+            weighed = has_weight(z)
+            q, z = torch.where(weighed, q, 0), torch.where(weighed, z, 1)
+            shift = torch.frexp(z).exponent.div(self.deg, rounding_mode="trunc")
+            shift = (exponent + shift).clamp(-126, 126) - exponent
+            exponent, z = exponent + shift, torch.ldexp(z, -shift * self.deg)
+        v = self.by_key_head(self.V, tokens)
+        L = None
+        if self.log_G is not None:
+            L = self.by_key_head(self.log_G[..., None], tokens).squeeze(-1).cumsum(-1)
+        return _Chunk(
+            tokens,
+            torch.ldexp(q, -exponent),
+            self.by_key_head(self.K, tokens),
+            torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1),
+            L,
+            exponent,
+            z,
+            self.deg,
+        )
+
+    def empty_state(self) -> Tensor:
+        D = state_dim(self.Q.shape[-1], self.deg)
+        return self.K.new_zeros(self.rows, D, self.dv + 1, dtype=self.dtype)
+
+    def join_state(self, state: Tensor | None, keys: Tensor | None) -> Tensor | None:
+        """[b, h, D, dv] and [b, h, D] -> [N, D, e], a copy."""
+        if state is None or keys is None:
+            return None
+        return torch.cat([state, keys[..., None]], dim=-1).flatten(0, 1)
+
+    def split_state(self, S: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, D, e] -> [b, h, D, dv] and [b, h, D]."""
+        S = S.unflatten(0, (self.b, self.h))
+        return S[..., :-1], S[..., -1]
+
+
+def _state_numerator(x: _Chunk, S: Tensor | None) -> Tensor:
+    """What the queries of a chunk read from the state: numerator and normaliser, [N, r, c, e]."""
+    y = x.v.new_zeros(*x.q.shape[:3], x.v.shape[-1])
+    if S is not None:
+        expand_apply(y.flatten(1, 2), x.queries_for_state(), S, x.deg, "query")
+    return y
+
+
+def _update_state(x: _Chunk, S: Tensor) -> None:
+    """The state before a chunk into the state after it, in place."""
+    x.decay_(S)
+    expand_reduce(S, x.keys_for_state(), x.v, x.deg, "key")
+
+
+def forward(
+    sequence: Sequence, S: Tensor | None, out: Tensor, norm: Tensor, keep_state: bool
+) -> Tensor | None:
+    """Writes ``out`` [b, t, hq, dv] and ``norm`` [b, t, hq]; returns the final state.
+
+    ``S`` [N, D, e] or None is the initial state and is overwritten. ``norm`` is the sum of the weights
+    of the rescaled query (see the module's docstring).
+    """
+    last = len(sequence.chunks) - 1
+    for index, tokens in enumerate(sequence.chunks):
+        x = sequence.chunk(tokens)
+        y = _state_numerator(x, S)
+        _intra_forward(y, x.q, x.k, x.v, x.L, x.deg)
+        n, z = y[..., :-1], y[..., -1:]
+        sequence.store(out, tokens, normalise(n, z))
+        sequence.store(norm[..., None], tokens, z)
+        if keep_state or index < last:
+            if S is None:
+                S = sequence.empty_state()
+            _update_state(x, S)
+    if keep_state and S is None:
+        S = sequence.empty_state()
+    return S
+
+
+def _numerator_gradient(do: Tensor, z: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of numerator and normaliser, dn = do / z and dz = -delta / z: [N, r * c, e]."""
+    return torch.cat([do, -delta], dim=-1).div_(z).flatten(1, 2)
+
+
+def backward(
+    sequence: Sequence,
+    S: Tensor | None,
+    dS: Tensor | None,
+    norm: Tensor,
+    d_out: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_gate: Tensor | None,
+) -> Tensor | None:
+    """Writes the gradients dq, dk, dv, d_gate; returns that of the initial state, [N, D, e].
+
+    ``S`` and ``dS`` [N, D, e] or None are the initial state and the gradient of the final one; both
+    are overwritten. A first pass computes the states before every chunk again and gives dq; a second
+    goes backwards with dS and gives dk and dv.
+    """
+    deg, last = sequence.deg, len(sequence.chunks) - 1
+    starts_with_state = S is not None
+    every_delta = torch.empty_like(norm)  # [b, t, hq]: do . o
+    for index, tokens in enumerate(sequence.chunks):
+        x = sequence.chunk(tokens, norm)
+        do = sequence.by_query_head(d_out, tokens)
+        # The output in the inputs' dtype would be too coarse: dw is a difference from delta.
+        delta = (_state_numerator(x, S)[..., :-1] * do).sum(-1, keepdim=True) / x.z
+        dq_i = _intra_backward_queries(x.q, x.k, x.v, x.L, do, x.z, delta, deg)
+        if S is not None:
+            dy = _numerator_gradient(do, x.z, delta)
+            from_state = contract(x.queries_for_state(), S, dy, deg, "query").mT.reshape(dq_i.shape)
+            dq_i += from_state if x.L is None else from_state * x.since_start[:, None, :, None]
+        sequence.store(dq, tokens, torch.ldexp(dq_i, -x.exponent))
+        sequence.store(every_delta[..., None], tokens, delta)
+        if index < last or (dS is not None and d_gate is not None):
+            if S is None:
+                S = sequence.empty_state()
+            _update_state(x, S)
+
+    # w is homogeneous of degree p in q and in k, so dL_t = (q_t . dq_t - k_t . dk_t) / p, and the
+    # first term is 0 for a normalised output. A final state adds <dS, S> at the last token.
+    dL = None
+    if d_gate is not None:
+        dL = norm.new_zeros(sequence.rows, sequence.t)
+        if dS is not None and sequence.t:
+            dL[:, -1] += (dS * S).sum((1, 2))
+
+    for index, tokens in reversed(list(enumerate(sequence.chunks))):
+        x = sequence.chunk(tokens, norm)
+        do = sequence.by_query_head(d_out, tokens)
+        delta = sequence.by_query_head(every_delta[..., None], tokens)
+        dk_i = torch.zeros_like(x.k)
+        dv_i = torch.zeros_like(x.v[..., :-1])
+        if dS is not None:
+            k = x.keys_for_state()
+            expand_apply(dv_i, k, dS[..., :-1], deg, "key")
+            from_state = contract(k, dS, x.v, deg, "key").mT
+            dk_i += from_state if x.L is None else from_state * x.until_end[..., None]
+        _intra_backward_keys(dk_i, dv_i, x.q, x.k, x.v, x.L, do, x.z, delta, deg)
+        sequence.store(dk, tokens, dk_i)
+        sequence.store(dv, tokens, dv_i)
+        if dL is not None:
+            dL[:, tokens] -= (x.k * dk_i).sum(-1) / deg
+        if index > 0 or starts_with_state:
+            if dS is None:
+                dS = sequence.empty_state()
+            x.decay_(dS)
+            dy = _numerator_gradient(do, x.z, delta)
+            expand_reduce(dS, x.queries_for_state(), dy, deg, "query")
+    if d_gate is not None:
+        dL = dL.flip(-1).cumsum(-1).flip(-1)
+        sequence.store(d_gate[..., None], slice(None), dL[..., None])
+    if not starts_with_state:
+        return None
+    return sequence.empty_state() if dS is None else dS

@@ -1,0 +1,189 @@
+"""Decoding: a few queries against a state and the tokens not yet folded into it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retention import _checks
+from retention._arguments import cast_for_autocast, check_keys_values
+from retention._numerics import integer_power, normalise, unit_exponent
+from retention._symmetric_power import Expansion, state_dim
+
+
+def power_retention_inference(
+    Q: Tensor,
+    K: Tensor | None,
+    V: Tensor | None,
+    log_G: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    sum_of_keys: Tensor | None = None,
+    deg: int = 2,
+    scale: float | None = None,
+    switch_over_seq_len: int | None = 512,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One step of decoding, with the definition of :func:`retention.power_retention`.
+
+    K and V are a cache of the tokens since the state was last updated, the new ones last. The queries
+    belong to its last tq tokens. Once the cache is long enough it is folded into the returned state,
+    and the caller goes on with an empty cache::
+
+        out, state, sum_of_keys = power_retention_inference(
+            q, keys, values, log_gates, state, sum_of_keys, switch_over_seq_len=512
+        )
+        if keys.shape[1] >= 512:
+            keys, values, log_gates = keys[:, :0], values[:, :0], log_gates[:, :0]
+
+    Args:
+        Q: queries ``[b, tq, hq, d]``, tq at least 1; float64, float32, bfloat16 or float16.
+        K: cached keys ``[b, tk, h, d]``, tk at least tq, hq a multiple of h. None, with V, where a
+            state is given: the queries then read the state as it is.
+        V: cached values ``[b, tk, h, dv]``, or None with K.
+        log_G: log gates of the cached tokens ``[b, tk, h]``, float32 (or float64 with float64
+            inputs): query ``n`` sees the decay up to its own token. Default: no decay. None where K
+            is.
+        initial_state: the state before the cache's first token, ``[b, h, D, dv]`` with
+            ``D = state_dim(d, deg)``, float32 (float64 for float64 inputs). Default: none.
+        sum_of_keys: ``[b, h, D]``: required with ``initial_state``.
+        deg: the degree p, positive and even. Default 2.
+        scale: multiplies the scores; it cancels in the output. Default ``1 / sqrt(d)``.
+        switch_over_seq_len: a cache of at least this many tokens is folded. None: never. Default 512.
+
+    Returns:
+        ``(out [b, tq, hq, dv] in Q's dtype, state, sum_of_keys)``. The state is a new one if the
+        cache was folded; else the very ``initial_state`` and ``sum_of_keys`` that came in, or None.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. The
+            message names it, what it got and what it accepts.
+    """
+    Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
+    _check(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len)
+    b, tq, hq, d = Q.shape
+    h, dv = initial_state.shape[1::2] if V is None else V.shape[2:]
+    dtype = _checks.state_dtype(Q.dtype)
+    with torch.autocast(Q.device.type, enabled=False):
+        q = Q.to(dtype)
+        q = torch.ldexp(q, -unit_exponent(q))
+        q = q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, tq, d]
+        n = z = 0
+        L = None
+        if K is not None:
+            L, k, v = _cache(K, V, log_G, dtype)
+            n, z = _read_cache(q, k, v, L, deg)
+        if initial_state is not None:
+            n_state, z_state = _read_state(q, L, initial_state, sum_of_keys, deg)
+            n, z = n + n_state, z + z_state
+        out = normalise(n, z)  # [b, h, r, tq, dv]
+        out = out.permute(0, 3, 1, 2, 4).reshape(b, tq, hq, dv).to(Q.dtype)
+        if K is None or switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
+            return out, initial_state, sum_of_keys
+        return out, *_fold(k, v, L, initial_state, sum_of_keys, deg)
+
+
+def _check(
+    Q: Tensor,
+    K: Tensor | None,
+    V: Tensor | None,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+    scale: float | None,
+    switch_over_seq_len: int | None,
+) -> None:
+    _checks.check_degree(deg)
+    _checks.check_scale(scale)
+    if switch_over_seq_len is not None:
+        _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 0)
+    _checks.check_tensor("Q", Q, "[b, tq, hq, d]")
+    b, tq, hq, d = Q.shape
+    if tq == 0:
+        raise ValueError(f"Q: expected at least 1 query, got {list(Q.shape)}")
+    if (K is None) != (V is None):
+        missing, given = ("K", "V") if K is None else ("V", "K")
+        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
+    if K is not None:
+        check_keys_values(Q, K, V, queries=None)
+        b, tk, h, dv = V.shape
+        if tk < tq:
+            raise ValueError(f"K: expected at least the {tq} tokens of Q, got {tk}")
+        if log_G is not None:
+            _checks.check_gate(log_G, Q, (b, tk, h), "K")
+    else:
+        if initial_state is None:
+            raise ValueError("K: expected a tensor where initial_state is None, got None")
+        if log_G is not None:
+            raise ValueError("log_G: expected None where K is None: without tokens no gates")
+        _checks.check_head_dim(d, "Q: head dim")
+        _checks.check_tensor("initial_state", initial_state, "[b, h, D, dv]")
+        h, dv = initial_state.shape[1], initial_state.shape[3]
+        _checks.check_query_heads(hq, h)
+    _checks.check_state(initial_state, sum_of_keys, Q, (b, h, state_dim(d, deg), dv))
+
+
+def _cache(
+    K: Tensor, V: Tensor, log_G: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The cumulative gate [b, h, tk] or None, keys [b, h, tk, d], values [b, h, tk, dv]."""
+    L = None if log_G is None else log_G.to(dtype).cumsum(1).transpose(1, 2)
+    return L, K.transpose(1, 2).to(dtype), V.transpose(1, 2).to(dtype)
+
+
+def _read_cache(
+    q: Tensor, k: Tensor, v: Tensor, L: Tensor | None, deg: int
+) -> tuple[Tensor, Tensor]:
+    """Numerator [b, h, r, tq, dv] and normaliser [b, h, r, tq, 1] from the cached tokens."""
+    (r, tq), tk = q.shape[2:4], k.shape[2]
+    w = integer_power((q.flatten(2, 3) @ k.mT).unflatten(2, (r, tq)), deg)  # [b, h, r, tq, tk]
+    if tq > 1:
+        future = torch.ones(tq, tk, dtype=torch.bool, device=q.device).triu(tk - tq + 1)
+        w = w.masked_fill(future, 0)
+    if L is not None:
+        difference = L[:, :, tk - tq :, None] - L[:, :, None, :]
+        if tq > 1:
+            difference = difference.masked_fill(future, -torch.inf)
+        w = w * difference.exp()[:, :, None]
+    n = (w.flatten(2, 3) @ v).unflatten(2, (r, tq))
+    return n, w.sum(-1, keepdim=True)
+
+
+def _read_state(
+    q: Tensor, L: Tensor | None, state: Tensor, keys: Tensor, deg: int
+) -> tuple[Tensor, Tensor]:
+    """Numerator [b, h, r, tq, dv] and normaliser [b, h, r, tq, 1] from the state."""
+    r, tq = q.shape[2:4]
+    if L is not None:
+        q = q * (L[:, :, None, L.shape[-1] - tq :, None] / deg).exp()
+    phi = Expansion(q.flatten(2, 3).mT, deg, "query")  # [b, h, d, r tq]
+    n = z = 0
+    for last, rows in phi.rows():
+        block = phi.block(last).mT
+        n = n + block @ state[:, :, rows]
+        z = z + block @ keys[:, :, rows, None]
+    return n.unflatten(2, (r, tq)), z.unflatten(2, (r, tq))
+
+
+def _fold(
+    k: Tensor,
+    v: Tensor,
+    L: Tensor | None,
+    state: Tensor | None,
+    keys: Tensor | None,
+    deg: int,
+) -> tuple[Tensor, Tensor]:
+    """The state after the cached tokens, [b, h, D, dv] and [b, h, D]."""
+    if L is not None:
+        decay = L[..., -1:]
+        k = k * ((decay - L) / deg).exp()[..., None]
+        if state is not None:
+            state, keys = state * decay.exp()[..., None], keys * decay.exp()
+    phi = Expansion(k.mT, deg, "key")  # [b, h, d, tk]
+    products = []
+    for last, _ in phi.rows():
+        block = phi.block(last)
+        products.append((block @ v, block.sum(-1)))
+    new_state, new_keys = (torch.cat(parts, dim=2) for parts in zip(*products, strict=True))
+    if state is None:
+        return new_state, new_keys
+    return state + new_state, keys + new_keys

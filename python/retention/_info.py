@@ -1,0 +1,124 @@
+"""What is installed: versions, the compiled part, the devices, and the path each would take."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retention import _C
+
+_GIB = 1024**3
+
+
+def info() -> dict[str, Any]:
+    """Describe this installation of retention.
+
+    Returns:
+        A dict of plain values, fit for ``json.dumps``:
+
+        - ``version``: of the package.
+        - ``torch``: version of PyTorch.
+        - ``build``: how the compiled part was built: ``version``, ``compiler``, ``cuda`` (whether
+          the CUDA part was built), ``cuda_toolkit`` and ``cutlass`` (a version or None),
+          ``cuda_architectures`` (``sm_NN`` is machine code, ``compute_NN`` is PTX) and ``kernels``
+          (names of the compiled kernels).
+        - ``devices``: a list with a dict for the CPU and one for each visible accelerator:
+          ``device`` (as ``torch.device`` takes it), ``name``, ``memory`` (bytes, or None where
+          unknown), ``compute_capability`` (such as "9.0", CUDA devices only, else None),
+          ``path`` (what ``power_retention`` runs there; "pytorch" is the chunked algorithm in
+          PyTorch operations) and ``reason`` (why that path).
+    """
+    build = _C.build_info()
+    return {
+        "version": build["version"],
+        "torch": torch.__version__,
+        "build": build,
+        "devices": [_cpu(), *_accelerators()],
+    }
+
+
+def format_info(info: dict[str, Any]) -> str:
+    """Lay out what `info` returned as lines of aligned text, without a newline at the end."""
+    build = info["build"]
+    cuda = "not built"
+    if build["cuda"]:
+        cuda = f"toolkit {build['cuda_toolkit']} for {', '.join(build['cuda_architectures'])}"
+    lines = [
+        ("retention", info["version"]),
+        ("torch", info["torch"]),
+        ("compiler", build["compiler"]),
+        ("CUDA", cuda),
+        ("CUTLASS", build["cutlass"] or "none"),
+        ("kernels", ", ".join(build["kernels"]) or "none compiled"),
+    ]
+    for device in info["devices"]:
+        parts = [device["name"]]
+        if device["memory"] is not None:
+            parts.append(f"{device['memory'] / _GIB:.1f} GiB")
+        if device["compute_capability"] is not None:
+            parts.append(f"compute capability {device['compute_capability']}")
+        lines.append((device["device"], ", ".join(parts)))
+        lines.append(("", f"path: {device['path']} ({device['reason']})"))
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
+
+
+def _path() -> dict[str, str]:
+    return {"path": "pytorch", "reason": "this build has no compiled kernels"}
+
+
+def _cpu() -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "memory": _cpu_memory(),
+        "compute_capability": None,
+        **_path(),
+    }
+
+
+def _cpu_name() -> str:
+    # platform.processor() is empty on many Linux systems.
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _cpu_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not a POSIX system
+        return None
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator().type
+    # Backends differ in what they tell about a device; each missing answer is left out.
+    get_properties = getattr(torch.get_device_module(kind), "get_device_properties", None)
+    devices = []
+    for index in range(torch.accelerator.device_count()):
+        properties = get_properties(index) if get_properties else None
+        capability = None
+        if kind == "cuda" and torch.version.cuda:  # not ROCm, which calls its devices cuda too
+            capability = f"{properties.major}.{properties.minor}"
+        devices.append(
+            {
+                "device": f"{kind}:{index}",
+                "name": getattr(properties, "name", kind),
+                "memory": getattr(properties, "total_memory", None),
+                "compute_capability": capability,
+                **_path(),
+            }
+        )
+    return devices

@@ -1,0 +1,228 @@
+"""The operators ``torch.ops.retention.forward`` and ``.backward``.
+
+Defined once with fakes and an autograd formula; a device adds a faster path by registering its own
+kernel for its dispatch key, and every caller has it. Without one, the chunked PyTorch path runs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from retention import _checks, _chunked
+from retention._symmetric_power import state_dim
+
+_library = torch.library.Library("retention", "DEF")
+
+_library.define(
+    "forward(Tensor Q, Tensor K, Tensor V, Tensor? log_G, Tensor? initial_state, "
+    "Tensor? sum_of_keys, Tensor? cu_seqlens, int deg, int? chunk_size, int? switch_over_seq_len, "
+    "bool return_final_state) -> (Tensor out, Tensor norm, Tensor state, Tensor sum_of_keys)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "backward(Tensor d_out, Tensor? d_state, Tensor? d_keys, Tensor Q, Tensor K, Tensor V, "
+    "Tensor? log_G, Tensor? initial_state, Tensor? sum_of_keys, Tensor? cu_seqlens, "
+    "Tensor norm, int deg, int? chunk_size, int? switch_over_seq_len) "
+    "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor d_log_G, Tensor d_initial_state, Tensor d_keys)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+# Above this many tokens in a chunk nothing is gained, and its weights would leave a CPU's cache.
+_LONGEST_CHUNK = 4096
+
+
+def choose_chunk(
+    t: int, head_dim: int, dv: int, deg: int, chunk_size: int | None, switch_over: int | None
+) -> int:
+    """Tokens in a chunk; t itself where the quadratic form is asked for, or cheaper."""
+    if chunk_size is None:
+        D = state_dim(head_dim, deg)
+        # A token's products: D dv twice with the state, (d + dv) / 2 with every earlier token of its
+        # own chunk. Building phi and the state's own traffic make the former dearer, by about half.
+        with_state = 1.5 * 2 * D * dv
+        with_token = (head_dim + dv) / 2
+        quadratic_until = max(512, int(with_state / with_token))
+        balanced = 2 ** round(math.log2(max(1.0, quadratic_until / 8)))
+        chunk_size = min(max(balanced, 128), _LONGEST_CHUNK)
+        if switch_over is None:
+            switch_over = quadratic_until
+    elif switch_over is None:
+        switch_over = chunk_size
+    return t if t <= switch_over else chunk_size
+
+
+def _sequences(cu_seqlens: Tensor | None, t: int) -> list[tuple[slice, slice]]:
+    """[(rows of the state, tokens)]: every packed sequence, or the whole batch as one."""
+    if cu_seqlens is None:
+        return [(slice(None), slice(0, t))]
+    bounds = _checks.sequence_bounds(cu_seqlens, t)
+    return [(slice(n, n + 1), slice(*tokens)) for n, tokens in enumerate(bounds)]
+
+
+def _cut(x: Tensor | None, *index: slice) -> Tensor | None:
+    return None if x is None else x[index]
+
+
+def _chunked_sequence(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    tokens: slice,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+) -> _chunked.Sequence:
+    t = tokens.stop - tokens.start
+    chunk = choose_chunk(t, Q.shape[3], V.shape[3], deg, chunk_size, switch_over)
+    every = slice(None)
+    q, k, v, g = (_cut(x, every, tokens) for x in (Q, K, V, log_G))
+    return _chunked.Sequence(q, k, v, g, deg, max(1, chunk))
+
+
+def _state_shape(Q: Tensor, V: Tensor, cu_seqlens: Tensor | None, deg: int) -> tuple[int, ...]:
+    sequences = Q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return sequences, V.shape[2], state_dim(Q.shape[3], deg), V.shape[3]
+
+
+def _allocate_forward(
+    Q: Tensor, V: Tensor, cu_seqlens: Tensor | None, deg: int, return_final_state: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _checks.state_dtype(Q.dtype)
+    state_shape = _state_shape(Q, V, cu_seqlens, deg) if return_final_state else (0, 0, 0, 0)
+    return (
+        Q.new_empty((*Q.shape[:3], V.shape[3])),
+        Q.new_empty(Q.shape[:3], dtype=dtype),
+        Q.new_empty(state_shape, dtype=dtype),
+        Q.new_empty(state_shape[:3], dtype=dtype),
+    )
+
+
+def _allocate_backward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """A gradient for every input; an empty tensor for one that is None."""
+    inputs = (Q, K, V, log_G, initial_state, sum_of_keys)
+    return tuple(Q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+def _forward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over_seq_len: int | None,
+    return_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    out, norm, state, keys = _allocate_forward(Q, V, cu_seqlens, deg, return_final_state)
+    with torch.no_grad(), torch.autocast(Q.device.type, enabled=False):
+        for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
+            sequence = _chunked_sequence(
+                Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len
+            )
+            S = sequence.join_state(_cut(initial_state, n), _cut(sum_of_keys, n))
+            S = _chunked.forward(sequence, S, out[:, tokens], norm[:, tokens], return_final_state)
+            if return_final_state:
+                state[n], keys[n] = sequence.split_state(S)
+    return out, norm, state, keys
+
+
+def _backward(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    d_keys: Tensor | None,
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    norm: Tensor,
+    deg: int,
+    chunk_size: int | None,
+    switch_over_seq_len: int | None,
+) -> tuple[Tensor, ...]:
+    gradients = _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
+    dQ, dK, dV, d_log_G, d_initial_state, d_sum_of_keys = gradients
+    with torch.no_grad(), torch.autocast(Q.device.type, enabled=False):
+        for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
+            sequence = _chunked_sequence(
+                Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len
+            )
+            every = slice(None)
+            dS = _chunked.backward(
+                sequence,
+                sequence.join_state(_cut(initial_state, n), _cut(sum_of_keys, n)),
+                sequence.join_state(_cut(d_state, n), _cut(d_keys, n)),
+                *(_cut(x, every, tokens) for x in (norm, d_out, dQ, dK, dV)),
+                None if log_G is None else d_log_G[:, tokens],
+            )
+            if initial_state is not None:
+                d_initial_state[n], d_sum_of_keys[n] = sequence.split_state(dS)
+    return gradients
+
+
+_library.impl("forward", _forward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("retention::forward", lib=_library)
+def _forward_fake(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, chunk_size, switch_over_seq_len, return_final_state):  # noqa: E501
+    return _allocate_forward(Q, V, cu_seqlens, deg, return_final_state)
+
+
+@torch.library.register_fake("retention::backward", lib=_library)
+def _backward_fake(d_out, d_state, d_keys, Q, K, V, log_G, initial_state, sum_of_keys, *rest):
+    return _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *ctx.sizes, _ = inputs
+    ctx.save_for_backward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_out, d_norm, d_state, d_keys):
+    if d_norm is not None:
+        raise RuntimeError("retention: the normaliser is kept for backward and has no gradient")
+    *inputs, norm = ctx.saved_tensors
+    if d_out is None:
+        d_out = inputs[0].new_zeros(*norm.shape, inputs[2].shape[3])
+    if d_state is not None or d_keys is not None:
+        shape = _state_shape(inputs[0], inputs[2], inputs[6], ctx.sizes[0])
+        if d_state is None:
+            d_state = norm.new_zeros(shape)
+        if d_keys is None:
+            d_keys = norm.new_zeros(shape[:3])
+    gradients = torch.ops.retention.backward(d_out, d_state, d_keys, *inputs, norm, *ctx.sizes)
+    gradients = [
+        gradient if needed and x is not None else None
+        for gradient, x, needed in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
+    ]
+    return (*gradients, *(None,) * 5)
+
+
+def _refuse_double_backward(ctx, *gradients):
+    raise RuntimeError(
+        "retention: double backward is not supported; call backward without create_graph=True"
+    )
+
+
+torch.library.register_autograd(
+    "retention::forward", _differentiate, setup_context=_save_for_backward, lib=_library
+)
+torch.library.register_autograd("retention::backward", _refuse_double_backward, lib=_library)

@@ -1,0 +1,95 @@
+"""The public function for training and prefill."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retention import _checks, _ops  # noqa: F401  (_ops registers torch.ops.retention)
+from retention._arguments import cast_for_autocast, check_arguments
+
+
+def power_retention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    deg: int = 2,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    switch_over_seq_len: int | None = None,
+    *,
+    sum_of_keys: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Causal power retention, at a cost linear in the sequence's length.
+
+    With ``L = cumsum(log_G)`` and degree ``p``::
+
+        w_ij = (scale * q_i . k_j)^p * exp(L_i - L_j)   for j <= i
+        o_i  = sum_j w_ij v_j / sum_j w_ij              0 / 0 = 0, with zero gradient
+
+    This is the power attention of Gelada, Buckman, Zhang and Bach, "Scaling Context Requires
+    Rethinking Attention" (arXiv:2507.04239), gated, and normalised by the sum of the weights. Past
+    tokens are read through a state of fixed size::
+
+        S_T = exp(L_T) S_0 + sum_j exp(L_T - L_j) phi_k(k_j) v_j^T
+        z_T = exp(L_T) z_0 + sum_j exp(L_T - L_j) phi_k(k_j)
+
+    whose rows are in the order of :func:`retention.expand`. The arithmetic is float32 (float64 for
+    float64 inputs) whatever the inputs' dtype.
+
+    Args:
+        Q: queries ``[b, t, hq, d]``, d a multiple of 8; float64, float32, bfloat16 or float16. Any t
+            from 0 up, any strides. Under autocast, Q, K and V are cast to the autocast dtype.
+        K: keys ``[b, t, h, d]`` in Q's dtype, where hq is a multiple of h; query head n reads key head
+            ``n // (hq // h)``.
+        V: values ``[b, t, h, dv]`` in Q's dtype.
+        log_G: log gates ``[b, t, h]``, at most 0 in practice and finite; float32, or float64 with
+            float64 inputs. A token's gate decays all that came before it, not its own key. Default:
+            no decay.
+        initial_state: ``[n, h, D, dv]`` with ``D = state_dim(d, deg)``, n the batch or, packed, the
+            number of sequences; float32, or float64 with float64 inputs. Default: nothing came before.
+        return_final_state: also return the state after the last token. Default False.
+        deg: the degree p, positive and even. Default 2.
+        scale: multiplies the scores; finite and not 0. Default ``1 / sqrt(d)``. It cancels in the
+            output, and is no part of the state.
+        chunk_size: tokens in a chunk, at least 1; t need not be a multiple. Default: chosen by shape.
+        switch_over_seq_len: at or below this length the quadratic form is used. Default: the chunk
+            size, or where that is left to us, the length from which chunks are faster.
+        sum_of_keys: ``[n, h, D]``, in the dtype of ``initial_state``: required with it.
+        cu_seqlens: int32 ``[n + 1]``: b is 1 and sequence i is tokens ``cu_seqlens[i]`` to
+            ``cu_seqlens[i + 1]``, each with a state of its own. A sequence of length 0 hands its
+            initial state through.
+
+    Returns:
+        ``O`` ``[b, t, hq, dv]`` in Q's dtype; with ``return_final_state``,
+        ``(O, state [n, h, D, dv], sum_of_keys [n, h, D])``, states in float32 (float64). All are
+        differentiable once in Q, K, V, log_G, initial_state and sum_of_keys.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. The
+            message names it, what it got and what it accepts.
+    """
+    Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
+    check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, scale)
+    if chunk_size is not None:
+        _checks.check_integer("chunk_size", chunk_size, 1)
+    if switch_over_seq_len is not None:
+        _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 0)
+    out, _, state, keys = torch.ops.retention.forward(
+        Q,
+        K,
+        V,
+        log_G,
+        initial_state,
+        sum_of_keys,
+        cu_seqlens,
+        deg,
+        chunk_size,
+        switch_over_seq_len,
+        return_final_state,
+    )
+    return (out, state, keys) if return_final_state else out

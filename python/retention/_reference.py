@@ -1,0 +1,97 @@
+"""The definition, as plainly as PyTorch can say it. Quadratic in time and memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retention import _checks
+from retention._arguments import check_arguments
+from retention._symmetric_power import expand
+
+
+def reference(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    deg: int = 2,
+    scale: float | None = None,
+    *,
+    sum_of_keys: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Power retention by its definition: the yardstick for every faster path.
+
+    With ``L = cumsum(log_G)`` and degree ``p``::
+
+        w_ij = (scale * q_i . k_j)^p * exp(L_i - L_j)   for j <= i
+        o_i  = sum_j w_ij v_j / sum_j w_ij              0 / 0 = 0
+
+    An initial state adds ``exp(L_i) scale^p phi_q(q_i) S_0`` to the numerator and the same with
+    ``sum_of_keys`` to the denominator. Both products run in the inputs' dtype, the weights between
+    them in float32 (float64 for float64 inputs), as in ``softmax`` attention. Arguments, results and
+    errors are those of :func:`retention.power_retention`; ``t x t`` weights are held for every head.
+    """
+    check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, scale)
+    if scale is None:
+        scale = Q.shape[-1] ** -0.5
+    if cu_seqlens is None:
+        out, state, keys = _sequence(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale)
+    else:
+        parts = []
+        for n, (start, stop) in enumerate(_checks.sequence_bounds(cu_seqlens, Q.shape[1])):
+            gate = None if log_G is None else log_G[:, start:stop]
+            initial = (None, None)
+            if initial_state is not None:
+                initial = (initial_state[n : n + 1], sum_of_keys[n : n + 1])
+            tokens = (x[:, start:stop] for x in (Q, K, V))
+            parts.append(_sequence(*tokens, gate, *initial, deg, scale))
+        outs, states, sums = zip(*parts, strict=True)
+        out, state, keys = torch.cat(outs, dim=1), torch.cat(states), torch.cat(sums)
+    return (out, state, keys) if return_final_state else out
+
+
+def _sequence(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, t, hq, d = Q.shape
+    h, dv = V.shape[2:]
+    dtype = _checks.state_dtype(Q.dtype)
+    q = Q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, t, d]
+    k = K.permute(0, 2, 1, 3).unsqueeze(2)  # [b, h, 1, t, d]
+    v = V.permute(0, 2, 1, 3).unsqueeze(2)  # [b, h, 1, t, dv]
+    L = torch.zeros(b, t, h, dtype=dtype, device=Q.device) if log_G is None else log_G.to(dtype)
+    L = L.cumsum(1).permute(0, 2, 1)  # [b, h, t]
+
+    future = torch.ones(t, t, dtype=torch.bool, device=Q.device).triu(1)
+    decay = (L[..., :, None] - L[..., None, :]).masked_fill(future, -torch.inf).exp()  # [b, h, t, t]
+    w = (scale * (q @ k.mT).to(dtype)) ** deg * decay[:, :, None]  # [b, h, r, t, t]
+    z = w.sum(-1, keepdim=True)
+    if initial_state is not None:
+        phi_q = expand(q.to(dtype), deg, "query") * (scale**deg * L.exp()[:, :, None, :, None])
+        z = z + phi_q @ sum_of_keys[:, :, None, :, None]
+    # A row without any weight: divide by 1, so that neither the value nor a gradient is 0 / 0.
+    z = torch.where(z > 0, z, 1)
+    out = ((w / z).to(V.dtype) @ v).to(dtype)  # [b, h, r, t, dv]
+    if initial_state is not None:
+        out = out + (phi_q / z) @ initial_state[:, :, None]
+    out = out.permute(0, 3, 1, 2, 4).reshape(b, t, hq, dv).to(Q.dtype)
+
+    L_end = L[..., -1:] if t else L.new_zeros(b, h, 1)
+    phi_k = expand(k.squeeze(2).to(dtype), deg, "key") * (L_end - L).exp()[..., None]  # [b, h, t, D]
+    state = phi_k.mT @ v.squeeze(2).to(dtype)
+    keys = phi_k.sum(2)
+    if initial_state is not None:
+        state = state + L_end.exp()[..., None] * initial_state
+        keys = keys + L_end.exp() * sum_of_keys
+    return out, state, keys

@@ -1,0 +1,221 @@
+"""The symmetric power of a vector: the row order of the state, and how its rows are built.
+
+The Python mirror of ``include/retention/symmetric_power.hpp``. A head of ``d`` features is cut into
+blocks of ``w = block_width(deg)``. The rows of the state are the block tuples ``B1 <= ... <= Bp`` in
+colexicographic order and, inside each, the offsets ``a1 ... ap`` with the last one fastest. A row's
+value is the product of its p features; its multiplicity ``p! / prod(count of each distinct block)!``
+sits on the key side only, so that ``phi_q(q) . phi_k(k) == (q . k)^p`` exactly.
+
+Everything is built by broadcast multiplies from degree to degree, never by an index gather: the rows
+whose last block is J are ``phi_{p-1}[: rows over blocks 0..J]`` times ``x[w J : w J + w]``. Internally
+features come before tokens (``[..., d, c]``), so that each multiply runs along contiguous tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retention import _checks
+
+Side = Literal["key", "query"]
+
+
+def block_width(deg: int) -> int:
+    """Features in a block: 8 for degree 2, 2 for degree 4, 1 above."""
+    return {2: 8, 4: 2}.get(deg, 1)
+
+
+def _multisets(blocks: int, size: int) -> int:
+    return math.comb(blocks + size - 1, size)
+
+
+def state_dim(head_dim: int, deg: int = 2) -> int:
+    """Rows of the state, ``D``: the kept dimension of the symmetric power of degree ``deg``.
+
+    Args:
+        head_dim: features of a head, ``d``, a positive multiple of 8.
+        deg: the degree ``p``, positive and even.
+
+    Returns:
+        ``C(d/w + p - 1, p) * w^p`` with block width ``w`` (8 for p = 2, 2 for p = 4, 1 above); for
+        p = 2 that is ``d (d + 8) / 2``.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: ``head_dim`` is not a positive multiple of 8, or ``deg`` not positive and even.
+    """
+    _checks.check_degree(deg)
+    _checks.check_head_dim(head_dim)
+    width = block_width(deg)
+    return _multisets(head_dim // width, deg) * width**deg
+
+
+@functools.lru_cache(maxsize=64)
+def _multiplicities(blocks: int, deg: int) -> tuple[int, ...]:
+    """The multiplicity of every block tuple, in colexicographic order."""
+
+    def tuples(size: int, last: int) -> Iterator[tuple[int, ...]]:
+        if size == 0:
+            yield ()
+            return
+        for block in range(last + 1):
+            for rest in tuples(size - 1, block):
+                yield (*rest, block)
+
+    def multiplicity(blocks_of_row: tuple[int, ...]) -> int:
+        count = math.factorial(deg)
+        for block in set(blocks_of_row):
+            count //= math.factorial(blocks_of_row.count(block))
+        return count
+
+    return tuple(multiplicity(row) for row in tuples(deg, blocks - 1))
+
+
+_weights_of: dict[tuple[int, int, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+
+
+def _weights(blocks: int, deg: int, x: Tensor) -> tuple[Tensor, ...]:
+    """Per last block J: the multiplicity of each row prefix, ``[n_J, 1]``, in the dtype of x."""
+    key = (blocks, deg, x.dtype, x.device)
+    if not torch.compiler.is_compiling() and key in _weights_of:
+        return _weights_of[key]
+    repeat = block_width(deg) ** (deg - 1)
+    every = torch.tensor(_multiplicities(blocks, deg), dtype=x.dtype, device=x.device)
+    counts = [_multisets(last + 1, deg - 1) for last in range(blocks)]
+    weights = tuple(part.repeat_interleave(repeat)[:, None] for part in every.split(counts))
+    # Kept only where it is an ordinary tensor: not while tracing, not under inference_mode.
+    if type(every) is Tensor and not every.is_inference() and not torch.compiler.is_compiling():
+        _weights_of[key] = weights
+    return weights
+
+
+def _raise_degree(lower: Tensor, x: Tensor, last: int, rows: int, width: int) -> Tensor:
+    """``lower[:rows] (x) block last of x``: [..., rows * width, c]."""
+    block = x[..., None, width * last : width * (last + 1), :]
+    return (lower[..., :rows, None, :] * block).flatten(-3, -2)
+
+
+def _power(x: Tensor, order: int, width: int) -> Tensor:
+    """The unweighted power of any order >= 1: [..., d, c] -> [..., rows, c]."""
+    if order == 1:
+        return x
+    lower = _power(x, order - 1, width)
+    parts = []
+    for last in range(x.shape[-2] // width):
+        rows = _multisets(last + 1, order - 1) * width ** (order - 1)
+        parts.append(_raise_degree(lower, x, last, rows, width))
+    return torch.cat(parts, dim=-2)
+
+
+class Expansion:
+    """phi of ``x`` [..., d, c], a group of rows at a time: those that share their last block.
+
+    The whole of phi is ``D`` rows for every token. It is never held: ``rows()`` names the slices of
+    the state, ``block(last)`` builds one of them, and ``accumulate_gradient(last, dphi)`` takes it
+    back through phi's Jacobian into the gradient of ``x``.
+    """
+
+    def __init__(self, x: Tensor, deg: int, side: Side):
+        self.x = x
+        self.deg = deg
+        self.width = block_width(deg)
+        self.blocks = x.shape[-2] // self.width
+        self.lower = _power(x, deg - 1, self.width)
+        self.weights = (
+            _weights(self.blocks, deg, x) if side == "key" else (None,) * self.blocks
+        )
+        self._grad: Tensor | None = None
+        self._grad_lower: Tensor | None = None
+
+    def _prefix(self, last: int) -> int:
+        return _multisets(last + 1, self.deg - 1) * self.width ** (self.deg - 1)
+
+    def rows(self) -> Iterator[tuple[int, slice]]:
+        """(last block, its slice of the state's rows), in order."""
+        start = 0
+        for last in range(self.blocks):
+            stop = start + self._prefix(last) * self.width
+            yield last, slice(start, stop)
+            start = stop
+
+    def _lower(self, last: int) -> Tensor:
+        lower = self.lower[..., : self._prefix(last), :]
+        weight = self.weights[last]
+        return lower if weight is None else lower * weight
+
+    def block(self, last: int) -> Tensor:
+        """phi's rows with this last block: [..., rows, c]."""
+        return _raise_degree(self._lower(last), self.x, last, self._prefix(last), self.width)
+
+    def accumulate_gradient(self, last: int, dphi: Tensor) -> None:
+        """Adds ``dphi`` [..., rows, c] of one block, through the Jacobian of ``block(last)``."""
+        if self._grad is None:
+            self._grad = torch.zeros_like(self.x)
+            self._grad_lower = torch.zeros_like(self.lower)
+        prefix = self._prefix(last)
+        of_block = slice(self.width * last, self.width * (last + 1))
+        dphi = dphi.unflatten(-2, (prefix, self.width))
+        self._grad[..., of_block, :] += (dphi * self._lower(last)[..., None, :]).sum(-3)
+        grad_lower = (dphi * self.x[..., None, of_block, :]).sum(-2)
+        weight = self.weights[last]
+        self._grad_lower[..., :prefix, :] += grad_lower if weight is None else grad_lower * weight
+
+    def gradient(self) -> Tensor:
+        """The gradient of ``x``, [..., d, c], from all blocks given so far."""
+        grad, grad_power = self._grad, self._grad_lower
+        for order in range(self.deg - 1, 1, -1):
+            grad_power = self._lower_degree(grad, grad_power, order)
+        return grad + grad_power
+
+    def _lower_degree(self, grad: Tensor, grad_power: Tensor, order: int) -> Tensor:
+        """Takes a gradient of the power of ``order`` to one of ``order - 1``, adding to ``grad``."""
+        lower = _power(self.x, order - 1, self.width)
+        grad_lower = torch.zeros_like(lower)
+        start = 0
+        for last in range(self.blocks):
+            prefix = _multisets(last + 1, order - 1) * self.width ** (order - 1)
+            of_block = slice(self.width * last, self.width * (last + 1))
+            part = grad_power[..., start : start + prefix * self.width, :]
+            part = part.unflatten(-2, (prefix, self.width))
+            grad[..., of_block, :] += (part * lower[..., :prefix, None, :]).sum(-3)
+            grad_lower[..., :prefix, :] += (part * self.x[..., None, of_block, :]).sum(-2)
+            start += prefix * self.width
+        return grad_lower
+
+
+def expand(x: Tensor, deg: int = 2, side: Side = "key") -> Tensor:
+    """The symmetric power ``phi(x)``, in the row order of the state.
+
+    ``expand(q, deg, "query") . expand(k, deg, "key") == (q . k)^deg``. For degree 2, row
+    ``m = 64 n + 8 a + b`` with block pair ``n = J (J + 1) / 2 + I``, ``I <= J``, holds
+    ``x[8 I + a] * x[8 J + b]``, on the key side doubled where ``I < J``.
+
+    Args:
+        x: ``[..., d]``, floating point, d a positive multiple of 8.
+        deg: the degree, positive and even. Default 2.
+        side: "key" (default) carries the multiplicities, "query" does not.
+
+    Returns:
+        ``[..., D]`` with ``D = state_dim(d, deg)``, in the dtype of x. Differentiable.
+
+    Raises:
+        TypeError: ``x`` is not a floating point tensor or ``deg`` not an integer.
+        ValueError: a wrong head dim, degree or side.
+    """
+    _checks.check_degree(deg)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x: expected a floating point tensor, got {_checks.describe(x)}")
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., d], got a tensor without dimensions")
+    _checks.check_head_dim(x.shape[-1], "x: last dimension")
+    if side not in ("key", "query"):
+        raise ValueError(f"side: expected 'key' or 'query', got {side!r}")
+    phi = Expansion(x.reshape(-1, x.shape[-1]).mT, deg, side)
+    rows = torch.cat([phi.block(last) for last, _ in phi.rows()], dim=-2)
+    return rows.mT.reshape(*x.shape[:-1], rows.shape[-2])
