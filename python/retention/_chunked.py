@@ -37,6 +37,10 @@ from retention._symmetric_power import Expansion, Side, state_dim
 # half a block a row.
 _ROWS = 128
 
+# Elements of one block of phi: on a CPU it should stay in the cache, elsewhere fill the device.
+_CPU_BLOCK = 2**19
+_DEVICE_BLOCK = 2**25
+
 
 # ---- the three products with the state ----------------------------------------------------------
 
@@ -45,7 +49,7 @@ def _groups(x: Tensor, deg: int) -> Iterator[slice]:
     """Slices of the N rows, such that one block of phi stays in a CPU's cache."""
     N, d, c = x.shape
     largest = state_dim(d, deg) * deg * 8 // d * c  # the last block's rows, about deg * w / d of D
-    budget = 2**19 if x.device.type == "cpu" else 2**25
+    budget = _CPU_BLOCK if x.device.type == "cpu" else _DEVICE_BLOCK
     size = max(1, budget // max(1, largest))
     for start in range(0, N, size):
         yield slice(start, start + size)

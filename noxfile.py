@@ -1,0 +1,196 @@
+"""Sessions of work on this repository: `nox -s demo`, `nox -s tests`, `nox --list`.
+
+Everything is installed in the versions of constraints.txt and built in folders that git ignores.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.sessions = ["lint", "tests", "wheel"]
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "nox"
+CONSTRAINTS = ROOT / "constraints.txt"
+
+# Writes what the package's users see to a file, as text that two builds can be compared by.
+PUBLIC_API = """
+import inspect, json, pathlib, sys
+import retention, retention._C
+def describe(value):
+    try:
+        return str(inspect.signature(value))
+    except (TypeError, ValueError):
+        return type(value).__name__
+names = {f"retention.{name}": describe(getattr(retention, name)) for name in retention.__all__}
+names |= {
+    f"_C.{name}": getattr(value, "__doc__", None)
+    for name, value in vars(retention._C).items() if not name.startswith("__")
+}
+pathlib.Path(sys.argv[1]).write_text(json.dumps({
+    "names": names,
+    "cuda": retention._C.build_info()["cuda"],
+    "file": retention.__file__,
+}))
+"""
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    session.install("--constraint", str(CONSTRAINTS), *requirements)
+
+
+def install_build_tools(session: nox.Session) -> None:
+    """Install what pyproject.toml's build-system asks for, in the versions tested."""
+    install(session, "scikit-build-core", "nanobind", "cmake", "ninja")
+
+
+def install_package(session: nox.Session, extra: str) -> None:
+    """Install this package with an extra. Warnings in its C++ sources are errors."""
+    install_build_tools(session)
+    # Without isolation, the build uses the tools above and not the newest of the day.
+    install(
+        session,
+        "--no-build-isolation",
+        "--config-settings=cmake.define.RETENTION_WARNINGS_AS_ERRORS=ON",
+        f".[{extra}]",
+    )
+
+
+def fresh_folder(session: nox.Session, name: str) -> Path:
+    folder = BUILD / session.name / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def public_api(session: nox.Session, python: str) -> dict:
+    """What `python` sees of the package, from a folder where only installed code can be found."""
+    answer = fresh_folder(session, "elsewhere") / "answer.json"
+    with session.chdir(answer.parent):
+        session.run(python, "-c", PUBLIC_API, str(answer), external=True, log=False)
+    return json.loads(answer.read_text())
+
+
+def without_nvcc() -> dict[str, str | None]:
+    """The changes to the environment after which CMake finds no CUDA compiler."""
+    folders = os.environ.get("PATH", "").split(os.pathsep)
+    kept = [folder for folder in folders if not (Path(folder) / "nvcc").exists()]
+    # A variable that is None is taken out.
+    return {"PATH": os.pathsep.join(kept), "CUDACXX": None, "CUDA_PATH": None, "CUDA_HOME": None}
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train a small language model on the standard library's sources and generate from it.
+
+    A run that was stopped is continued. Arguments after `--` go to `retention train`.
+    """
+    install_package(session, "train")
+    out = ROOT / "runs" / "demo"
+    resume = ["--resume"] if (out / "config.json").exists() else []
+    session.run("retention", "train", "--out", str(out), *resume, *session.posargs)
+    session.run(
+        "retention",
+        "generate",
+        *("--checkpoint", str(out)),
+        *("--prompt", "def "),
+        *("--max-new-tokens", "300"),
+    )
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the C++ tests (ctest), then the Python tests (pytest, which gets what follows `--`)."""
+    install_package(session, "test")
+    build = str(fresh_folder(session, "cmake"))
+    session.run(
+        "cmake",
+        *("-S", str(ROOT), "-B", build, "-G", "Ninja"),
+        "-DRETENTION_BUILD_TESTS=ON",
+        "-DRETENTION_WARNINGS_AS_ERRORS=ON",
+    )
+    session.run("cmake", "--build", build)
+    session.run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check the formatting and the common mistakes that ruff knows."""
+    install(session, "ruff", "clang-format")
+    session.run("ruff", "check", str(ROOT))
+    session.run("ruff", "format", "--check", str(ROOT))
+    sources = [
+        str(path)
+        for folder in ("include", "src", "tests")
+        for suffix in ("*.hpp", "*.cpp", "*.cu")
+        for path in sorted((ROOT / folder).rglob(suffix))
+    ]
+    session.run("clang-format", "--dry-run", "-Werror", *sources)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the sdist and from it the wheel, install that in a clean environment and use it."""
+    install(session, "build")
+    dist = fresh_folder(session, "dist")
+    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    built = sorted(dist.glob("*.whl"))
+    if len(built) != 1:
+        session.error(f"expected one wheel in {dist}, got {built}")
+    clean = fresh_folder(session, "clean")
+    session.run("python", "-m", "venv", str(clean))
+    bin_folder = clean / ("Scripts" if os.name == "nt" else "bin")
+    python = str(bin_folder / "python")
+    session.run(
+        *(python, "-m", "pip", "install", "--constraint", str(CONSTRAINTS), str(built[0])),
+        external=True,
+    )
+    found = public_api(session, python)
+    if not Path(found["file"]).resolve().is_relative_to(clean.resolve()):
+        session.error(f"imported {found['file']}, which is not in {clean}")
+    session.run(str(bin_folder / "retention"), "info", external=True)
+
+
+@nox.session
+def cuda_modes(session: nox.Session) -> None:
+    """Build with RETENTION_CUDA=OFF, AUTO and ON: one Python API, and ON needs a compiler."""
+    install_build_tools(session)
+    install(session, "torch")
+    nvcc = shutil.which("nvcc")
+    expected_cuda = {"OFF": False, "AUTO": nvcc is not None}
+    if nvcc:
+        expected_cuda["ON"] = True
+    else:
+        session.log("no nvcc on PATH: RETENTION_CUDA=ON is not built here")
+    seen = {}
+    for mode, expected in expected_cuda.items():
+        install(
+            session,
+            *("--no-build-isolation", "--no-deps", "--force-reinstall"),
+            f"--config-settings=cmake.define.RETENTION_CUDA={mode}",
+            ".",
+        )
+        seen[mode] = public_api(session, "python")
+        if seen[mode]["cuda"] is not expected:
+            session.error(f"RETENTION_CUDA={mode}: expected cuda {expected}, got {seen[mode]}")
+        if seen[mode]["names"] != seen["OFF"]["names"]:
+            session.error(f"RETENTION_CUDA={mode}: another API than OFF: {seen}")
+        session.log(f"RETENTION_CUDA={mode}: cuda {expected}, {len(seen[mode]['names'])} names")
+
+    message = session.run(
+        "cmake",
+        *("-S", str(ROOT), "-B", str(fresh_folder(session, "no-compiler"))),
+        "-DRETENTION_CUDA=ON",
+        env=without_nvcc(),
+        success_codes=[1],
+        silent=True,
+    )
+    if "RETENTION_CUDA=ON, but no working CUDA compiler was found" not in message:
+        session.error(f"RETENTION_CUDA=ON without a compiler: unexpected output\n{message}")
+    session.log("RETENTION_CUDA=ON without a CUDA compiler: a clear error")

@@ -1,0 +1,125 @@
+"""Text from a trained model, a byte at a time, from a state that does not grow."""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retention.lm import checkpoint, data, devices
+from retention.lm.errors import UsageError
+from retention.lm.model import LanguageModel
+from retention.lm.run import RunFolder
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Of one generation; filled in while it runs."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    state_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def load_model(path: Path, device: torch.device) -> LanguageModel:
+    """The model of a checkpoint; `path` is one, or a run's folder (then its newest).
+
+    Raises:
+        UsageError: where there is none.
+    """
+    if not path.is_dir():
+        raise UsageError(f"--checkpoint: no such folder: {path}")
+    runs = RunFolder(path)
+    saved = checkpoint.newest(runs.checkpoints)
+    if saved is None:
+        if runs.config_file.exists():
+            raise UsageError(f"--checkpoint: the run in {path} has no checkpoint yet")
+        saved = checkpoint.read(path)
+    model = LanguageModel(saved.model_config)
+    saved.load_model(model)
+    return model.to(device).eval()
+
+
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """The next byte `[b]` from logits `[b, 256]`.
+
+    Temperature 0 takes the likeliest. Otherwise it is drawn from the smallest set of bytes whose
+    probabilities reach `top_p`, the likeliest always among them. Drawn on the CPU, so that a seed
+    means the same on every device.
+    """
+    logits = logits.detach().to("cpu", torch.float32)
+    if temperature == 0:
+        return logits.argmax(-1)
+    probability, byte = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    before = probability.cumsum(-1) - probability
+    probability = probability.masked_fill(before >= top_p, 0)
+    drawn = torch.multinomial(probability, 1, generator=generator)
+    return byte.gather(-1, drawn)[:, 0]
+
+
+def generate(
+    model: LanguageModel,
+    prompt: bytes,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    switch_over_seq_len: int = 512,
+    dtype: str = "float32",
+    statistics: Statistics | None = None,
+) -> Iterator[int]:
+    """Bytes that follow `prompt`, as they come.
+
+    Args:
+        model: from `load_model`.
+        prompt: may be empty: then the model starts where a file starts.
+        max_new_tokens: how many.
+        temperature, top_p: of `sample`.
+        seed: of what is drawn.
+        switch_over_seq_len: tokens kept in each layer's ring before they are folded into its state.
+        dtype: "float32", "bfloat16" or "float16", of the products and of the ring.
+        statistics: filled in while it runs.
+    """
+    statistics = Statistics() if statistics is None else statistics
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.tensor([list(prompt or data.SEPARATOR)], device=device)
+    statistics.prompt_tokens = tokens.shape[1]
+    began = time.monotonic()
+    with devices.autocast(device, dtype):
+        caches = model.init_caches(1, switch_over_seq_len)
+    for _ in range(max_new_tokens):
+        # Entered for each byte: a generator must not leave autocast on in its caller meanwhile.
+        with devices.autocast(device, dtype):
+            logits = model.step(tokens, caches)
+        byte = sample(logits, temperature, top_p, generator)
+        statistics.tokens += 1
+        statistics.seconds = time.monotonic() - began
+        statistics.state_bytes = sum(cache.nbytes for cache in caches)
+        yield int(byte)
+        tokens = byte[:, None].to(device)
+
+
+def as_text(stream: Iterator[int]) -> Iterator[str]:
+    """Pieces of text from bytes, each as soon as its last byte is there.
+
+    What is not UTF-8 comes out as the replacement character, also a character cut off at the end.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for byte in stream:
+        if piece := decoder.decode(bytes([byte])):
+            yield piece
+    if piece := decoder.decode(b"", final=True):
+        yield piece

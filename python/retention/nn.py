@@ -1,0 +1,465 @@
+"""Layers built on power retention.
+
+`PowerRetention` stands where a transformer has causal self-attention. It trains with `forward` and
+decodes with `step`, whose `RetentionCache` takes the same memory at the first token and at the
+millionth.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import retention
+from retention import _checks
+
+__all__ = ["PowerRetention", "RetentionCache", "apply_rotary", "rotary_angles"]
+
+_DEFAULT_RING = 512
+
+# Each head starts with a memory of this many tokens, spread evenly on a log scale over the heads.
+_LONGEST_MEMORY = 4096
+_SHORTEST_MEMORY = 16
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> Tensor:
+    """Rotation angles of rotary position embedding.
+
+    Args:
+        positions: integers `[t]`.
+        head_dim: even; one angle for each pair of channels.
+        theta: base of the geometric series of frequencies.
+
+    Returns:
+        `[t, head_dim / 2]` float64, each `position * theta^(-2 i / head_dim)` reduced to one turn.
+    """
+    # At long positions a float32 product is off by a good part of a turn. MPS has no float64.
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
+    angles = positions.to(exact)[:, None] * torch.pow(theta, -exponents)
+    return torch.remainder(angles, 2 * math.pi)
+
+
+def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channel pairs `(i, i + d/2)` of `x` `[b, t, h, d]` by `angles` `[t, d/2]`.
+
+    A dot product of two vectors rotated by their own positions depends on the distance alone, so a
+    rotated key may be folded into a state and never be touched again. Computed in float32 or wider;
+    the result has the dtype of `x`.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    angles = angles.to(wide)[:, None, :]
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.to(wide).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+class RetentionCache:
+    """What one `PowerRetention` layer remembers between two calls of `step`.
+
+    Everything is allocated here, once: a ring of the most recent tokens, and the state into which
+    the ring is folded whenever it is full. Made by `PowerRetention.init_cache`.
+
+    Attributes:
+        keys, values: `[b, n, h, head_dim]`, the ring; the first `length` entries are in use.
+        log_gates: `[b, n, h]`, float32 (float64 where the keys are); None without gates.
+        state: `[b, h, D, head_dim]`, float32 (float64 where the keys are).
+        sum_of_keys: `[b, h, D]`, of the state's dtype.
+        length: tokens in the ring.
+        position: tokens seen so far, those in the state and those in the ring.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        switch_over_seq_len: int,
+        num_kv_heads: int,
+        head_dim: int,
+        deg: int,
+        gating: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        _checks.check_integer("batch_size", batch_size, 1)
+        _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = retention.state_dim(head_dim, deg)
+        ring = (batch_size, switch_over_seq_len, num_kv_heads)
+        self.keys = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
+        self.log_gates = torch.zeros(ring, device=device, dtype=wide) if gating else None
+        self.state = torch.zeros(
+            batch_size, num_kv_heads, rows, head_dim, device=device, dtype=wide
+        )
+        self.sum_of_keys = torch.zeros(batch_size, num_kv_heads, rows, device=device, dtype=wide)
+        self.length = 0
+        self.position = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the ring holds when full."""
+        return self.keys.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: ring, state, sum of keys and the two counters. Never changes."""
+        counters = 16
+        tensors = (self.keys, self.values, self.log_gates, self.state, self.sum_of_keys)
+        return counters + sum(x.nbytes for x in tensors if x is not None)
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        self.state.zero_()
+        self.sum_of_keys.zero_()
+        self.length = 0
+        self.position = 0
+
+    def append(self, key: Tensor, value: Tensor, log_gate: Tensor | None) -> None:
+        """Write `m <= capacity - length` tokens (`[b, m, h, d]`, gates `[b, m, h]`) to the ring."""
+        new = slice(self.length, self.length + key.shape[1])
+        self.keys[:, new] = key
+        self.values[:, new] = value
+        if self.log_gates is not None:
+            self.log_gates[:, new] = log_gate
+        self.length += key.shape[1]
+        self.position += key.shape[1]
+
+    def recent(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of the tokens in the ring: keys, values and log gates."""
+        used = slice(0, self.length)
+        gates = None if self.log_gates is None else self.log_gates[:, used]
+        return self.keys[:, used], self.values[:, used], gates
+
+    def folded(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """State and sum of keys, or None for both while nothing was folded into them."""
+        if self.position == self.length:
+            return None, None
+        return self.state, self.sum_of_keys
+
+    def fold(self, state: Tensor, sum_of_keys: Tensor) -> None:
+        """Take a new state that covers every token seen, and empty the ring."""
+        self.state.copy_(state)
+        self.sum_of_keys.copy_(sum_of_keys)
+        self.length = 0
+
+
+class PowerRetention(nn.Module):
+    """Causal multi-head power retention with its projections.
+
+    Projects the input to queries, keys, values and gates, rotates queries and keys by their
+    positions, and returns the projected result of
+
+        o_i = sum_{j <= i} w_ij v_j / sum_{j <= i} w_ij
+        w_ij = (q_i . k_j / sqrt(head_dim))^deg exp(L_i - L_j),   L = cumsum(log_G)
+
+    with `log_G = logsigmoid(g_proj(x))`, always in float32 (float64 for a float64 layer).
+
+    Args:
+        hidden_size: width of the input and of the output.
+        num_heads: query heads.
+        num_kv_heads: key and value heads, each shared by `num_heads / num_kv_heads` query heads.
+            Default: `num_heads`.
+        head_dim: channels a head, one `retention.state_dim` accepts. Default:
+            `hidden_size / num_heads`.
+        deg: degree of the power; even. Default: 2.
+        chunk_size: tokens a chunk in `forward`. Default: chosen by `power_retention`.
+        switch_over_seq_len: at or below this length `forward` uses the quadratic form (default:
+            chosen by `power_retention`), and the ring of `step` holds this many tokens (default:
+            512).
+        gating: whether each head forgets, at a rate computed from the token. Default: True.
+        rope_theta: base of the rotary frequencies; None for no rotary embedding. Default: 10000.
+        bias: whether the query, key, value and output projections have biases. The gate's always
+            has: it sets how long a head remembers. Default: False.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
+
+    Raises:
+        TypeError: for a size that is not an integer.
+        ValueError: for sizes below 1 or that do not divide, and for a `head_dim` or `deg` that
+            `retention.state_dim` rejects.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        deg: int = 2,
+        chunk_size: int | None = None,
+        switch_over_seq_len: int | None = None,
+        gating: bool = True,
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _checks.check_integer("hidden_size", hidden_size, 1)
+        _checks.check_integer("num_heads", num_heads, 1)
+        _checks.check_integer("num_kv_heads", num_kv_heads, 1)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
+            )
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise ValueError(
+                    f"num_heads: expected a divisor of hidden_size = {hidden_size} where head_dim "
+                    f"is not given, got {num_heads}"
+                )
+            head_dim = hidden_size // num_heads
+        retention.state_dim(head_dim, deg)  # raises for what no state can be built of
+        if chunk_size is not None:
+            _checks.check_integer("chunk_size", chunk_size, 1)
+        if switch_over_seq_len is not None:
+            _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
+        if rope_theta is not None and not (rope_theta > 0 and math.isfinite(rope_theta)):
+            raise ValueError(f"rope_theta: expected a positive number, got {rope_theta}")
+
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.deg = deg
+        self.chunk_size = chunk_size
+        self.switch_over_seq_len = switch_over_seq_len
+        self.gating = gating
+        self.rope_theta = rope_theta
+
+        where = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **where)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
+        self.g_proj = nn.Linear(hidden_size, num_kv_heads, bias=True, **where) if gating else None
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias, **where)
+        self._reset_gate()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            projection.reset_parameters()
+        if self.g_proj is not None:
+            self.g_proj.reset_parameters()
+        self._reset_gate()
+
+    def _reset_gate(self) -> None:
+        if self.g_proj is None:
+            return
+        longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
+        memory = torch.linspace(longest, shortest, self.num_kv_heads, dtype=torch.float64).exp2()
+        # sigmoid(bias) = 1 - 1/memory: what a token leaves behind falls to 1/e after `memory` more.
+        with torch.no_grad():
+            self.g_proj.bias.copy_(torch.log(memory - 1))
+
+    def extra_repr(self) -> str:
+        parts = [f"num_heads={self.num_heads}", f"num_kv_heads={self.num_kv_heads}"]
+        parts += [f"head_dim={self.head_dim}", f"deg={self.deg}", f"rope_theta={self.rope_theta}"]
+        return ", ".join(parts)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.hidden_size:
+            raise ValueError(f"x: expected [b, t, {self.hidden_size}], got {list(x.shape)}")
+
+    def _project(
+        self, x: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        # [b, t, hidden] -> q [b, t, num_heads, d]; k, v [b, t, num_kv_heads, d]; gate [b, t, kv]
+        query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if positions is not None:
+            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
+            query = apply_rotary(query, angles)
+            key = apply_rotary(key, angles)
+        return query, key, value, self._log_gate(x)
+
+    def _log_gate(self, x: Tensor) -> Tensor | None:
+        if self.g_proj is None:
+            return None
+        wide = torch.promote_types(self.g_proj.weight.dtype, torch.float32)
+
+        # A log gate near -1/4096 added thousands of times needs more than bfloat16's eight bits.
+        def gate() -> Tensor:
+            weight, bias = self.g_proj.weight.to(wide), self.g_proj.bias.to(wide)
+            return F.logsigmoid(F.linear(x.to(wide), weight, bias))
+
+        if not _autocasts(x.device.type):
+            return gate()
+        with torch.autocast(x.device.type, enabled=False):
+            return gate()
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Retention over whole sequences.
+
+        Args:
+            x: `[b, t, hidden_size]`.
+            cu_seqlens: int32 `[n + 1]` where `x` holds n sequences end to end (then b = 1):
+                sequence i is tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Each has positions
+                from 0 and sees only itself.
+
+        Returns:
+            `[b, t, hidden_size]`, of the projections' dtype (the autocast dtype under autocast).
+
+        Raises:
+            ValueError: for an `x` of another shape, and for `cu_seqlens` that `power_retention`
+                rejects.
+        """
+        self._check_input(x)
+        positions = None
+        if self.rope_theta is not None:
+            positions = torch.arange(x.shape[1], device=x.device)
+            if cu_seqlens is not None:
+                if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+                    raise ValueError(
+                        f"cu_seqlens: expected int32 [n + 1] with n >= 1, "
+                        f"got shape {list(cu_seqlens.shape)}"
+                    )
+                starts = cu_seqlens.to(x.device)
+                sequence = torch.searchsorted(starts[1:], positions.to(starts.dtype), right=True)
+                positions = positions - starts[sequence]
+        query, key, value, log_gate = self._project(x, positions)
+        out = retention.power_retention(
+            query,
+            key,
+            value,
+            log_gate,
+            deg=self.deg,
+            chunk_size=self.chunk_size,
+            switch_over_seq_len=self.switch_over_seq_len,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.o_proj(out.flatten(2))
+
+    def init_cache(
+        self,
+        batch_size: int,
+        switch_over_seq_len: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RetentionCache:
+        """An empty cache for `step`.
+
+        Args:
+            batch_size: sequences decoded together.
+            switch_over_seq_len: tokens the ring holds before they are folded into the state.
+                Default: the layer's, or 512.
+            device: default: the parameters'.
+            dtype: of the ring. Default: the parameters', or autocast's where it is on.
+
+        Raises:
+            TypeError, ValueError: for sizes that are not positive integers.
+        """
+        weight = self.k_proj.weight
+        device = weight.device if device is None else torch.device(device)
+        if dtype is None:
+            cast = _autocasts(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if cast else weight.dtype
+        if switch_over_seq_len is None:
+            switch_over_seq_len = self.switch_over_seq_len or _DEFAULT_RING
+        return RetentionCache(
+            batch_size,
+            switch_over_seq_len,
+            self.num_kv_heads,
+            self.head_dim,
+            self.deg,
+            self.gating,
+            device,
+            dtype,
+        )
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: RetentionCache | None = None) -> tuple[Tensor, RetentionCache]:
+        """Retention over the next tokens of sequences begun in earlier calls, without gradients.
+
+        Any split of a sequence into calls gives what `forward` gives on the whole, up to rounding.
+        Tokens that fit the ring are answered from the ring and the state; tokens that would fill an
+        empty ring (a long prompt) go straight into the state, chunk by chunk.
+
+        Args:
+            x: `[b, t, hidden_size]`, t >= 1.
+            cache: of the call before. Changed in place. Default: a new one, `init_cache(b)`.
+
+        Returns:
+            `[b, t, hidden_size]` and the cache.
+
+        Raises:
+            ValueError: for an `x` of another shape, and for a cache of another layer's shape or of
+                another batch size.
+        """
+        self._check_input(x)
+        b, t, _ = x.shape
+        if t < 1:
+            raise ValueError(f"x: expected at least one token, got {list(x.shape)}")
+        if cache is None:
+            cache = self.init_cache(b, device=x.device)
+        self._check_cache(b, cache)
+
+        positions = None
+        if self.rope_theta is not None:
+            positions = torch.arange(cache.position, cache.position + t, device=x.device)
+        query, key, value, log_gate = self._project(x, positions)
+        kept = cache.keys.dtype
+        query, key, value = query.to(kept), key.to(kept), value.to(kept)
+
+        outs = []
+        start = 0
+        while start < t:
+            state, sum_of_keys = cache.folded()
+            if cache.length == 0 and t - start >= cache.capacity:
+                stop = t
+                out, state, sum_of_keys = retention.power_retention(
+                    query[:, start:],
+                    key[:, start:],
+                    value[:, start:],
+                    None if log_gate is None else log_gate[:, start:],
+                    initial_state=state,
+                    sum_of_keys=sum_of_keys,
+                    return_final_state=True,
+                    deg=self.deg,
+                    chunk_size=self.chunk_size,
+                    switch_over_seq_len=self.switch_over_seq_len,
+                )
+                cache.position += stop - start
+                cache.fold(state, sum_of_keys)
+            else:
+                stop = min(t, start + cache.capacity - cache.length)
+                gates = None if log_gate is None else log_gate[:, start:stop]
+                cache.append(key[:, start:stop], value[:, start:stop], gates)
+                out, state, sum_of_keys = retention.power_retention_inference(
+                    query[:, start:stop],
+                    *cache.recent(),
+                    initial_state=state,
+                    sum_of_keys=sum_of_keys,
+                    deg=self.deg,
+                    switch_over_seq_len=cache.capacity,
+                )
+                if cache.length == cache.capacity:
+                    cache.fold(state, sum_of_keys)
+            outs.append(out)
+            start = stop
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        return self.o_proj(out.flatten(2).to(self.o_proj.weight.dtype)), cache
+
+    def _check_cache(self, b: int, cache: RetentionCache) -> None:
+        expected = [b, cache.capacity, self.num_kv_heads, self.head_dim]
+        rows = retention.state_dim(self.head_dim, self.deg)
+        if list(cache.keys.shape) != expected or cache.sum_of_keys.shape[2] != rows:
+            raise ValueError(
+                f"cache: expected keys [{b}, n, {self.num_kv_heads}, {self.head_dim}] and a state "
+                f"of {rows} rows, got keys {list(cache.keys.shape)} and a state of "
+                f"{cache.sum_of_keys.shape[2]} rows"
+            )
+        if (cache.log_gates is not None) != self.gating:
+            raise ValueError(
+                f"cache: expected one made with gating={self.gating}, got gating={not self.gating}"
+            )
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -1,0 +1,276 @@
+"""The command line: what it prints, and one line and exit code 2 for what cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import retention
+from retention import cli
+
+TEXT = b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i % 7, i % 7) for i in range(400))
+SMALL = [
+    *("--layers", "1", "--hidden-size", "32", "--heads", "2", "--device", "cpu", "--steps", "12"),
+    *("--batch-size", "2", "--block-size", "16", "--warmup", "2", "--eval-every", "6"),
+    *("--eval-blocks", "4", "--checkpoint-every", "6"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    try:
+        code = cli.main([str(x) for x in arguments])
+    except SystemExit as end:
+        code = end.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.py"
+    path.write_bytes(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.py").write_bytes(TEXT)
+    arguments = ["train", *SMALL, "--data", str(folder / "text.py"), "--out", str(folder / "run")]
+    assert cli.main(arguments) == 0
+    return folder / "run"
+
+
+def test_version_and_info(capsys):
+    version = retention.info()["version"]
+    assert call(capsys, "--version") == (0, f"retention {version}\n", "")
+    code, out, err = call(capsys, "info")
+    assert (code, err) == (0, "")
+    assert version in out
+    assert "cpu" in out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["info"]])
+def test_help(capsys, command: list[str]):
+    code, out, err = call(capsys, *command, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: retention")
+    assert "None" not in out
+
+
+def test_options_reach_the_run(run: Path):
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["layers"] == 1
+    assert config["model"]["kv_heads"] is None
+    assert config["train"]["block_size"] == 16
+    assert config["train"]["data"] == [str(run.parent / "text.py")]
+    assert config["train"]["learning_rate"] == cli.TrainConfig.learning_rate
+    assert {p.name for p in run.iterdir()} == {
+        *("config.json", "metrics.jsonl", "loss.png", "checkpoints"),
+    }
+
+
+def test_every_field_of_the_configuration_is_an_option(capsys):
+    _, out, _ = call(capsys, "train", "--help")
+    fields = {*cli.ModelConfig.__dataclass_fields__, *cli.TrainConfig.__dataclass_fields__}
+    missing = {x for x in fields if f"--{x.replace('_', '-')}" not in out}
+    assert missing == {"rope_theta"}
+
+
+def test_generate_streams_text_and_ends_with_its_figures(run: Path, capsys):
+    arguments = ["--checkpoint", run, "--prompt", "déf ", "--max-new-tokens", 30, "--device", "cpu"]
+    code, out, err = call(capsys, "generate", *arguments, "--temperature", 0)
+    assert code == 0
+    assert out.startswith("déf ")
+    assert out.endswith("\n")
+    assert len(out) > len("déf \n") + 10
+    (line,) = err.splitlines()
+    tokens, rate, size = line.split(", ")
+    assert tokens == "30 tokens"
+    assert rate.endswith(" tokens/s")
+    assert size.endswith(" bytes of state")
+    again = call(capsys, "generate", *arguments, "--temperature", 0, "--switch-over-seq-len", 3)
+    assert again[1] == out
+    small = int(again[2].split(", ")[-1].split()[0].replace(",", ""))
+    assert small < int(size.split()[0].replace(",", ""))  # a shorter ring
+
+
+def test_resume_with_the_same_options_or_none(run: Path, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    assert call(capsys, "train", "--out", run, "--resume")[0] == 0
+    data = ["--data", run.parent / "text.py"]
+    assert call(capsys, "train", *SMALL, *data, "--out", run, "--resume")[0] == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--steps", 99], "--steps: 99 differs from 12, which the run in"),
+        (["--kv-heads", 1], "--kv-heads: 1 differs from the default, which"),
+        (["--data", "elsewhere"], "elsewhere differs from"),
+        (["--compile"], "--compile: True differs from False"),
+        (["--device", "cuda:77"], "--device: 'cuda:77' is not available here; found: cpu"),
+    ],
+)
+def test_resume_with_other_options(run: Path, capsys, more: list, message: str):
+    before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+    code, _, err = call(capsys, "train", "--out", run, "--resume", *more)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere"], "--data: no such file or folder: "),
+        (["--data", "EMPTY"], "holds no bytes"),
+        (["--block-size", 20000], "--block-size: 20000 is longer than the data"),
+        (["--device", "cuda:77"], "--device: 'cuda:77' is not available here; found: cpu"),
+        (["--device", "nonsense"], "--device: 'nonsense' is not available here"),
+        (["--steps", 0], "argument --steps: expected a positive integer, got '0'"),
+        (["--steps", "x"], "argument --steps: expected an integer, got 'x'"),
+        (["--batch-size", -1], "argument --batch-size: expected a positive integer, got '-1'"),
+        (["--learning-rate", "nan"], "argument --learning-rate: expected a finite number"),
+        (["--learning-rate", 0], "argument --learning-rate: expected a number above 0, got '0'"),
+        (["--weight-decay", -1], "argument --weight-decay: expected a number of at least 0"),
+        (["--warmup", -1], "argument --warmup: expected an integer of at least 0, got '-1'"),
+        (["--seed", 2**63], "argument --seed: expected an integer below 2^63"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--deg", 3], "deg: expected a positive even integer, got 3"),
+        (["--heads", 3], "num_heads: expected a divisor of hidden_size = 32"),
+        (["--kv-heads", 3], "num_kv_heads: expected a divisor of num_heads = 2"),
+        (["--head-dim", 12], "head_dim: expected a positive multiple of 8, got 12"),
+        (["--resume"], "--out: no run in "),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_cannot_be_trained(text: Path, tmp_path: Path, capsys, more: list, message: str):
+    (tmp_path / "empty").write_bytes(b"")
+    more = [tmp_path / "empty" if x == "EMPTY" else x for x in more]
+    out = tmp_path / "deep" / "run"
+    defaults = [] if "--resume" in more else [*SMALL, "--data", text]
+    code, _, err = call(capsys, "train", *defaults, "--out", out, *more)
+    assert code == 2
+    assert message in err
+    assert err.startswith("retention")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "deep").exists()
+
+
+def test_out_that_cannot_be_used(text: Path, run: Path, capsys):
+    for out, message in (
+        (text, "is not a folder"),
+        (text / "run", "cannot write"),
+        (run, "already holds a run; continue it with --resume or name another folder"),
+    ):
+        code, _, err = call(capsys, "train", *SMALL, "--data", text, "--out", out)
+        assert code == 2
+        assert message in err
+        assert err.count("\n") == 1
+    assert text.read_bytes() == TEXT
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--checkpoint", "nowhere"], "--checkpoint: no such folder: nowhere"),
+        (["--temperature", -1], "argument --temperature: expected a number of at least 0"),
+        (["--top-p", 0], "argument --top-p: expected a number above 0 and up to 1, got '0'"),
+        (["--top-p", 1.5], "argument --top-p: expected a number above 0 and up to 1, got '1.5'"),
+        (["--max-new-tokens", -1], "argument --max-new-tokens: expected an integer of at least 0"),
+        (["--switch-over-seq-len", 0], "argument --switch-over-seq-len: expected a positive"),
+        (["--device", "cuda:77"], "--device: 'cuda:77' is not available here"),
+    ],
+)
+def test_what_cannot_be_generated(run: Path, capsys, more: list, message: str):
+    code, out, err = call(capsys, "generate", "--checkpoint", run, *more)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"]])
+def test_no_such_command(capsys, arguments: list[str]):
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("retention: error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("train", ["rich"]),
+        ("train", ["matplotlib", "safetensors"]),
+        ("generate", ["safetensors"]),
+    ],
+)
+def test_missing_extra_says_what_to_install(
+    tmp_path: Path, capsys, monkeypatch, command: str, missing: list[str]
+):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)  # makes its import fail
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, command)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"retention {command}: error: needs {' and '.join(missing)}, not installed here: "
+        f"pip install 'retention[train]'\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_starts_without_any_extra():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['rich', 'matplotlib', 'safetensors']))\n"
+        "from retention.cli import main; sys.exit(main(['info']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "retention" in done.stdout
+
+
+def command(run: Path, *more: str) -> list[str]:
+    """A `generate` of its own process."""
+    start = [sys.executable, "-m", "retention.cli", "generate", "--device", "cpu"]
+    return [*start, "--checkpoint", str(run), *more]
+
+
+def test_reader_that_goes_away(run: Path):
+    with subprocess.Popen(
+        command(run, "--max-new-tokens", "100000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""
+
+
+def test_other_encodings_of_the_terminal(run: Path):
+    done = subprocess.run(
+        command(run, "--prompt", "é€", "--max-new-tokens", "4"),
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"??")
