@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from retention import _checks
-from retention._arguments import cast_for_autocast, check_keys_values
+from retention._arguments import cast_for_autocast, check_keys_values, without_autocast
 from retention._numerics import integer_power, normalise, unit_exponent
 from retention._symmetric_power import Expansion, state_dim
 
@@ -62,9 +62,11 @@ def power_retention_inference(
     b, tq, hq, d = Q.shape
     h, dv = initial_state.shape[1::2] if V is None else V.shape[2:]
     dtype = _checks.state_dtype(Q.dtype)
-    with torch.autocast(Q.device.type, enabled=False):
+    with without_autocast(Q.device):
         q = Q.to(dtype)
-        q = torch.ldexp(q, -unit_exponent(q))
+        # A product: the gradient of ldexp itself is not right in every torch release.
+        exponent = unit_exponent(q)
+        q = q * torch.ldexp(q.new_ones(exponent.shape), -exponent)
         q = q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, tq, d]
         n = z = 0
         L = None

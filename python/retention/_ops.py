@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retention import _checks, _chunked
+from retention._arguments import without_autocast
 from retention._symmetric_power import state_dim
 
 _library = torch.library.Library("retention", "DEF")
@@ -128,7 +129,7 @@ def _forward(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, norm, state, keys = _allocate_forward(Q, V, cu_seqlens, deg, return_final_state)
-    with torch.no_grad(), torch.autocast(Q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(Q.device):
         for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
             sequence = _chunked_sequence(
                 Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len
@@ -158,7 +159,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     gradients = _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
     dQ, dK, dV, d_log_G, d_initial_state, d_sum_of_keys = gradients
-    with torch.no_grad(), torch.autocast(Q.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(Q.device):
         for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
             sequence = _chunked_sequence(
                 Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len

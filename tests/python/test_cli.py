@@ -112,6 +112,12 @@ def test_generate_streams_text_and_ends_with_its_figures(run: Path, capsys):
     assert small < int(size.split()[0].replace(",", ""))  # a shorter ring
 
 
+def test_an_option_not_given_is_told_from_its_default():
+    options = vars(cli._parser().parse_args(["train"]))
+    fields = {*cli.ModelConfig.__dataclass_fields__, *cli.TrainConfig.__dataclass_fields__}
+    assert {x: options[x] for x in fields if options.get(x) is not None} == {}
+
+
 def test_resume_with_the_same_options_or_none(run: Path, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     assert call(capsys, "train", "--out", run, "--resume")[0] == 0

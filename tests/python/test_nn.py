@@ -204,6 +204,25 @@ def test_packed_is_separate(name: str):
     assert (layer(x) - wanted).abs().max() > 1e-3  # the sequences do differ from one long one
 
 
+def test_positions_restart_in_each_packed_sequence(monkeypatch: pytest.MonkeyPatch):
+    """Outputs do not tell, being relative; the keys that a state would hold do."""
+    layer = make("gqa")
+    lengths = [5, 0, 17, 1]
+    x = torch.randn(1, sum(lengths), layer.hidden_size, dtype=torch.float64)
+    seen = []
+    inner = retention.power_retention
+
+    def spy(q: Tensor, k: Tensor, *more: Tensor, **options):
+        seen.append(k)
+        return inner(q, k, *more, **options)
+
+    monkeypatch.setattr(retention, "power_retention", spy)
+    layer(x, torch.tensor([0, 5, 5, 22, 23], dtype=torch.int32))
+    for part in x.split(lengths, dim=1):
+        layer(part)
+    torch.testing.assert_close(seen[0], torch.cat(seen[1:], dim=1), **EXACT)
+
+
 def test_gates_start_with_a_spread_of_long_memories():
     layer = PowerRetention(64, 8)
     forgotten = 1 - torch.sigmoid(layer.g_proj.bias)

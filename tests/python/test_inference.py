@@ -1,0 +1,106 @@
+"""power_retention_inference against the definition, and decoding loops built from it."""
+
+import pytest
+import torch
+from cases import Case, error, make
+
+import retention
+
+# Float64 on both sides; see test_power_retention.
+TOLERANCE = 1e-11
+
+
+def tail(inputs, tq):
+    return inputs | {"Q": inputs["Q"][:, -tq:]}
+
+
+@pytest.mark.parametrize("gate", [None, -0.5, -30.0])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize(("tq", "tk"), [(1, 1), (1, 9), (3, 9), (9, 9)])
+@pytest.mark.parametrize(("hq", "h"), [(4, 2), (3, 1)])
+def test_queries_are_the_last_tokens(tq, tk, state, gate, hq, h):
+    case = Case(t=tk, state=state, gate=gate, hq=hq, h=h)
+    inputs = make(case)
+    expected, final, keys = retention.reference(**inputs, return_final_state=True)
+    for switch_over in (tk, tk + 1, None):
+        out, new_state, new_keys = retention.power_retention_inference(
+            **tail(inputs, tq), switch_over_seq_len=switch_over
+        )
+        assert error(out, expected[:, -tq:]) < TOLERANCE
+        if switch_over == tk:
+            assert error(new_state, final) < TOLERANCE
+            assert error(new_keys, keys) < TOLERANCE
+        else:
+            assert new_state is inputs["initial_state"]
+            assert new_keys is inputs["sum_of_keys"]
+
+
+def test_state_alone():
+    case = Case(t=6, state=True, gate=None)
+    inputs = make(case)
+    state = {name: inputs[name] for name in ("initial_state", "sum_of_keys")}
+    out, *same = retention.power_retention_inference(inputs["Q"], None, None, **state)
+    assert same[0] is state["initial_state"]
+    assert same[1] is state["sum_of_keys"]
+    # A key and value of zero weigh nothing: the definition then reads the state alone.
+    zero = torch.zeros_like(inputs["K"]), torch.zeros_like(inputs["V"])
+    assert error(out, retention.reference(inputs["Q"], *zero, **state)) < TOLERANCE
+    empty = {name: torch.zeros_like(x) for name, x in state.items()}
+    out, *_ = retention.power_retention_inference(inputs["Q"], None, None, **empty)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("deg", [2, 4])
+@pytest.mark.parametrize("switch_over", [1, 4, 100])
+def test_token_by_token_is_the_whole(deg, switch_over):
+    case = Case(t=23, gate=-0.5, deg=deg, d=8)
+    inputs = make(case)
+    expected = retention.reference(**inputs, deg=deg)
+    state = keys = None
+    start = 0
+    for i in range(case.t):
+        cache = (inputs[name][:, start : i + 1] for name in ("K", "V", "log_G"))
+        out, state, keys = retention.power_retention_inference(
+            inputs["Q"][:, i : i + 1], *cache, state, keys, deg, None, switch_over
+        )
+        assert error(out, expected[:, i : i + 1]) < TOLERANCE
+        if i + 1 - start >= switch_over:
+            start = i + 1
+
+
+def test_prefill_then_decode():
+    inputs = make(Case(t=30, gate=-0.5))
+    expected, final, _ = retention.reference(**inputs, return_final_state=True)
+    prompt = {name: x if x is None else x[:, :20] for name, x in inputs.items()}
+    _, state, keys = retention.power_retention(**prompt, return_final_state=True, chunk_size=8)
+    rest = {name: x[:, 20:] for name, x in inputs.items() if name in ("Q", "K", "V", "log_G")}
+    out, state, keys = retention.power_retention_inference(
+        **rest, initial_state=state, sum_of_keys=keys, switch_over_seq_len=10
+    )
+    assert error(out, expected[:, 20:]) < TOLERANCE
+    assert error(state, final) < TOLERANCE
+
+
+def test_gradients():
+    inputs = make(Case(t=5, b=1, hq=2, h=1, d=8, dv=2, state=True))
+    leaves = [inputs[name].requires_grad_() for name in inputs]
+
+    def step(Q, *rest):
+        return retention.power_retention_inference(Q[:, -2:], *rest, switch_over_seq_len=5)
+
+    assert torch.autograd.gradcheck(step, leaves)
+
+
+def test_low_precision_runs_in_float32():
+    case = Case(t=40, state=True, gate=-0.1, magnitude=30.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        inputs = make(case)
+        lower = {n: x.to(dtype) if n in "QKV" else x.float() for n, x in inputs.items()}
+        exact = {n: x.double() for n, x in lower.items()}
+        out, state, _ = retention.power_retention_inference(**tail(lower, 2), switch_over_seq_len=1)
+        expected, final, _ = retention.reference(**exact, return_final_state=True)
+        # One rounding of the output; the state has none but float32's.
+        assert error(out.double(), expected[:, -2:]) < torch.finfo(dtype).eps
+        assert error(state.double(), final) < 1e-5
+        assert out.dtype == dtype
+        assert state.dtype == torch.float32

@@ -1,0 +1,67 @@
+"""phi: its dimension, its order, and that it is the symmetric power."""
+
+import itertools
+
+import pytest
+import torch
+
+import retention
+
+SIZES = [(8, 2), (16, 2), (64, 2), (8, 4), (16, 4), (8, 6), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "deg", "rows"),
+    [(16, 2, 192), (32, 2, 640), (64, 2, 2304), (128, 2, 8704), (256, 2, 33792), (16, 4, 5280)],
+)
+def test_state_dim(head_dim, deg, rows):
+    assert retention.state_dim(head_dim, deg) == rows
+
+
+def rows_by_the_book(d, deg):
+    """Every row's factors, from the words of the definition alone: (block tuple, offsets)."""
+    width = {2: 8, 4: 2}.get(deg, 1)
+    tuples = itertools.combinations_with_replacement(range(d // width), deg)
+    for blocks in sorted(tuples, key=lambda blocks: blocks[::-1]):
+        for offsets in itertools.product(range(width), repeat=deg):
+            yield blocks, [width * b + a for b, a in zip(blocks, offsets, strict=True)]
+
+
+@pytest.mark.parametrize(("d", "deg"), [(8, 2), (24, 2), (8, 4), (8, 6)])
+def test_order_and_multiplicity(d, deg):
+    x = torch.randn(d, dtype=torch.float64)
+    query, key = retention.expand(x, deg, "query"), retention.expand(x, deg, "key")
+    rows = list(rows_by_the_book(d, deg))
+    assert len(rows) == retention.state_dim(d, deg)
+    for m, (blocks, factors) in enumerate(rows):
+        value = x[factors].prod()
+        permutations = len(set(itertools.permutations(blocks)))
+        torch.testing.assert_close(query[m], value)
+        torch.testing.assert_close(key[m], permutations * value)
+
+
+@pytest.mark.parametrize(("d", "deg"), SIZES)
+def test_inner_product_is_the_power(d, deg):
+    q, k = torch.randn(2, 5, 3, d, dtype=torch.float64)
+    product = (retention.expand(q, deg, "query") * retention.expand(k, deg, "key")).sum(-1)
+    expected = (q * k).sum(-1) ** deg
+    # D terms of either sign: the sum of their magnitudes is at most (|q| |k|)^deg.
+    bound = (q.norm(dim=-1) * k.norm(dim=-1)) ** deg
+    assert ((product - expected).abs() <= 1e-14 * bound).all()
+
+
+def test_expand_is_differentiable_and_keeps_dtype_and_shape():
+    x = torch.randn(2, 0, 3, 16, requires_grad=True)
+    assert retention.expand(x).shape == (2, 0, 3, 192)
+    assert retention.expand(torch.randn(16).bfloat16()).dtype == torch.bfloat16
+    x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    for deg, side in itertools.product((2, 4), ("key", "query")):
+        assert torch.autograd.gradcheck(lambda x, deg=deg, side=side: retention.expand(x, deg, side), x)
+
+
+def test_expand_first_used_in_inference_mode_can_train_later():
+    with torch.inference_mode():
+        retention.expand(torch.randn(40, dtype=torch.float64))
+    x = torch.randn(40, dtype=torch.float64, requires_grad=True)
+    retention.expand(x).sum().backward()
+    assert x.grad is not None
