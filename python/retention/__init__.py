@@ -1,4 +1,4 @@
-"""Power retention: a linear-cost replacement for attention, whose memory is a state of fixed size."""
+"""Power retention: a linear-cost replacement for attention, with a memory of fixed size."""
 
 from retention import nn
 from retention._inference import power_retention_inference

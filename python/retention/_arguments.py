@@ -25,9 +25,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
-def cast_for_autocast(
-    Q: Any, K: Any, V: Any, log_G: Any
-) -> tuple[Any, Any, Any, Any]:
+def cast_for_autocast(Q: Any, K: Any, V: Any, log_G: Any) -> tuple[Any, Any, Any, Any]:
     """Under autocast: Q, K, V in its dtype and log_G in float32; float64 stays, as everywhere."""
     if not isinstance(Q, Tensor) or not autocasts(Q.device):
         return Q, K, V, log_G
@@ -51,7 +49,7 @@ def check_arguments(
     deg: Any,
     scale: Any,
 ) -> None:
-    """Raises TypeError or ValueError unless the call is one that :func:`power_retention` defines."""
+    """Raises TypeError or ValueError unless :func:`power_retention` defines the call."""
     _checks.check_degree(deg)
     _checks.check_scale(scale)
     _checks.check_tensor("Q", Q, "[b, t, hq, d]")

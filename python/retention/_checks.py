@@ -3,6 +3,7 @@ what it accepts."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -66,9 +67,7 @@ def check_tensor(name: str, x: Any, layout: str) -> None:
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
-        raise ValueError(
-            f"{name}: expected device {other.device} as {other_name}, got {x.device}"
-        )
+        raise ValueError(f"{name}: expected device {other.device} as {other_name}, got {x.device}")
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: expected {other.dtype} as {other_name}, got {x.dtype}")
 
@@ -82,9 +81,7 @@ def check_shape(name: str, x: Tensor, expected: tuple[int, ...], layout: str, ot
 
 def check_query_heads(hq: int, h: int) -> None:
     if h == 0 or hq == 0 or hq % h:
-        raise ValueError(
-            f"Q: expected a number of heads that is a multiple of K's {h}, got {hq}"
-        )
+        raise ValueError(f"Q: expected a number of heads that is a multiple of K's {h}, got {hq}")
 
 
 def check_gate(log_G: Any, Q: Tensor, expected: tuple[int, ...], other: str) -> None:
@@ -126,9 +123,7 @@ def check_state(
 def check_cu_seqlens(cu_seqlens: Any, Q: Tensor) -> None:
     """Shape, dtype and device; the values are read where the sequences are cut."""
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(
-            f"cu_seqlens: expected an int32 tensor [n + 1], got {describe(cu_seqlens)}"
-        )
+        raise TypeError(f"cu_seqlens: expected an int32 tensor [n + 1], got {describe(cu_seqlens)}")
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
@@ -146,8 +141,8 @@ def sequence_bounds(cu_seqlens: Tensor, t: int) -> list[tuple[int, int]]:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
-    if any(stop < start for start, stop in zip(bounds, bounds[1:], strict=False)):
+    if any(stop < start for start, stop in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens: expected values that never decrease, got {bounds}")
     if bounds[-1] != t:
         raise ValueError(f"cu_seqlens: expected to end at t = {t}, got {bounds[-1]}")
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))

@@ -17,8 +17,9 @@ its last column is the sum of keys; an output gradient has the normaliser's as i
 
 Shapes: N = b * h rows (batch and key head), r query heads to a key head, c tokens in a chunk,
 e = dv + 1. Everything here is float32, or float64 for float64 inputs. Decays enter as the p-th root
-on the vectors themselves, since the weights are homogeneous of degree p. Queries are rescaled row by
-row to magnitude 1 by a power of two: the output does not depend on a query's scale (nor on ``scale``).
+on the vectors themselves, since the weights are homogeneous of degree p. Queries are rescaled row
+by row to magnitude 1 by a power of two: the output does not depend on a query's scale (nor on
+``scale``).
 """
 
 from __future__ import annotations
@@ -93,10 +94,12 @@ def _row_blocks(c: int) -> Iterator[slice]:
 def _scores(q: Tensor, k: Tensor, L: Tensor | None, i: slice) -> tuple[Tensor, Tensor | None]:
     """Scores of the query rows i against keys up to the last of them, and their decay.
 
-    q [N, r, c, d], k [N, c, d], L [N, c] -> a [N, r, i, j], decay [N, 1, i, j]. Pairs with j > i have
-    weight 0: through the decay where there is one, else through the score.
+    q [N, r, c, d], k [N, c, d], L [N, c] -> a [N, r, i, j], decay [N, 1, i, j]. Pairs with j > i
+    have weight 0: through the decay where there is one, else through the score.
     """
-    future = torch.ones(i.stop - i.start, i.stop - i.start, dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(i.stop - i.start, i.stop - i.start, dtype=torch.bool, device=q.device).triu(
+        1
+    )
     a = torch.matmul(q[:, :, i].flatten(1, 2), k[:, : i.stop].mT)
     a = a.unflatten(1, (q.shape[1], i.stop - i.start))
     if L is None:
@@ -235,9 +238,7 @@ class _Chunk:
 class Sequence:
     """Equal-length sequences [b, t, ...] as chunks of N = b * h rows."""
 
-    def __init__(
-        self, Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int, chunk: int
-    ):
+    def __init__(self, Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int, chunk: int):
         self.Q, self.K, self.V, self.log_G = Q, K, V, log_G
         self.deg = deg
         self.b, self.t, self.h, self.dv = V.shape
@@ -262,7 +263,7 @@ class Sequence:
         target[:, tokens] = x.reshape(self.b, target.shape[2], *x.shape[-2:]).transpose(1, 2)
 
     def chunk(self, tokens: slice, norm: Tensor | None = None) -> _Chunk:
-        """Queries of magnitude 1; or, given ``norm`` [b, t, hq], such that the normaliser is near 1.
+        """Queries of magnitude 1; or, given ``norm`` [b, t, hq], with a normaliser near 1.
 
         Backward divides by it: however small the weights are, no quotient overflows.
         """
@@ -326,8 +327,8 @@ def forward(
 ) -> Tensor | None:
     """Writes ``out`` [b, t, hq, dv] and ``norm`` [b, t, hq]; returns the final state.
 
-    ``S`` [N, D, e] or None is the initial state and is overwritten. ``norm`` is the sum of the weights
-    of the rescaled query (see the module's docstring).
+    ``S`` [N, D, e] or None is the initial state and is overwritten. ``norm`` is the sum of the
+    weights of the rescaled query (see the module's docstring).
     """
     last = len(sequence.chunks) - 1
     for index, tokens in enumerate(sequence.chunks):
@@ -365,8 +366,8 @@ def backward(
     """Writes the gradients dq, dk, dv, d_gate; returns that of the initial state, [N, D, e].
 
     ``S`` and ``dS`` [N, D, e] or None are the initial state and the gradient of the final one; both
-    are overwritten. A first pass computes the states before every chunk again and gives dq; a second
-    goes backwards with dS and gives dk and dv.
+    are overwritten. A first pass computes the states before every chunk again and gives dq; a
+    second goes backwards with dS and gives dk and dv.
     """
     deg, last = sequence.deg, len(sequence.chunks) - 1
     starts_with_state = S is not None

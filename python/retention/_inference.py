@@ -24,8 +24,9 @@ def power_retention_inference(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One step of decoding, with the definition of :func:`retention.power_retention`.
 
-    K and V are a cache of the tokens since the state was last updated, the new ones last. The queries
-    belong to its last tq tokens. Once the cache is long enough it is folded into the returned state,
+    K and V are a cache of the tokens since the state was last updated, the new ones last. The
+    queries belong to its last tq tokens. Once the cache is long enough it is folded into the
+    returned state,
     and the caller goes on with an empty cache::
 
         out, state, sum_of_keys = power_retention_inference(
@@ -47,7 +48,8 @@ def power_retention_inference(
         sum_of_keys: ``[b, h, D]``: required with ``initial_state``.
         deg: the degree p, positive and even. Default 2.
         scale: multiplies the scores; it cancels in the output. Default ``1 / sqrt(d)``.
-        switch_over_seq_len: a cache of at least this many tokens is folded. None: never. Default 512.
+        switch_over_seq_len: a cache of at least this many tokens is folded. None: never. Default
+            512.
 
     Returns:
         ``(out [b, tq, hq, dv] in Q's dtype, state, sum_of_keys)``. The state is a new one if the
@@ -59,7 +61,7 @@ def power_retention_inference(
     """
     Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
     _check(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len)
-    b, tq, hq, d = Q.shape
+    b, tq, hq, _ = Q.shape
     h, dv = initial_state.shape[1::2] if V is None else V.shape[2:]
     dtype = _checks.state_dtype(Q.dtype)
     with without_autocast(Q.device):

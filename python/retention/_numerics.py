@@ -25,8 +25,11 @@ def unit_exponent(q: Tensor) -> Tensor:
 
 
 def has_weight(z: Tensor) -> Tensor:
-    """Whether a sum of weights is one: weights are never negative, so that a negative sum is rounding,
-    and one below the normal numbers is made of terms without digits."""
+    """Whether there is any weight in a sum of weights.
+
+    Weights are never negative: a negative sum is rounding. One below the normal numbers is made of
+    terms that have lost their digits.
+    """
     return z > torch.finfo(z.dtype).tiny
 
 

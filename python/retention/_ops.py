@@ -1,7 +1,7 @@
 """The operators ``torch.ops.retention.forward`` and ``.backward``.
 
-Defined once with fakes and an autograd formula; a device adds a faster path by registering its own
-kernel for its dispatch key, and every caller has it. Without one, the chunked PyTorch path runs.
+Defined once with fakes and an autograd formula; a device adds a faster path by registering a kernel
+of its own for its dispatch key. Without one, the chunked PyTorch path runs.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def choose_chunk(
     """Tokens in a chunk; t itself where the quadratic form is asked for, or cheaper."""
     if chunk_size is None:
         D = state_dim(head_dim, deg)
-        # A token's products: D dv twice with the state, (d + dv) / 2 with every earlier token of its
-        # own chunk. Building phi and the state's own traffic make the former dearer, by about half.
+        # A token's products: D dv twice with the state, (d + dv) / 2 with every earlier token of
+        # its own chunk. Building phi and the state's own traffic make the former dearer, by about
+        # half.
         with_state = 1.5 * 2 * D * dv
         with_token = (head_dim + dv) / 2
         quadratic_until = max(512, int(with_state / with_token))
@@ -182,7 +183,19 @@ _library.impl("backward", _backward, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("retention::forward", lib=_library)
-def _forward_fake(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, chunk_size, switch_over_seq_len, return_final_state):  # noqa: E501
+def _forward_fake(
+    Q,
+    K,
+    V,
+    log_G,
+    initial_state,
+    sum_of_keys,
+    cu_seqlens,
+    deg,
+    chunk_size,
+    switch_over_seq_len,
+    return_final_state,
+):
     return _allocate_forward(Q, V, cu_seqlens, deg, return_final_state)
 
 
@@ -192,18 +205,19 @@ def _backward_fake(d_out, d_state, d_keys, Q, K, V, log_G, initial_state, sum_of
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
-    Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *ctx.sizes, _ = inputs
+    Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *ctx.sizes, ctx.has_state = inputs
     ctx.save_for_backward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_out, d_norm, d_state, d_keys):
-    if d_norm is not None:
-        raise RuntimeError("retention: the normaliser is kept for backward and has no gradient")
+def _differentiate(ctx, d_out, _, d_state, d_keys):
     *inputs, norm = ctx.saved_tensors
     if d_out is None:
         d_out = inputs[0].new_zeros(*norm.shape, inputs[2].shape[3])
-    if d_state is not None or d_keys is not None:
+    if not ctx.has_state:
+        d_state = d_keys = None
+    elif d_state is not None or d_keys is not None:
         shape = _state_shape(inputs[0], inputs[2], inputs[6], ctx.sizes[0])
         if d_state is None:
             d_state = norm.new_zeros(shape)

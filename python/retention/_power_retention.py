@@ -42,21 +42,23 @@ def power_retention(
     float64 inputs) whatever the inputs' dtype.
 
     Args:
-        Q: queries ``[b, t, hq, d]``, d a multiple of 8; float64, float32, bfloat16 or float16. Any t
-            from 0 up, any strides. Under autocast, Q, K and V are cast to the autocast dtype.
-        K: keys ``[b, t, h, d]`` in Q's dtype, where hq is a multiple of h; query head n reads key head
-            ``n // (hq // h)``.
+        Q: queries ``[b, t, hq, d]``, d a multiple of 8; float64, float32, bfloat16 or float16. Any
+            t from 0 up, any strides. Under autocast, Q, K and V are cast to the autocast dtype.
+        K: keys ``[b, t, h, d]`` in Q's dtype, where hq is a multiple of h; query head n reads key
+            head ``n // (hq // h)``.
         V: values ``[b, t, h, dv]`` in Q's dtype.
         log_G: log gates ``[b, t, h]``, at most 0 in practice and finite; float32, or float64 with
             float64 inputs. A token's gate decays all that came before it, not its own key. Default:
             no decay.
         initial_state: ``[n, h, D, dv]`` with ``D = state_dim(d, deg)``, n the batch or, packed, the
-            number of sequences; float32, or float64 with float64 inputs. Default: nothing came before.
+            number of sequences; float32, or float64 with float64 inputs. Default: nothing came
+            before.
         return_final_state: also return the state after the last token. Default False.
         deg: the degree p, positive and even. Default 2.
         scale: multiplies the scores; finite and not 0. Default ``1 / sqrt(d)``. It cancels in the
             output, and is no part of the state.
-        chunk_size: tokens in a chunk, at least 1; t need not be a multiple. Default: chosen by shape.
+        chunk_size: tokens in a chunk, at least 1; t need not be a multiple. Default: chosen by
+            shape.
         switch_over_seq_len: at or below this length the quadratic form is used. Default: the chunk
             size, or where that is left to us, the length from which chunks are faster.
         sum_of_keys: ``[n, h, D]``, in the dtype of ``initial_state``: required with it.

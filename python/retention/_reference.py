@@ -32,8 +32,9 @@ def reference(
 
     An initial state adds ``exp(L_i) scale^p phi_q(q_i) S_0`` to the numerator and the same with
     ``sum_of_keys`` to the denominator. Both products run in the inputs' dtype, the weights between
-    them in float32 (float64 for float64 inputs), as in ``softmax`` attention. Arguments, results and
-    errors are those of :func:`retention.power_retention`; ``t x t`` weights are held for every head.
+    them in float32 (float64 for float64 inputs), as in ``softmax`` attention. Arguments, results
+    and errors are those of :func:`retention.power_retention`; ``t x t`` weights are held for every
+    head.
     """
     check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, scale)
     if scale is None:
@@ -64,7 +65,7 @@ def _sequence(
     deg: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, t, hq, d = Q.shape
+    b, t, hq, _ = Q.shape
     h, dv = V.shape[2:]
     dtype = _checks.state_dtype(Q.dtype)
     q = Q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, t, d]
@@ -74,7 +75,9 @@ def _sequence(
     L = L.cumsum(1).permute(0, 2, 1)  # [b, h, t]
 
     future = torch.ones(t, t, dtype=torch.bool, device=Q.device).triu(1)
-    decay = (L[..., :, None] - L[..., None, :]).masked_fill(future, -torch.inf).exp()  # [b, h, t, t]
+    decay = (
+        (L[..., :, None] - L[..., None, :]).masked_fill(future, -torch.inf).exp()
+    )  # [b, h, t, t]
     w = (scale * (q @ k.mT).to(dtype)) ** deg * decay[:, :, None]  # [b, h, r, t, t]
     z = w.sum(-1, keepdim=True)
     if initial_state is not None:
@@ -88,7 +91,9 @@ def _sequence(
     out = out.permute(0, 3, 1, 2, 4).reshape(b, t, hq, dv).to(Q.dtype)
 
     L_end = L[..., -1:] if t else L.new_zeros(b, h, 1)
-    phi_k = expand(k.squeeze(2).to(dtype), deg, "key") * (L_end - L).exp()[..., None]  # [b, h, t, D]
+    phi_k = (
+        expand(k.squeeze(2).to(dtype), deg, "key") * (L_end - L).exp()[..., None]
+    )  # [b, h, t, D]
     state = phi_k.mT @ v.squeeze(2).to(dtype)
     keys = phi_k.sum(2)
     if initial_state is not None:

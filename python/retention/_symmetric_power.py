@@ -1,19 +1,19 @@
 """The symmetric power of a vector: the row order of the state, and how its rows are built.
 
 The Python mirror of ``include/retention/symmetric_power.hpp``. A head of ``d`` features is cut into
-blocks of ``w = block_width(deg)``. The rows of the state are the block tuples ``B1 <= ... <= Bp`` in
-colexicographic order and, inside each, the offsets ``a1 ... ap`` with the last one fastest. A row's
-value is the product of its p features; its multiplicity ``p! / prod(count of each distinct block)!``
-sits on the key side only, so that ``phi_q(q) . phi_k(k) == (q . k)^p`` exactly.
+blocks of ``w = block_width(deg)``. The rows of the state are the block tuples ``B1 <= ... <= Bp``
+in colexicographic order and, inside each, the offsets ``a1 ... ap`` with the last one fastest. A
+row's value is the product of its p features; its multiplicity ``p! / prod(count of each distinct
+block)!`` sits on the key side only, so that ``phi_q(q) . phi_k(k) == (q . k)^p`` exactly.
 
-Everything is built by broadcast multiplies from degree to degree, never by an index gather: the rows
-whose last block is J are ``phi_{p-1}[: rows over blocks 0..J]`` times ``x[w J : w J + w]``. Internally
-features come before tokens (``[..., d, c]``), so that each multiply runs along contiguous tokens.
+Everything is built by broadcast multiplies from degree to degree, never by an index gather: the
+rows whose last block is J are ``phi_{p-1}[: rows over blocks 0..J]`` times ``x[w J : w J + w]``.
+Internally features come before tokens (``[..., d, c]``), so that each multiply runs along
+contiguous tokens.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -32,7 +32,11 @@ def block_width(deg: int) -> int:
 
 
 def _multisets(blocks: int, size: int) -> int:
-    return math.comb(blocks + size - 1, size)
+    """C(blocks + size - 1, size), in steps that a symbolic size takes too."""
+    count = 1
+    for i in range(size):
+        count = count * (blocks + i) // (i + 1)
+    return count
 
 
 def state_dim(head_dim: int, deg: int = 2) -> int:
@@ -56,7 +60,7 @@ def state_dim(head_dim: int, deg: int = 2) -> int:
     return _multisets(head_dim // width, deg) * width**deg
 
 
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def _multiplicities(blocks: int, deg: int) -> tuple[int, ...]:
     """The multiplicity of every block tuple, in colexicographic order."""
 
@@ -90,7 +94,7 @@ def _weights(blocks: int, deg: int, x: Tensor) -> tuple[Tensor, ...]:
     counts = [_multisets(last + 1, deg - 1) for last in range(blocks)]
     weights = tuple(part.repeat_interleave(repeat)[:, None] for part in every.split(counts))
     # Kept only where it is an ordinary tensor: not while tracing, not under inference_mode.
-    if type(every) is Tensor and not every.is_inference() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and type(every) is Tensor and not every.is_inference():
         _weights_of[key] = weights
     return weights
 
@@ -127,9 +131,7 @@ class Expansion:
         self.width = block_width(deg)
         self.blocks = x.shape[-2] // self.width
         self.lower = _power(x, deg - 1, self.width)
-        self.weights = (
-            _weights(self.blocks, deg, x) if side == "key" else (None,) * self.blocks
-        )
+        self.weights = _weights(self.blocks, deg, x) if side == "key" else (None,) * self.blocks
         self._grad: Tensor | None = None
         self._grad_lower: Tensor | None = None
 
@@ -174,7 +176,7 @@ class Expansion:
         return grad + grad_power
 
     def _lower_degree(self, grad: Tensor, grad_power: Tensor, order: int) -> Tensor:
-        """Takes a gradient of the power of ``order`` to one of ``order - 1``, adding to ``grad``."""
+        """The gradient of the power of ``order`` to that of ``order - 1``; adds to ``grad``."""
         lower = _power(self.x, order - 1, self.width)
         grad_lower = torch.zeros_like(lower)
         start = 0

@@ -128,4 +128,3 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     errors = {name: error(actual[name], expected[name]) for name in expected}
     assert all(e <= tolerance for e in errors.values()), f"over {tolerance:.1e}: {errors}"
-

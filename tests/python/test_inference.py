@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import Case, error, make
 
 import retention
+from cases import Case, error, make
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-11

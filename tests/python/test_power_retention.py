@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cases import Case, assert_close, make, run
 
 import retention
+from cases import Case, assert_close, make, run
 
 # Both sides are float64; the chunked form adds the products in another order, over D terms instead
 # of d. The largest condition number in the grid costs about three digits.
@@ -202,7 +202,9 @@ def test_no_input_is_modified():
     inputs = make(case)
     before = {name: x.clone() for name, x in inputs.items()}
     run(retention.power_retention, inputs, case, torch.float64)
-    retention.power_retention_inference(**inputs | {"Q": inputs["Q"][:, -2:]}, switch_over_seq_len=1)
+    retention.power_retention_inference(
+        **inputs | {"Q": inputs["Q"][:, -2:]}, switch_over_seq_len=1
+    )
     assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
@@ -218,8 +220,6 @@ def test_bit_identical_from_run_to_run():
 def test_state_dtypes():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         Q = torch.randn(1, 20, 2, 16).to(dtype)
-        out, state, keys = retention.power_retention(
-            Q, Q, Q, return_final_state=True, chunk_size=8
-        )
+        out, state, keys = retention.power_retention(Q, Q, Q, return_final_state=True, chunk_size=8)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         assert (out.dtype, state.dtype, keys.dtype) == (dtype, wide, wide)

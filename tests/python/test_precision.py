@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from cases import Case, error, make, run
 
 import retention
+from cases import Case, error, make, run
 
 LENGTH = 200
 

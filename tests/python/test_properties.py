@@ -1,11 +1,11 @@
 """What must hold for any sequence, whatever Hypothesis makes of it."""
 
 import torch
-from cases import Case, error, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retention
+from cases import Case, error, make
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-10

@@ -56,7 +56,9 @@ def test_expand_is_differentiable_and_keeps_dtype_and_shape():
     assert retention.expand(torch.randn(16).bfloat16()).dtype == torch.bfloat16
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     for deg, side in itertools.product((2, 4), ("key", "query")):
-        assert torch.autograd.gradcheck(lambda x, deg=deg, side=side: retention.expand(x, deg, side), x)
+        assert torch.autograd.gradcheck(
+            lambda x, deg=deg, side=side: retention.expand(x, deg, side), x
+        )
 
 
 def test_expand_first_used_in_inference_mode_can_train_later():

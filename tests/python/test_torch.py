@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from cases import INPUTS, Case, cast, make
 from torch.utils.checkpoint import checkpoint
 
 import retention
+from cases import INPUTS, Case, cast, make
 
 OPTIONS = {"chunk_size": 4, "switch_over_seq_len": 0}
 
@@ -28,9 +28,9 @@ def test_gradcheck(gate, state, deg):
             **dict(zip(names, tensors, strict=True)), deg=deg, return_final_state=True, chunk_size=3
         )
 
-    # fast_mode: the 64 * 2 elements of a state would make the full Jacobian take a minute.
+    # A state makes the full Jacobian take a minute.
     tensors = [inputs[name] for name in names]
-    assert torch.autograd.gradcheck(function, tensors, fast_mode=state)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=state or deg > 2)
 
 
 def test_gradients_of_some_inputs_only():
@@ -94,6 +94,7 @@ def test_compile_fullgraph():
         torch.testing.assert_close(x, wanted)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on import of inductor
 def test_compile_with_inductor_and_dynamic_lengths():
     torch.compiler.reset()
     step = torch.compile(training_step, fullgraph=True, dynamic=True)
@@ -147,7 +148,7 @@ def test_autocast(dtype):
         step, *_ = retention.power_retention_inference(**inputs, switch_over_seq_len=None)
         out.sum().backward()  # nor may autocast lower the arithmetic of backward
     assert torch.equal(out, expected)
-    assert torch.equal(step, out)
+    torch.testing.assert_close(step, out)
     assert inputs["log_G"].grad.dtype == torch.float32
     without = leaves(Case(t=20), torch.float32)
     cast_by_hand = {
