@@ -1,4 +1,4 @@
-"""Power retention against scaled_dot_product_attention on the CPU: time and memory by context length.
+"""Power retention against scaled_dot_product_attention on the CPU: time and memory by length.
 
     python benchmarks/cpu.py --lengths 1024 4096 16384 65536 --out benchmarks/results/cpu.json
 

@@ -223,3 +223,17 @@ def test_state_dtypes():
         out, state, keys = retention.power_retention(Q, Q, Q, return_final_state=True, chunk_size=8)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         assert (out.dtype, state.dtype, keys.dtype) == (dtype, wide, wide)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "quadratic", "chunked", "chunk"),
+    [(32, 512, 2048, 256), (64, 2048, 4096, 512), (128, 8192, 16384, 1024)],
+)
+def test_chunks_are_chosen_by_shape(head_dim, quadratic, chunked, chunk):
+    from retention._ops import choose_chunk
+
+    assert choose_chunk(quadratic, head_dim, head_dim, 2, None, None) == quadratic
+    assert choose_chunk(chunked, head_dim, head_dim, 2, None, None) == chunk
+    assert choose_chunk(chunked, head_dim, head_dim, 2, None, chunked) == chunked
+    assert choose_chunk(chunked, head_dim, head_dim, 2, 100, None) == 100
+    assert choose_chunk(100, head_dim, head_dim, 2, 100, None) == 100
