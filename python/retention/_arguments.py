@@ -12,16 +12,21 @@ from retention import _checks
 from retention._symmetric_power import state_dim
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for this device; the meta device does not know it."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The arithmetic's dtype is fixed: autocast must not lower it on the way."""
-    if device.type == "meta":  # which knows no autocast
+    if device.type == "meta":
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def cast_for_autocast(Q: Any, K: Any, V: Any, log_G: Any) -> tuple[Any, Any, Any, Any]:
     """Under autocast: Q, K, V in its dtype and log_G in float32; float64 stays, as everywhere."""
-    if not isinstance(Q, Tensor) or Q.is_meta or not torch.is_autocast_enabled(Q.device.type):
+    if not isinstance(Q, Tensor) or not autocasts(Q.device):
         return Q, K, V, log_G
 
     def cast(x: Any, dtype: torch.dtype) -> Any:

@@ -31,8 +31,8 @@ _library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
-# The least and the most tokens worth a chunk: below, calls cost more than products; above, a chunk's
-# weights leave a CPU's cache.
+# The least and the most tokens worth a chunk: below, calls cost more than products; above, the
+# weights of a chunk leave a CPU's cache.
 _SHORTEST_CHUNK = 128
 _LONGEST_CHUNK = 4096
 

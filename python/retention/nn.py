@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import retention
 from retention import _checks
+from retention._arguments import autocasts, without_autocast
 
 __all__ = ["PowerRetention", "RetentionCache", "apply_rotary", "rotary_angles"]
 
@@ -285,14 +286,9 @@ class PowerRetention(nn.Module):
         wide = torch.promote_types(self.g_proj.weight.dtype, torch.float32)
 
         # A log gate near -1/4096 added thousands of times needs more than bfloat16's eight bits.
-        def gate() -> Tensor:
+        with without_autocast(x.device):
             weight, bias = self.g_proj.weight.to(wide), self.g_proj.bias.to(wide)
             return F.logsigmoid(F.linear(x.to(wide), weight, bias))
-
-        if not _autocasts(x.device.type):
-            return gate()
-        with torch.autocast(x.device.type, enabled=False):
-            return gate()
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Retention over whole sequences.
@@ -358,7 +354,7 @@ class PowerRetention(nn.Module):
         weight = self.k_proj.weight
         device = weight.device if device is None else torch.device(device)
         if dtype is None:
-            cast = _autocasts(device.type)
+            cast = autocasts(device)
             dtype = torch.get_autocast_dtype(device.type) if cast else weight.dtype
         if switch_over_seq_len is None:
             switch_over_seq_len = self.switch_over_seq_len or _DEFAULT_RING
@@ -459,7 +455,3 @@ class PowerRetention(nn.Module):
             raise ValueError(
                 f"cache: expected one made with gating={self.gating}, got gating={not self.gating}"
             )
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
