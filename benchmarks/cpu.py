@@ -110,8 +110,7 @@ def main() -> None:
         for mode in MODES:
             row = {"t": t, "mode": mode}
             for kind in KINDS:
-                repeats = args.repeats if t <= 2**15 else 1
-                options = {"h": args.heads, "d": args.head_dim, "repeats": repeats}
+                options = {"h": args.heads, "d": args.head_dim, "repeats": args.repeats}
                 row[kind] = in_own_process(kind=kind, mode=mode, t=t, **options)
             ours, theirs = row["retention"], row["sdpa"]
             print(
