@@ -61,6 +61,16 @@ def install_package(session: nox.Session, extra: str) -> None:
     )
 
 
+def install_kernel_headers(session: nox.Session) -> None:
+    """Install what the tests of kernels on the emulator include: headers, and nothing that runs."""
+    install(
+        session,
+        "--no-deps",
+        "nvidia-cutlass",
+        *("nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl"),
+    )
+
+
 def fresh_folder(session: nox.Session, name: str) -> Path:
     folder = BUILD / session.name / name
     shutil.rmtree(folder, ignore_errors=True)
@@ -107,6 +117,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the C++ tests (ctest), then the Python tests (pytest, which gets what follows `--`)."""
     install_package(session, "test")
+    install_kernel_headers(session)
     build = str(fresh_folder(session, "cmake"))
     session.run(
         "cmake",

@@ -1,0 +1,193 @@
+// The mainloop that reduces over tokens: S += sum_j phi(k_j) v_j^T and z += sum_j phi(k_j).
+//
+// phi(k) is never stored. A warp owns a tile of state rows and builds its rows of phi(k)^T as the
+// A operand of mma.m16n8k16 (M = state rows, K = tokens), from two kinds of blocks of the key:
+//
+//   *native* blocks Y0, Y1: ldmatrix.trans leaves k[8 Y + g] for a pair of tokens in lane group g,
+//   *outer* block X: the same for X, then a shuffle gives every lane group k[8 X + x].
+//
+// Rows g and g + 8 of the tile for x are x times element g of Y0 and of Y1. One outer block and two
+// native ones make a *unit* of 8 x 2 x 8 = 128 rows: two block pairs that share a block. Sharing it
+// halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
+// for 16 tokens 8 + 6 + 16 + 2 wavefronts (shuffles, keys, values, gates) serve 33 mma.
+
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "retention/collective/tile.hpp"
+#include "retention/detail/packed.hpp"
+#include "retention/symmetric_power.hpp"
+
+namespace retention::collective {
+
+/// Two block pairs of the degree-2 symmetric power that share a block.
+struct StateUnit {
+  int outer;      // X
+  int native[2];  // Y0, Y1
+
+  /// Every block pair I <= J belongs to exactly one of D / 128 units. Blocks J are taken four at a
+  /// time: each I below the four shares itself with two pairs of them, and the ten pairs among the
+  /// four make five units.
+  CUTE_HOST_DEVICE static constexpr StateUnit make(int unit) {
+    int group = 0;
+    while (4 * (group + 1) * (group + 1) + group + 1 <= unit) {
+      ++group;
+    }
+    int const first = 4 * group;
+    int const rest = unit - 4 * group * group - group;
+    if (rest < 2 * first) {
+      int const native = first + rest % 2 * 2;
+      return {rest / 2, {native, native + 1}};
+    }
+    // (0 0)(0 1), (0 2)(0 3), (1 1)(1 2), (2 2)(2 3), (3 3)(1 3)
+    int const last = rest - 2 * first;
+    int const outer = last == 0 ? 0 : last - 1;
+    int const native = last == 1 ? 2 : outer;
+    return {first + outer, {first + native, first + (last == 4 ? 1 : native + 1)}};
+  }
+
+  /// Row of element (x, y) of block pair `i`: row(i) + x * stride_outer(i) + y * stride_native(i).
+  CUTE_HOST_DEVICE constexpr int row(int i) const {
+    int const high = outer < native[i] ? native[i] : outer;
+    int const low = outer < native[i] ? outer : native[i];
+    return 64 * (high * (high + 1) / 2 + low);
+  }
+  CUTE_HOST_DEVICE constexpr int stride_outer(int i) const { return outer <= native[i] ? 8 : 1; }
+  CUTE_HOST_DEVICE constexpr int stride_native(int i) const { return outer <= native[i] ? 1 : 8; }
+};
+
+template <class Element_, int HeadDim, int ValueDim>
+struct ExpandReduce {
+  using Element = Element_;
+
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kTileTokens = 64;
+  static constexpr int kStages = 3;
+  // A warp holds 128 accumulators a lane whatever the width of V: 64 rows x 64 or 128 x 32 columns.
+  static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;
+  static constexpr int kOuterTile = 256 / kValueTile < 8 ? 256 / kValueTile : 8;  // values of x
+  static constexpr int kUnits = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim) / 128;
+  static constexpr int kTasks = kUnits * (8 / kOuterTile);  // warps that cover the rows
+
+  static_assert(HeadDim % 32 == 0, "units take four blocks at a time");
+  static_assert(ValueDim % kValueTile == 0 && kValueTile % 32 == 0, "32, or a multiple of 64");
+
+  using KeyLayout = StagedTileLayout<kTileTokens, HeadDim, kStages>;       // [token, d, stage]
+  using ValueLayout = StagedTileLayout<kTileTokens, kValueTile, kStages>;  // [token, dv, stage]
+
+  struct SharedStorage {
+    alignas(128) Element key[cute::cosize_v<KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    alignas(16) float gate[kStages][kTileTokens];  // cumulative log gate
+  };
+
+  using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
+  using TiledMma = cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<cute::_1, cute::_1, cute::_1>>,
+                                  cute::Tile<cute::_16, cute::Int<kValueTile>, cute::_16>>;
+
+  /// What a warp owns and keeps in registers. Lane (g, t) holds of the tile for x, native block i:
+  /// state[2 i + c, x, n] = S[(x, y = g), 8 n + 2 t + c] and
+  /// key_sum[2 i + c] = z[(2 t + c, y = g)].
+  struct Accumulators {
+    cute::array_aligned<float, 4 * kOuterTile * kValueTile / 8> state;
+    float key_sum[4];
+  };
+
+  CUTE_HOST_DEVICE static auto state_tensor(Accumulators& accumulators) {
+    // (MMA, MMA_M, MMA_N)
+    return cute::make_tensor(
+        cute::make_rmem_ptr(accumulators.state.data()),
+        cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kOuterTile>,
+                                 cute::Int<kValueTile / 8>>>{});
+  }
+
+  int const lane;
+  StateUnit const unit;
+  int const first_outer;  // the first of kOuterTile values of x
+
+  CUTE_DEVICE ExpandReduce(int lane_, int task)
+      : lane(lane_),
+        unit(StateUnit::make(task / (8 / kOuterTile))),
+        first_outer(task % (8 / kOuterTile) * kOuterTile) {}
+
+  /// Adds the tokens of one tile, each weighed by exp(end_gate - gate).
+  CUTE_DEVICE void operator()(SharedStorage& shared, int stage, float end_gate,
+                              Accumulators& accumulators) const {
+    using cute::Int;
+    using cute::Tensor;
+    int const quad = lane % 4;
+
+    Tensor key = cute::make_tensor(cute::make_smem_ptr(shared.key), KeyLayout{});
+    // V^T as the B operand: (value, token, stage)
+    Tensor value = cute::make_tensor(
+        cute::make_smem_ptr(shared.value),
+        cute::composition(
+            ValueLayout{},
+            cute::make_layout(
+                cute::make_shape(Int<kValueTile>{}, Int<kTileTokens>{}, Int<kStages>{}),
+                cute::make_stride(Int<kTileTokens>{}, Int<1>{}, Int<kTileTokens * kValueTile>{}))));
+    TiledMma mma;
+    auto thread_mma = mma.get_slice(lane);
+    auto load_value =
+        cute::make_tiled_copy_B(cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>{}, mma);
+    auto thread_load = load_value.get_slice(lane);
+    Tensor value_source = thread_load.partition_S(value(cute::_, cute::_, stage));
+    Tensor b = thread_mma.partition_fragment_B(value(cute::_, cute::_, 0));  // (MMA, N, K)
+    Tensor b_view = thread_load.retile_D(b);                                 // (CPY, N / 2, K)
+    Tensor state = state_tensor(accumulators);                               // (MMA, x, N)
+
+#pragma unroll
+    for (int k = 0; k < kTileTokens / 16; ++k) {
+      cute::copy(load_value, value_source(cute::_, cute::_, k), b_view(cute::_, cute::_, k));
+
+      // Matrices of ldmatrix in the order of the A operand: (Y0, tokens 0-7), (Y1, 0-7), (Y0,
+      // 8-15), (Y1, 8-15).
+      std::uint32_t native[4];
+      int const native_token = 16 * k + lane % 8 + lane / 16 * 8;
+      int const native_block = lane / 8 % 2 == 0 ? unit.native[0] : unit.native[1];
+      cute::SM75_U16x8_LDSM_T::copy(
+          *reinterpret_cast<cute::uint128_t const*>(&key(native_token, 8 * native_block, stage)),
+          native[0], native[1], native[2], native[3]);
+      std::uint32_t outer[2];
+      int const outer_token = 16 * k + lane % 16;
+      cute::SM75_U16x4_LDSM_T::copy(
+          *reinterpret_cast<cute::uint128_t const*>(&key(outer_token, 8 * unit.outer, stage)),
+          outer[0], outer[1]);
+
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const* gate = &shared.gate[stage][16 * k + 8 * half + 2 * quad];
+        float const lo = detail::exp_nonpositive(end_gate - gate[0]);
+        float const hi = detail::exp_nonpositive(end_gate - gate[1]);
+        outer[half] = detail::pack<Element>(detail::unpack_lo<Element>(outer[half]) * lo,
+                                            detail::unpack_hi<Element>(outer[half]) * hi);
+      }
+
+      // z of a unit is the small Gram matrix of Y and X, whose operands are all here already.
+      float (&sum)[4] = accumulators.key_sum;
+      MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
+                                       native[2], native[3], outer[0], outer[1], sum[0], sum[1],
+                                       sum[2], sum[3]);
+
+#pragma unroll
+      for (int x = 0; x < kOuterTile; ++x) {
+        int const source = 4 * (first_outer + x) + quad;
+        std::uint32_t const lo = __shfl_sync(0xffffffffu, outer[0], source);
+        std::uint32_t const hi = __shfl_sync(0xffffffffu, outer[1], source);
+        Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
+        Tensor a_pairs = cute::recast<std::uint32_t>(a);
+        a_pairs(0) = detail::multiply<Element>(native[0], lo);
+        a_pairs(1) = detail::multiply<Element>(native[1], lo);
+        a_pairs(2) = detail::multiply<Element>(native[2], hi);
+        a_pairs(3) = detail::multiply<Element>(native[3], hi);
+#pragma unroll
+        for (int n = 0; n < kValueTile / 8; ++n) {
+          cute::gemm(MmaAtom{}, a, b(cute::_, n, k), state(cute::_, x, n));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace retention::collective

@@ -1,0 +1,285 @@
+// The chunk-state kernel on the emulator against float64 loops.
+
+#include <cmath>
+#include <iostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "emulator/emulator.hpp"
+#include "reference.hpp"
+#include "retention/kernel/chunk_states.hpp"
+
+namespace {
+
+using emulator::GlobalArray;
+using retention::test::Inputs;
+using retention::test::State;
+using retention::test::Sum;
+using std::size_t;
+
+struct Case {
+  char const* name;
+  int chunk_size = 64;
+  std::vector<int> lengths = {128};  // one a sequence; rows of a batch unless `packed`
+  bool packed = false;
+  int heads = 1;
+  bool gated = true;
+  bool initial = false;
+  int segments = 1;
+  bool strided = false;  // heads before tokens, and gaps between the rows
+};
+
+/// Relative rounding error of one conversion to Element.
+template <class Element>
+constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
+
+template <class Element, int HeadDim, int ValueDim>
+void run(Case const& c, std::uint64_t seed) {
+  using Kernel = retention::kernel::ChunkStates<
+      retention::kernel::ChunkStatesTraits<Element, HeadDim, ValueDim>>;
+  std::mt19937 rng(static_cast<unsigned>(seed));
+  std::normal_distribution<float> normal;
+
+  auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
+  size_t const d = HeadDim, dv = ValueDim, D = Kernel::kStateDim;
+  size_t total = 0, longest = 0;
+  for (int const length : c.lengths) {
+    total += static_cast<size_t>(length);
+    longest = std::max(longest, static_cast<size_t>(length));
+  }
+  size_t const batch = c.packed ? 1 : sequences, tokens = c.packed ? total : longest;
+
+  // Strides of [b, t, h, width]; strided tensors are [b, h, t, width + 8] in memory.
+  auto strides = [&](size_t width) {
+    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
+    auto const t = static_cast<std::int64_t>(tokens), h = static_cast<std::int64_t>(heads);
+    return c.strided ? retention::kernel::TokenStride{h * t * row, row, t * row}
+                     : retention::kernel::TokenStride{t * h * row, h * row, row};
+  };
+  auto const key_stride = strides(d), value_stride = strides(dv), gate_stride = strides(1);
+  auto size_of = [&](retention::kernel::TokenStride const& stride, size_t width) {
+    return static_cast<size_t>(stride.batch) * (batch - 1) +
+           static_cast<size_t>(stride.token) * (tokens - 1) +
+           static_cast<size_t>(stride.head) * (heads - 1) + width;
+  };
+  GlobalArray<Element> key("key", size_of(key_stride, d), true);
+  GlobalArray<Element> value("value", size_of(value_stride, dv), true);
+  GlobalArray<float> gate("gate", size_of(gate_stride, 1), true);
+  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
+
+  size_t const items = sequences * static_cast<size_t>(c.segments);
+  GlobalArray<float> initial("initial_state", items * heads * D * dv, true);
+  GlobalArray<float> initial_sum("initial_key_sum", items * heads * D, true);
+  GlobalArray<float> final_state("final_state", items * heads * D * dv);
+  GlobalArray<float> final_sum("final_key_sum", items * heads * D);
+  if (c.initial) {
+    for (float& x : initial) {
+      x = normal(rng);
+    }
+    for (float& x : initial_sum) {
+      x = normal(rng);
+    }
+  }
+
+  typename Kernel::Params params{};
+  params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
+                      c.chunk_size};
+  auto const slots = static_cast<size_t>(params.sequences.num_slots(static_cast<int>(sequences)));
+  GlobalArray<Element> states("states", slots * heads * D * dv);
+  GlobalArray<Element> key_sums("key_sums", slots * heads * D);
+
+  // Each sequence and head: inputs for the reference, and the same in the kernel's tensors.
+  std::vector<Inputs> inputs(sequences * heads);
+  cu_seqlens[0] = 0;
+  for (size_t s = 0; s < sequences; ++s) {
+    auto const length = static_cast<size_t>(c.lengths[s]);
+    cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
+    size_t const row = c.packed ? 0 : s;
+    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s]) : 0;
+    for (size_t h = 0; h < heads; ++h) {
+      Inputs& in = inputs[s * heads + h];
+      in = {static_cast<int>(length), HeadDim, ValueDim, {}, {}, {}, {}};
+      auto at = [&](retention::kernel::TokenStride const& stride, size_t t) {
+        return row * static_cast<size_t>(stride.batch) +
+               (first + t) * static_cast<size_t>(stride.token) +
+               h * static_cast<size_t>(stride.head);
+      };
+      float cumulative = 0.0f;
+      for (size_t t = 0; t < length; ++t) {
+        for (size_t i = 0; i < d; ++i) {
+          Element const x = key[at(key_stride, t) + i] = Element(normal(rng));
+          in.key.push_back(float(x));
+        }
+        for (size_t i = 0; i < dv; ++i) {
+          Element const x = value[at(value_stride, t) + i] = Element(normal(rng));
+          in.value.push_back(float(x));
+        }
+        if (c.gated) {
+          in.gate.push_back(-0.05f * std::abs(normal(rng)));
+          bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
+          cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
+          gate[at(gate_stride, t)] = cumulative;
+        }
+      }
+    }
+  }
+
+  params.key = key.data();
+  params.value = value.data();
+  params.gate = c.gated ? gate.data() : nullptr;
+  params.key_stride = key_stride;
+  params.value_stride = value_stride;
+  params.gate_stride = gate_stride;
+  params.initial_state = c.initial ? initial.data() : nullptr;
+  params.initial_key_sum = c.initial ? initial_sum.data() : nullptr;
+  params.states = states.data();
+  params.key_sums = key_sums.data();
+  params.final_state = final_state.data();
+  params.final_key_sum = final_sum.data();
+  params.heads = c.heads;
+  params.segments = c.segments;
+  emulator::LaunchConfig const config{
+      {Kernel::kSlices, static_cast<unsigned>(c.heads), static_cast<unsigned>(items)},
+      {Kernel::kThreads},
+      sizeof(typename Kernel::SharedStorage),
+      seed};
+  auto const report = emulator::launch<Kernel>(config, params);
+  RETENTION_CHECK_EQUAL(report.text, std::string());
+  if (!report.ok()) {
+    return;
+  }
+
+  // One rounding of the weighed key, one of phi (S only), one of what is stored (states only); the
+  // fp32 sums and exponentials stay far below: 2^-18.
+  double const u = kRoundoff<Element>;
+  // Half the spacing of the smallest numbers, for each product of a term: only fp16 has them in
+  // range. Terms have |k|, |v| < 6 and multiplicity up to 2.
+  double const underflow =
+      std::is_same_v<Element, cute::half_t> ? 2 * 6 * 6 * 0x1p-25 * double(longest + 1) : 0.0;
+  double worst = 0.0;
+  auto compare = [&](auto const* actual, Sum const& expected, double roundings, double stored) {
+    for (size_t i = 0; i < expected.value.size(); ++i) {
+      double const bound = (roundings * u + 0x1p-18) * expected.magnitude[i] +
+                           stored * u * std::abs(expected.value[i]) + underflow;
+      double const error = std::abs(double(float(actual[i])) - expected.value[i]);
+      worst = std::max(worst, error == 0.0 ? 0.0 : error / bound);
+      // Written so that NaN fails.
+      if (!(error <= bound)) {
+        return false;
+      }
+    }
+    return true;
+  };
+  for (size_t s = 0; s < sequences; ++s) {
+    for (size_t h = 0; h < heads; ++h) {
+      Inputs const& in = inputs[s * heads + h];
+      int const chunks = (in.tokens + c.chunk_size - 1) / c.chunk_size;
+      int const per_segment = (chunks + c.segments - 1) / c.segments;
+      for (int segment = 0; segment < c.segments; ++segment) {
+        // The reference of a segment is that of its tokens alone.
+        auto const first =
+            static_cast<size_t>(std::min(segment * per_segment * c.chunk_size, in.tokens));
+        auto const end =
+            static_cast<size_t>(std::min((segment + 1) * per_segment * c.chunk_size, in.tokens));
+        Inputs part{static_cast<int>(end - first), HeadDim, ValueDim, {}, {}, {}, {}};
+        part.key.assign(in.key.begin() + static_cast<long>(first * d),
+                        in.key.begin() + static_cast<long>(end * d));
+        part.value.assign(in.value.begin() + static_cast<long>(first * dv),
+                          in.value.begin() + static_cast<long>(end * dv));
+        if (c.gated) {
+          part.gate.assign(in.gate.begin() + static_cast<long>(first),
+                           in.gate.begin() + static_cast<long>(end));
+        }
+        size_t const item =
+            (s * static_cast<size_t>(c.segments) + static_cast<size_t>(segment)) * heads + h;
+        State start;
+        if (c.initial) {
+          start = {Sum(D * dv), Sum(D)};
+          for (size_t i = 0; i < D * dv; ++i) {
+            start.state.value[i] = initial[item * D * dv + i];
+            start.state.magnitude[i] = std::abs(start.state.value[i]);
+          }
+          for (size_t i = 0; i < D; ++i) {
+            start.key_sum.value[i] = initial_sum[item * D + i];
+            start.key_sum.magnitude[i] = std::abs(start.key_sum.value[i]);
+          }
+        }
+        auto const expected = retention::test::chunk_states(part, start, c.chunk_size);
+        auto const first_slot = params.sequences.get(static_cast<int>(s)).first_slot;
+        for (size_t chunk = 0; chunk + 1 < expected.size(); ++chunk) {
+          size_t const slot = (static_cast<size_t>(first_slot) +
+                               static_cast<size_t>(segment * per_segment) + chunk) *
+                                  heads +
+                              h;
+          RETENTION_CHECK(compare(states.data() + slot * D * dv, expected[chunk].state, 2, 1));
+          RETENTION_CHECK(compare(key_sums.data() + slot * D, expected[chunk].key_sum, 1, 1));
+        }
+        RETENTION_CHECK(compare(final_state.data() + item * D * dv, expected.back().state, 2, 0));
+        RETENTION_CHECK(compare(final_sum.data() + item * D, expected.back().key_sum, 1, 0));
+      }
+    }
+  }
+  std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << ", "
+            << (std::is_same_v<Element, cute::half_t> ? "fp16" : "bf16") << ", seed " << seed
+            << ": worst error " << worst << " of its bound\n";
+}
+
+// Slots of packed sequences never overlap, and there is one for every chunk.
+void test_slots() {
+  std::mt19937 rng(0);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int> cu_seqlens = {0};
+    int const count = 1 + static_cast<int>(rng() % 8);
+    for (int i = 0; i < count; ++i) {
+      cu_seqlens.push_back(cu_seqlens.back() + static_cast<int>(rng() % 300) * (rng() % 3 != 0));
+    }
+    retention::kernel::Sequences const sequences{cu_seqlens.data(), cu_seqlens.back(), 64};
+    std::int64_t free_slot = 0;
+    for (int i = 0; i < count; ++i) {
+      auto const sequence = sequences.get(i);
+      RETENTION_CHECK(sequence.first_slot >= free_slot);
+      free_slot = sequence.first_slot + (sequence.length + 63) / 64;
+    }
+    RETENTION_CHECK(free_slot <= sequences.num_slots(count));
+  }
+}
+
+// Every block pair belongs to exactly one unit.
+void test_units() {
+  for (int const blocks : {4, 8, 16, 32}) {
+    int const pairs = blocks * (blocks + 1) / 2;
+    std::vector<int> seen(static_cast<size_t>(pairs), 0);
+    for (int u = 0; u < pairs / 2; ++u) {
+      auto const unit = retention::collective::StateUnit::make(u);
+      for (int i = 0; i < 2; ++i) {
+        RETENTION_CHECK(unit.outer < blocks && unit.native[i] < blocks);
+        ++seen[static_cast<size_t>(unit.row(i) / 64)];
+      }
+    }
+    for (int const count : seen) {
+      RETENTION_CHECK_EQUAL(count, 1);
+    }
+  }
+}
+
+template <class Element, int HeadDim, int ValueDim>
+void run_all_cases(std::uint64_t seed) {
+  run<Element, HeadDim, ValueDim>({"whole chunks", 64, {128}}, seed);
+  run<Element, HeadDim, ValueDim>({"partial tile, two heads", 128, {150}, false, 2}, seed + 1);
+  run<Element, HeadDim, ValueDim>(
+      {"initial, strided", 64, {100, 100}, false, 1, true, true, 1, true}, seed + 2);
+  run<Element, HeadDim, ValueDim>({"no gates", 64, {70}, false, 1, false}, seed + 3);
+  run<Element, HeadDim, ValueDim>({"packed", 64, {65, 0, 1, 130}, true, 1, true, true}, seed + 4);
+  run<Element, HeadDim, ValueDim>({"segments", 64, {260}, false, 1, true, true, 3}, seed + 5);
+}
+
+}  // namespace
+
+int main() {
+  test_slots();
+  test_units();
+  run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0);
+  return retention::test::finish();
+}

@@ -1,0 +1,45 @@
+// The definition of power retention of degree 2 as float64 loops, for one sequence and one head.
+// Beside every sum stands the sum of the magnitudes of its terms: rounding errors are relative to
+// that, not to a sum in which terms may cancel.
+
+#pragma once
+
+#include <vector>
+
+namespace retention::test {
+
+struct Sum {
+  std::vector<double> value;
+  std::vector<double> magnitude;
+
+  Sum() = default;
+  explicit Sum(std::size_t n) : value(n, 0.0), magnitude(n, 0.0) {}
+};
+
+struct State {
+  Sum state;    // [D, dv]
+  Sum key_sum;  // [D]
+};
+
+struct Inputs {
+  int tokens = 0;
+  int head_dim = 0;
+  int value_dim = 0;
+  std::vector<float> query;  // [t, d]
+  std::vector<float> key;    // [t, d]
+  std::vector<float> value;  // [t, dv]
+  std::vector<float> gate;   // [t] log gates; empty for none
+};
+
+/// The state before each chunk, and, last, the one after all of them.
+std::vector<State> chunk_states(Inputs const& inputs, State initial, int chunk_size);
+
+struct Output {
+  std::vector<double> output;      // [t, dv]: sum_j w_ij v_j / sum_j w_ij
+  std::vector<double> normalizer;  // [t]: sum_j w_ij
+};
+
+/// Attends to the tokens up to each query and to the initial state (empty for none).
+Output attend(Inputs const& inputs, State const& initial, double scale);
+
+}  // namespace retention::test

@@ -1,0 +1,181 @@
+// Kernels broken on purpose, one mistake each: the emulator must name it, whatever the schedule,
+// and must pass the same kernel without the mistake.
+
+#include <algorithm>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <initializer_list>
+#include <iostream>
+
+#include "check.hpp"
+#include "emulator/emulator.hpp"
+
+namespace {
+
+using emulator::Fault;
+using emulator::GlobalArray;
+using emulator::Report;
+
+enum class Mistake {
+  kNone,
+  kNoBarrierAfterStore,   // neighbours read before the barrier
+  kNoBarrierBeforeReuse,  // the second tile overwrites what neighbours still read
+  kNoWait,                // cp.async never waited for
+  kWaitTooEarly,          // one group too many left in flight
+  kRowTooFar,             // reads the row after the last of the array
+  kRowBefore,             // reads the row before the first
+  kStorePastEnd,
+  kStoreToInput,
+  kStorePastShared,
+  kSharedOffByOneRow,  // reads a row of shared memory that this stage never filled
+  kMisaligned,
+  kHalfBarrier,  // only some of the threads reach the barrier
+  kDivergent,    // some lanes shuffle while others vote
+  kMissingLane,  // a lane skips a warp-wide instruction
+  kNoWarpSync,   // ldmatrix right after the lanes stored their rows
+  kTwoBlocks,    // two blocks store to one place
+  kNullPointer,
+  kUninstrumented,  // a store past the end that the compiler did not announce
+};
+
+__attribute__((no_sanitize("thread"), noinline)) void store_unannounced(float* address) {
+  *static_cast<float volatile*>(address) = 1.0f;
+}
+
+// Two tiles of [64 rows, 4 floats] through one shared buffer each; every thread copies its own row
+// and adds its neighbour's to it.
+template <Mistake M>
+struct TileKernel {
+  static constexpr int kRows = 64;
+
+  struct Params {
+    float const* in;  // [2, kRows, 4]
+    float* out;       // [grid, 2, kRows, 4]
+  };
+
+  void operator()(Params const& p, char* smem) const {
+    int const row = threadIdx.x;
+    auto* buffer = reinterpret_cast<float*>(smem);  // [kRows, 4]
+    int const block = M == Mistake::kTwoBlocks ? 0 : static_cast<int>(blockIdx.x);
+    float* out = p.out + block * 2 * kRows * 4;
+    for (int tile = 0; tile < 2; ++tile) {
+      int const shift = M == Mistake::kRowTooFar ? 1 : M == Mistake::kRowBefore ? -1 : 0;
+      float const* source = p.in + (tile * kRows + row + shift) * 4;
+      if (M == Mistake::kNullPointer) {
+        source = nullptr;
+      }
+      auto& target = *reinterpret_cast<cute::uint128_t*>(buffer + row * 4 +
+                                                         (M == Mistake::kMisaligned ? 2 : 0));
+      if (!(M == Mistake::kSharedOffByOneRow && row == 0)) {
+        cute::SM80_CP_ASYNC_CACHEALWAYS<cute::uint128_t>::copy(
+            *reinterpret_cast<cute::uint128_t const*>(source), target);
+      }
+      cute::cp_async_fence();
+      if (M == Mistake::kWaitTooEarly) {
+        cute::cp_async_wait<1>();
+      } else if (M != Mistake::kNoWait) {
+        cute::cp_async_wait<0>();
+      }
+      if (M != Mistake::kNoBarrierAfterStore) {
+        __syncthreads();
+      }
+      float value[4];
+      for (int i = 0; i < 4; ++i) {
+        value[i] = buffer[row * 4 + i] + buffer[(row + 1) % kRows * 4 + i];
+      }
+      if (M == Mistake::kDivergent && row % 2 == 0) {
+        value[0] += static_cast<float>(__ballot_sync(0xffffffffu, 1) & 0);
+      } else if (!(M == Mistake::kMissingLane && row == 5)) {
+        value[0] += 0 * __shfl_xor_sync(0xffffffffu, value[0], 1);
+      }
+      if (M != Mistake::kNoBarrierBeforeReuse) {
+        __syncthreads();
+      }
+      bool const last = tile == 1 && blockIdx.x == 1;
+      float* target_row =
+          out + (tile * kRows + row) * 4 + (M == Mistake::kStorePastEnd && last ? 4 : 0);
+      if (M == Mistake::kStoreToInput) {
+        target_row = const_cast<float*>(p.in) + row * 4;
+      }
+      for (int i = 0; i < 4; ++i) {
+        target_row[i] = value[i];
+      }
+      if (M == Mistake::kStorePastShared && tile == 1) {
+        buffer[kRows * 4 + row] = value[0];
+      }
+    }
+    if (M == Mistake::kHalfBarrier && row < 32) {
+      __syncthreads();
+    }
+    if (M == Mistake::kUninstrumented && row == 63) {
+      store_unannounced(p.out + 2 * 2 * kRows * 4 + row);
+    }
+    if (M == Mistake::kNoWarpSync) {
+      for (int i = 0; i < 4; ++i) {
+        buffer[row * 4 + i] = 0.0f;
+      }
+      uint32_t r[4];
+      cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(buffer + row * 4),
+                                    r[0], r[1], r[2], r[3]);
+      out[row * 4] += static_cast<float>(r[0]);
+    }
+  }
+};
+
+template <Mistake M>
+Report run(std::uint64_t seed) {
+  using Kernel = TileKernel<M>;
+  GlobalArray<float> in("in", 2 * Kernel::kRows * 4, true), out("out", 2 * 2 * Kernel::kRows * 4);
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    in[i] = static_cast<float>(i);
+  }
+  Report const report =
+      emulator::launch<Kernel>({{2}, {64}, Kernel::kRows * 16, seed}, {in.data(), out.data()});
+  if (report.ok()) {
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      std::size_t const tile = i / 256 % 2 * 256, next = (i % 256 + 4) % 256;
+      RETENTION_CHECK_EQUAL(out[i], in[tile + i % 256] + in[tile + next]);
+    }
+  }
+  return report;
+}
+
+// Some mistakes show first as one thing or another, depending on who came first.
+template <Mistake M>
+void expect(char const* name, std::initializer_list<Fault> faults) {
+  for (std::uint64_t seed = 0; seed < 16; ++seed) {
+    Report const report = run<M>(seed);
+    bool const expected = std::count(faults.begin(), faults.end(), report.fault) == 1;
+    RETENTION_CHECK(expected);
+    if (seed == 0 || !expected) {
+      std::cout << name << ": " << report.text << '\n';
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  expect<Mistake::kNone>("none", {Fault::kNone});
+  expect<Mistake::kNoBarrierAfterStore>(
+      "no barrier after store", {Fault::kUninitialized, Fault::kRace, Fault::kAsyncPending});
+  expect<Mistake::kNoBarrierBeforeReuse>("no barrier before reuse",
+                                         {Fault::kRace, Fault::kAsyncPending});
+  expect<Mistake::kNoWait>("no wait", {Fault::kAsyncPending});
+  expect<Mistake::kWaitTooEarly>("wait too early", {Fault::kAsyncPending});
+  expect<Mistake::kRowTooFar>("row too far", {Fault::kOutOfBounds});
+  expect<Mistake::kRowBefore>("row before", {Fault::kOutOfBounds});
+  expect<Mistake::kStorePastEnd>("store past end", {Fault::kOutOfBounds});
+  expect<Mistake::kStoreToInput>("store to input", {Fault::kOutOfBounds});
+  expect<Mistake::kStorePastShared>("store past shared", {Fault::kOutOfBounds});
+  expect<Mistake::kSharedOffByOneRow>("shared off by one row", {Fault::kUninitialized});
+  expect<Mistake::kMisaligned>("misaligned", {Fault::kMisaligned, Fault::kOutOfBounds});
+  expect<Mistake::kHalfBarrier>("half barrier", {Fault::kDeadlock});
+  expect<Mistake::kDivergent>("divergent", {Fault::kDivergence});
+  expect<Mistake::kMissingLane>("missing lane", {Fault::kDeadlock});
+  expect<Mistake::kNoWarpSync>("no warp sync", {Fault::kRace});
+  expect<Mistake::kTwoBlocks>("two blocks", {Fault::kRace});
+  expect<Mistake::kNullPointer>("null pointer", {Fault::kOutOfBounds});
+  expect<Mistake::kUninstrumented>("uninstrumented", {Fault::kCrash});
+  return retention::test::finish();
+}

@@ -1,0 +1,328 @@
+// Every primitive of the emulator against its scalar definition.
+
+#include <cmath>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/numeric/numeric_types.hpp>
+#include <random>
+#include <vector>
+
+#include "check.hpp"
+#include "emulator/emulator.hpp"
+
+namespace {
+
+using emulator::GlobalArray;
+using emulator::LaunchConfig;
+using emulator::Report;
+
+constexpr int kSeeds = 4;
+
+template <class Kernel>
+void run(LaunchConfig config, typename Kernel::Params const& params) {
+  Report const report = emulator::launch<Kernel>(config, params);
+  RETENTION_CHECK_EQUAL(report.text, std::string());
+}
+
+// D = A B + C for row-major A [16, 16], B [16, 8], C and D [16, 8], by the layout in the PTX
+// manual.
+template <class T, class Mma>
+struct MmaKernel {
+  struct Params {
+    T const* a;
+    T const* b;
+    float const* c;
+    float* d;
+  };
+  void operator()(Params const& p, char*) const {
+    int const group = threadIdx.x / 4, quad = threadIdx.x % 4;
+    auto pair = [](T lo, T hi) { return uint32_t{lo.raw()} | uint32_t{hi.raw()} << 16; };
+    uint32_t a[4], b[2];
+    float c[4], d[4];
+    for (int i = 0; i < 4; ++i) {
+      T const* row = p.a + (group + 8 * (i % 2)) * 16 + 2 * quad + 8 * (i / 2);
+      a[i] = pair(row[0], row[1]);
+      c[i] = p.c[(group + 8 * (i / 2)) * 8 + 2 * quad + i % 2];
+    }
+    for (int i = 0; i < 2; ++i) {
+      int const row = 2 * quad + 8 * i;
+      b[i] = pair(p.b[row * 8 + group], p.b[(row + 1) * 8 + group]);
+    }
+    Mma::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]);
+    for (int i = 0; i < 4; ++i) {
+      p.d[(group + 8 * (i / 2)) * 8 + 2 * quad + i % 2] = d[i];
+    }
+  }
+};
+
+template <class T, class Mma>
+void test_mma() {
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    std::mt19937 rng(static_cast<unsigned>(seed));
+    std::normal_distribution<float> normal;
+    GlobalArray<T> a("a", 16 * 16, true), b("b", 16 * 8, true);
+    GlobalArray<float> c("c", 16 * 8, true), d("d", 16 * 8);
+    // fp16 covers its denormals too: the last column of A is tiny.
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      a[i] = T(normal(rng) * (i % 16 == 15 ? 1e-6f : 1.0f));
+    }
+    for (T& x : b) {
+      x = T(normal(rng));
+    }
+    for (float& x : c) {
+      x = normal(rng);
+    }
+    run<MmaKernel<T, Mma>>({{1}, {32}, 0, static_cast<std::uint64_t>(seed)},
+                           {a.data(), b.data(), c.data(), d.data()});
+    for (std::size_t m = 0; m < 16; ++m) {
+      for (std::size_t n = 0; n < 8; ++n) {
+        double sum = c[m * 8 + n], size = std::abs(sum);
+        for (std::size_t k = 0; k < 16; ++k) {
+          double const term = double(float(a[m * 16 + k])) * double(float(b[k * 8 + n]));
+          sum += term;
+          size += std::abs(term);
+        }
+        // 17 additions in fp32.
+        RETENTION_CHECK(std::abs(d[m * 8 + n] - sum) <= 17 * 0x1p-24 * size);
+      }
+    }
+  }
+}
+
+// Loads Count matrices of distinct values; lane's register i goes to out[i * 32 + lane].
+template <class Load, int Count>
+struct LoadMatrixKernel {
+  struct Params {
+    uint32_t* out;
+  };
+  void operator()(Params const& p, char* smem) const {
+    int const lane = threadIdx.x;
+    auto* values = reinterpret_cast<uint16_t*>(smem);
+    for (int i = lane; i < Count * 64; i += 32) {
+      values[i] = static_cast<uint16_t>(1000 + i);
+    }
+    __syncwarp();
+    // Lanes beyond the last row pass an address nobody may look at.
+    auto const& row = *reinterpret_cast<cute::uint128_t const*>(values + 8 * lane);
+    uint32_t r[Count];
+    if constexpr (Count == 1) {
+      Load::copy(row, r[0]);
+    } else if constexpr (Count == 2) {
+      Load::copy(row, r[0], r[1]);
+    } else {
+      Load::copy(row, r[0], r[1], r[2], r[3]);
+    }
+    for (int i = 0; i < Count; ++i) {
+      p.out[i * 32 + lane] = r[i];
+    }
+  }
+};
+
+template <class Load, int Count, bool Transposed>
+void test_load_matrix() {
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    GlobalArray<uint32_t> out("out", 32 * Count);
+    run<LoadMatrixKernel<Load, Count>>({{1}, {32}, Count * 128, static_cast<std::uint64_t>(seed)},
+                                       {out.data()});
+    for (uint32_t i = 0; i < Count; ++i) {
+      for (uint32_t lane = 0; lane < 32; ++lane) {
+        uint32_t const g = lane / 4, t = lane % 4;
+        auto value = [&](uint32_t row, uint32_t column) {
+          return 1000 + i * 64 + row * 8 + column;
+        };
+        uint32_t const lo = Transposed ? value(2 * t, g) : value(g, 2 * t);
+        uint32_t const hi = Transposed ? value(2 * t + 1, g) : value(g, 2 * t + 1);
+        RETENTION_CHECK_EQUAL(out[i * 32 + lane], lo | hi << 16);
+      }
+    }
+  }
+}
+
+struct ShuffleKernel {
+  struct Params {
+    int* out;  // [7, 64]
+  };
+  void operator()(Params const& p, char*) const {
+    int const thread = threadIdx.x;
+    unsigned const all = 0xffffffffu;
+    int const value = 100 + thread;
+    int* out = p.out + thread;
+    out[0 * 64] = __shfl_sync(all, value, (thread * 5 + 3) % 32);
+    out[1 * 64] = __shfl_xor_sync(all, value, 9);
+    out[2 * 64] = __shfl_up_sync(all, value, 3);
+    out[3 * 64] = __shfl_down_sync(all, value, 3, 8);
+    out[4 * 64] = static_cast<int>(__ballot_sync(all, thread % 3 == 0));
+    uint32_t transposed;
+    cute::SM75_U32x1_MOVM_T::copy(static_cast<uint32_t>(2 * thread | (2 * thread + 1) << 16),
+                                  transposed);
+    out[5 * 64] = static_cast<int>(transposed);
+    out[6 * 64] = -1;
+    if (thread % 32 < 4) {
+      out[6 * 64] = __shfl_xor_sync(0xfu, value, 1);
+    }
+  }
+};
+
+void test_shuffles() {
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    GlobalArray<int> out("out", 7 * 64);
+    run<ShuffleKernel>({{1}, {64}, 0, static_cast<std::uint64_t>(seed)}, {out.data()});
+    for (int thread = 0; thread < 64; ++thread) {
+      int const lane = thread % 32, warp = thread - lane;
+      auto at = [&](int row) { return out[static_cast<std::size_t>(row * 64 + thread)]; };
+      RETENTION_CHECK_EQUAL(at(0), 100 + warp + (thread * 5 + 3) % 32);
+      RETENTION_CHECK_EQUAL(at(1), 100 + warp + (lane ^ 9));
+      RETENTION_CHECK_EQUAL(at(2), 100 + warp + (lane < 3 ? lane : lane - 3));
+      RETENTION_CHECK_EQUAL(at(3), 100 + warp + (lane % 8 + 3 < 8 ? lane + 3 : lane));
+      unsigned votes = 0;
+      for (int i = 0; i < 32; ++i) {
+        votes |= unsigned{(warp + i) % 3 == 0} << i;
+      }
+      RETENTION_CHECK_EQUAL(static_cast<unsigned>(at(4)), votes);
+      int const g = lane / 4, t = lane % 4;
+      auto element = [&](int row, int column) { return 2 * warp + 8 * row + column; };
+      RETENTION_CHECK_EQUAL(at(5), element(2 * t, g) | element(2 * t + 1, g) << 16);
+      RETENTION_CHECK_EQUAL(at(6), lane < 4 ? 100 + warp + (lane ^ 1) : -1);
+    }
+  }
+}
+
+// Three groups in flight; after each wait the groups that must be there are read back.
+struct AsyncKernel {
+  struct Params {
+    float const* in;  // [3, 32, 4]
+    float* out;       // [3, 32, 4]
+  };
+  void operator()(Params const& p, char* smem) const {
+    int const lane = threadIdx.x;
+    auto* buffer = reinterpret_cast<float*>(smem);
+    using Copy = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
+    for (int group = 0; group < 3; ++group) {
+      int const at = (group * 32 + lane) * 4;
+      Copy::copy(*reinterpret_cast<cute::uint128_t const*>(p.in + at),
+                 *reinterpret_cast<cute::uint128_t*>(buffer + at), lane % 5 != 4);
+      cute::cp_async_fence();
+    }
+    auto read_back = [&](int group) {
+      int const at = (group * 32 + (lane ^ 1)) * 4;
+      for (int i = 0; i < 4; ++i) {
+        p.out[at + i] = buffer[at + i];
+      }
+    };
+    cute::cp_async_wait<2>();
+    __syncthreads();
+    read_back(0);
+    cute::cp_async_wait<1>();
+    __syncthreads();
+    read_back(1);
+    cute::cp_async_wait<0>();
+    __syncthreads();
+    read_back(2);
+  }
+};
+
+void test_async() {
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    GlobalArray<float> in("in", 3 * 32 * 4, true), out("out", 3 * 32 * 4);
+    for (std::size_t i = 0; i < in.size(); ++i) {
+      in[i] = static_cast<float>(i) + 1;
+    }
+    run<AsyncKernel>({{1}, {32}, 3 * 32 * 16, static_cast<std::uint64_t>(seed)},
+                     {in.data(), out.data()});
+    for (std::size_t i = 0; i < out.size(); ++i) {
+      RETENTION_CHECK_EQUAL(out[i], i / 4 % 32 % 5 != 4 ? in[i] : 0.0f);
+    }
+  }
+}
+
+// Half the block produces, the other half consumes, over a pair of named barriers.
+struct NamedBarrierKernel {
+  struct Params {
+    int* out;  // [64]
+  };
+  void operator()(Params const& p, char* smem) const {
+    int const thread = threadIdx.x;
+    auto* buffer = reinterpret_cast<int*>(smem);
+    if (thread < 64) {
+      buffer[thread] = 7 * thread;
+      ::emulator::barrier_arrive(1, 128);
+    } else {
+      ::emulator::barrier_sync(1, 128);
+      p.out[thread - 64] = buffer[127 - thread];
+    }
+  }
+};
+
+void test_named_barrier() {
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    GlobalArray<int> out("out", 64);
+    run<NamedBarrierKernel>({{1}, {128}, 256, static_cast<std::uint64_t>(seed)}, {out.data()});
+    for (int i = 0; i < 64; ++i) {
+      RETENTION_CHECK_EQUAL(out[static_cast<std::size_t>(i)], 7 * (63 - i));
+    }
+  }
+}
+
+struct GridKernel {
+  struct Params {
+    unsigned* out;  // [grid, block]
+    int* sum;
+  };
+  void operator()(Params const& p, char*) const {
+    unsigned const block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    unsigned const thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+    p.out[block * 40 + thread] = block * 1000 + thread;
+    atomicAdd(p.sum, 1);
+  }
+};
+
+void test_grid() {
+  GlobalArray<unsigned> out("out", 24 * 40);
+  GlobalArray<int> sum("sum", 1);
+  sum[0] = 0;
+  run<GridKernel>({{2, 3, 4}, {5, 4, 2}, 0, 3}, {out.data(), sum.data()});
+  for (unsigned i = 0; i < out.size(); ++i) {
+    RETENTION_CHECK_EQUAL(out[i], i / 40 * 1000 + i % 40);
+  }
+  RETENTION_CHECK_EQUAL(sum[0], 24 * 40);
+}
+
+// Offsets past 2^32 bytes: only the pages that are touched exist.
+struct SparseKernel {
+  struct Params {
+    char* data;
+    std::int64_t stride;
+  };
+  void operator()(Params const& p, char*) const {
+    p.data[p.stride * threadIdx.x] = static_cast<char>(threadIdx.x + 1);
+  }
+};
+
+void test_sparse() {
+  constexpr std::int64_t kStride = std::int64_t{1} << 30;
+  GlobalArray<char> data("data", static_cast<std::size_t>(7 * kStride + 1));
+  run<SparseKernel>({{1}, {8}, 0, 0}, {data.data(), kStride});
+  for (int i = 0; i < 8; ++i) {
+    RETENTION_CHECK_EQUAL(int{data[static_cast<std::size_t>(i * kStride)]}, i + 1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_mma<cute::bfloat16_t, cute::SM80_16x8x16_F32BF16BF16F32_TN>();
+  test_mma<cute::half_t, cute::SM80_16x8x16_F32F16F16F32_TN>();
+  test_load_matrix<cute::SM75_U32x1_LDSM_N, 1, false>();
+  test_load_matrix<cute::SM75_U32x2_LDSM_N, 2, false>();
+  test_load_matrix<cute::SM75_U32x4_LDSM_N, 4, false>();
+  test_load_matrix<cute::SM75_U16x2_LDSM_T, 1, true>();
+  test_load_matrix<cute::SM75_U16x4_LDSM_T, 2, true>();
+  test_load_matrix<cute::SM75_U16x8_LDSM_T, 4, true>();
+  test_shuffles();
+  test_async();
+  test_named_barrier();
+  test_grid();
+  test_sparse();
+  return retention::test::finish();
+}

@@ -1,0 +1,145 @@
+// One block of threads: its fibers, their meeting points, and its shared memory.
+
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulator/emulator.hpp"
+#include "emulator/fiber.hpp"
+#include "memory.hpp"
+
+namespace emulator::detail {
+
+/// How far each thread of the block had come when this knowledge was last exchanged.
+using Knowledge = std::vector<std::uint32_t>;
+
+struct AsyncCopy {
+  char* target;
+  std::size_t bytes;
+  char data[16];
+};
+
+struct Thread {
+  Context context;
+  Dim3 index;
+  int linear = 0;
+  bool done = false;
+  std::string waits_for;
+
+  // Everything another thread did up to known[other] happens before what this thread does now.
+  std::uint32_t clock = 1;
+  std::shared_ptr<Knowledge const> known;
+
+  std::vector<AsyncCopy> open_copies;
+  std::deque<std::vector<AsyncCopy>> copy_groups;
+};
+
+struct Warp {
+  char const* operation = nullptr;  // what the lanes that arrived are in
+  std::uint32_t mask = 0;
+  std::uint32_t arrived = 0;
+  void* operands[32] = {};
+};
+
+struct Barrier {
+  int threads = 0;
+  std::vector<int> arrived;
+  std::vector<int> waiting;
+};
+
+/// Combines the lanes' operands once all of them are there.
+using Combine = void (*)(void* const* operands, std::uint32_t mask);
+
+class Launch {
+ public:
+  Launch(LaunchConfig const& config, void (*entry)(void const*, char*), void const* params,
+         std::size_t params_bytes);
+
+  Report run();
+
+  Thread& self() { return threads_[static_cast<std::size_t>(current_)]; }
+  LaunchConfig const& config() const { return config_; }
+  Dim3 block_index() const { return block_index_; }
+  int num_threads() const { return static_cast<int>(threads_.size()); }
+
+  void barrier(int id, int threads, bool wait);
+  /// A warp-wide instruction: returns once every lane of `mask` has called it.
+  void warp_collective(char const* operation, std::uint32_t mask, void* operand, Combine combine,
+                       bool synchronizes);
+
+  enum class Access { kLoad, kStore, kAtomic };
+  /// One access of the running thread. `aligned` says that the machine needs it naturally aligned;
+  /// `site` is its return address, for the report.
+  void access(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned, void* site);
+  /// A load of shared memory that lane `receiver` as well as the calling one gets to see.
+  void load_shared(std::uintptr_t address, std::size_t bytes, int receiver, char const* what,
+                   void* site);
+  void copy_async(std::uintptr_t source, std::uintptr_t target, std::size_t bytes, bool predicate,
+                  void* site);
+  void copy_async_wait(std::size_t pending, bool everything);
+
+  [[noreturn]] void fail(Fault fault, std::string const& what, void* site = nullptr);
+  /// Called in a signal handler.
+  [[noreturn]] void crash(std::uintptr_t address, void* site);
+
+  void thread_main();
+
+ private:
+  void run_block(unsigned linear);
+  void suspend(std::string why);
+  void switch_to_next(Context& from);
+  void exchange_knowledge(std::vector<int> const& from, std::vector<int> const& to);
+  bool happened_before(Epoch epoch, Thread const& thread) const;
+  std::uint64_t random();
+  void check_alignment(std::uintptr_t address, std::size_t bytes, void* site);
+  void touch_shared(std::size_t offset, std::size_t bytes, bool store, bool async, void* site);
+  void touch_global(Array& array, std::uintptr_t address, std::size_t bytes, Access kind,
+                    bool aligned, void* site);
+  std::string deadlock_text() const;
+
+  LaunchConfig config_;
+  void (*entry_)(void const*, char*);
+  std::uintptr_t params_;
+  std::size_t params_bytes_;
+  Report report_;
+
+  Context main_;
+  std::vector<Thread> threads_;
+  std::vector<int> runnable_;
+  int current_ = -1;
+  int alive_ = 0;
+  std::uint64_t random_state_;
+  Dim3 block_index_;
+  std::uint32_t block_mark_ = 0;  // 1 + linear block index
+  std::vector<Warp> warps_;
+  std::vector<Barrier> barriers_;
+  std::uintptr_t stack_ = 0;  // lowest address of the running fiber's
+
+  std::vector<char> shared_pages_;
+  char* shared_ = nullptr;
+  std::vector<SharedCell> cells_;
+};
+
+/// While one lives, announced accesses are the emulator's own and not the kernel's: the linker may
+/// have chosen an instrumented copy of an inline function that both use.
+class Inside {
+ public:
+  Inside() : before_(inside) { inside = true; }
+  ~Inside() { inside = before_; }
+  Inside(Inside const&) = delete;
+  Inside& operator=(Inside const&) = delete;
+
+  static bool inside;
+
+ private:
+  bool before_;
+};
+
+extern Launch* active;  // the launch whose fibers are running, or null
+Arrays& arrays();
+
+}  // namespace emulator::detail

@@ -1,0 +1,74 @@
+// What the emulator remembers about memory: the arrays of the device, and who touched what.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace emulator::detail {
+
+/// Accesses are tracked in cells of two bytes: two threads may write the halves of one word.
+constexpr std::size_t kCellBytes = 2;
+
+/// A thread and its logical time; 0 is "nobody".
+struct Epoch {
+  std::uint32_t bits = 0;
+
+  static Epoch of(int thread, std::uint32_t clock) {
+    return {static_cast<std::uint32_t>(thread) << 20 | clock};
+  }
+  int thread() const { return static_cast<int>(bits >> 20); }
+  std::uint32_t clock() const { return bits & 0xfffff; }
+  explicit operator bool() const { return bits != 0; }
+};
+
+/// History of one cell of shared memory.
+struct SharedCell {
+  static constexpr int kReads = 6;  // concurrent readers remembered; more replace at random
+
+  Epoch write;
+  Epoch reads[kReads];
+  std::uint32_t async_thread = 0;  // 1 + the thread whose cp.async is on its way here
+};
+
+/// History of one cell of a global array: 1 + linear block index, or one of the marks below.
+struct GlobalCell {
+  static constexpr std::uint32_t kAtomic = 0xffffffffu;
+  static constexpr std::uint32_t kMany = 0xfffffffeu;
+
+  std::uint32_t writer = 0;
+  std::uint32_t reader = 0;
+};
+
+struct Array {
+  std::string name;
+  char* data = nullptr;
+  std::size_t bytes = 0;
+  bool read_only = false;
+  GlobalCell* cells = nullptr;  // lazily backed: a sparse array costs what is touched
+  bool touched = false;
+  char* mapping = nullptr;
+  std::size_t mapping_bytes = 0;
+
+  std::size_t num_cells() const { return bytes / kCellBytes + 1; }
+};
+
+class Arrays {
+ public:
+  void* allocate(std::size_t bytes, char const* name, bool read_only);
+  void release(void* data);
+  /// The array that holds `address`, or null.
+  Array* find(std::uintptr_t address);
+  /// For a message: where `address` lies relative to the closest array.
+  std::string locate(std::uintptr_t address);
+  void forget_accesses();
+
+ private:
+  std::map<std::uintptr_t, Array> arrays_;  // by first address
+  Array* last_ = nullptr;
+};
+
+}  // namespace emulator::detail
