@@ -94,16 +94,14 @@ def _row_blocks(c: int) -> Iterator[slice]:
 def _scores(q: Tensor, k: Tensor, L: Tensor | None, i: slice) -> tuple[Tensor, Tensor | None]:
     """Scores of the query rows i against keys up to the last of them, and their decay.
 
-    q [N, r, c, d], k [N, c, d], L [N, c] -> a [N, r, i, j], decay [N, 1, i, j]. Pairs with j > i
-    have weight 0: through the decay where there is one, else through the score.
+    q [N, r, c, d], k [N, c, d], L [N, c] -> a [N, r, i, j], decay [N, 1, i, j]. Both are 0
+    where j > i.
     """
-    future = torch.ones(i.stop - i.start, i.stop - i.start, dtype=torch.bool, device=q.device).triu(
-        1
-    )
-    a = torch.matmul(q[:, :, i].flatten(1, 2), k[:, : i.stop].mT)
-    a = a.unflatten(1, (q.shape[1], i.stop - i.start))
+    rows = i.stop - i.start
+    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+    a = torch.matmul(q[:, :, i].flatten(1, 2), k[:, : i.stop].mT).unflatten(1, (q.shape[1], rows))
+    a[..., i].masked_fill_(future, 0)
     if L is None:
-        a[..., i].masked_fill_(future, 0)
         return a, None
     # Masked before the exponential: a positive difference would overflow.
     decay = L[:, i, None] - L[:, None, : i.stop]

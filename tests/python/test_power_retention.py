@@ -237,3 +237,11 @@ def test_chunks_are_chosen_by_shape(head_dim, quadratic, chunked, chunk):
     assert choose_chunk(chunked, head_dim, head_dim, 2, None, chunked) == chunked
     assert choose_chunk(chunked, head_dim, head_dim, 2, 100, None) == 100
     assert choose_chunk(100, head_dim, head_dim, 2, 100, None) == 100
+
+
+@pytest.mark.parametrize("gate", [None, -0.1])
+def test_a_later_token_changes_nothing_however_large(gate):
+    inputs = {n: x if x is None else x.float() for n, x in make(Case(t=20, gate=gate)).items()}
+    expected = retention.power_retention(**inputs)[:, :10]
+    inputs["K"][:, 10:] = 1e30  # whose square is not finite
+    assert torch.equal(retention.power_retention(**inputs)[:, :10], expected)
