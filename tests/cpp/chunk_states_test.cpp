@@ -85,8 +85,8 @@ void run(Case const& c, std::uint64_t seed) {
 
   typename Kernel::Params params{};
   params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
-                      c.chunk_size};
-  auto const slots = static_cast<size_t>(params.sequences.num_slots(static_cast<int>(sequences)));
+                      c.chunk_size, static_cast<int>(sequences)};
+  auto const slots = static_cast<size_t>(params.sequences.num_slots());
   GlobalArray<Element> states("states", slots * heads * D * dv);
   GlobalArray<Element> key_sums("key_sums", slots * heads * D);
 
@@ -235,14 +235,29 @@ void test_slots() {
     for (int i = 0; i < count; ++i) {
       cu_seqlens.push_back(cu_seqlens.back() + static_cast<int>(rng() % 300) * (rng() % 3 != 0));
     }
-    retention::kernel::Sequences const sequences{cu_seqlens.data(), cu_seqlens.back(), 64};
+    retention::kernel::Sequences const sequences{cu_seqlens.data(), cu_seqlens.back(), 64, count};
     std::int64_t free_slot = 0;
     for (int i = 0; i < count; ++i) {
       auto const sequence = sequences.get(i);
       RETENTION_CHECK(sequence.first_slot >= free_slot);
-      free_slot = sequence.first_slot + (sequence.length + 63) / 64;
+      int const chunks = (sequence.length + 63) / 64;
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        auto const found = sequences.find(static_cast<int>(sequence.first_slot) + chunk);
+        RETENTION_CHECK(found.sequence == i && found.index == chunk);
+      }
+      free_slot = sequence.first_slot + chunks;
     }
-    RETENTION_CHECK(free_slot <= sequences.num_slots(count));
+    // A slot without a chunk is one past the end of some sequence.
+    int used = 0, chunks = 0;
+    for (int slot = 0; slot < sequences.num_slots(); ++slot) {
+      auto const found = sequences.find(slot);
+      used += found.index * 64 < sequences.get(found.sequence).length;
+    }
+    for (int i = 0; i < count; ++i) {
+      chunks += (sequences.get(i).length + 63) / 64;
+    }
+    RETENTION_CHECK_EQUAL(used, chunks);
+    RETENTION_CHECK(free_slot <= sequences.num_slots());
   }
 }
 

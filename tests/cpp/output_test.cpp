@@ -81,8 +81,8 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<float> normalizer("normalizer", size_of(params.normalizer_stride, heads * group, 1));
   GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
   params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
-                      c.chunk_size};
-  auto const slots = static_cast<size_t>(params.sequences.num_slots(static_cast<int>(sequences)));
+                      c.chunk_size, static_cast<int>(sequences)};
+  auto const slots = static_cast<size_t>(params.sequences.num_slots());
   GlobalArray<Element> states("states", slots * heads * D * dv, true);
   GlobalArray<Element> key_sums("key_sums", slots * heads * D, true);
   params.query = query.data();

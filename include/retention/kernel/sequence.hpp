@@ -14,28 +14,74 @@ struct Sequence {
   int length;
 };
 
+/// A chunk of a sequence.
+struct Chunk {
+  int sequence;
+  int index;  // in the sequence
+};
+
+/// `count` sequences, each cut into chunks. Every chunk has a *slot*: a number of its own, in the
+/// order of sequences and chunks. Packed sequences leave some slots without a chunk, so that a slot
+/// follows from `cu_seqlens` by a sum and a chunk from its slot by a search, on the device.
 struct Sequences {
-  int const* cu_seqlens;  // [n + 1] on the device, for packed sequences; else null
+  int const* cu_seqlens;  // [count + 1] on the device, for packed sequences; else null
   int length;             // tokens in each row of the batch; in all of them when packed
   int chunk_size;
+  int count;
 
-  /// Slots for states: what `count` sequences need at most.
-  CUTE_HOST_DEVICE std::int64_t num_slots(int count) const {
-    return cu_seqlens == nullptr
-               ? static_cast<std::int64_t>(count) * ((length + chunk_size - 1) / chunk_size)
-               : length / chunk_size + count;
+  CUTE_HOST_DEVICE bool packed() const { return cu_seqlens != nullptr; }
+
+  /// Chunks of a row of the batch; the most that any packed sequence can have.
+  CUTE_HOST_DEVICE int max_chunks() const { return (length + chunk_size - 1) / chunk_size; }
+
+  /// What the sequences need at most.
+  CUTE_HOST_DEVICE std::int64_t num_slots() const {
+    return packed() ? static_cast<std::int64_t>(length / chunk_size) + count
+                    : static_cast<std::int64_t>(count) * max_chunks();
   }
 
   CUTE_HOST_DEVICE Sequence get(int index) const {
-    if (cu_seqlens == nullptr) {
-      return {index, 0, static_cast<std::int64_t>(index) * ((length + chunk_size - 1) / chunk_size),
-              length};
+    if (!packed()) {
+      return {index, 0, static_cast<std::int64_t>(index) * max_chunks(), length};
     }
     int const first = cu_seqlens[index];
-    // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
-    // has to add up the chunks of the sequences before.
-    return {0, first, first / chunk_size + index, cu_seqlens[index + 1] - first};
+    return {0, first, packed_slot(index, first), cu_seqlens[index + 1] - first};
   }
+
+  /// The chunk of a slot; beyond the end of its sequence where the slot has none.
+  CUTE_HOST_DEVICE Chunk find(int slot) const {
+    if (!packed()) {
+      return {slot / max_chunks(), slot % max_chunks()};
+    }
+    int low = 0;  // first slot of `low` <= slot < first slot of `high`
+    int high = count;
+    while (high - low > 1) {
+      int const middle = low + (high - low) / 2;
+      if (packed_slot(middle, cu_seqlens[middle]) <= slot) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return {low, slot - static_cast<int>(packed_slot(low, cu_seqlens[low]))};
+  }
+
+ private:
+  // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
+  // has to add up the chunks of the sequences before.
+  CUTE_HOST_DEVICE std::int64_t packed_slot(int index, int first) const {
+    return static_cast<std::int64_t>(first / chunk_size) + index;
+  }
+};
+
+/// Powers of two that keep 16-bit floats of a narrow exponent (fp16) in range, whatever the
+/// magnitude of keys and values and the length of the sequence. Null pointers stand for zeros.
+struct Exponents {
+  // [count, h]: |k| < 2^key for every key of the sequence and head.
+  int const* key;
+  // [slots, h]: what is stored of a state is 2^-state S, and of its sum of keys 2^-key_sum z.
+  int const* state;
+  int const* key_sum;
 };
 
 /// Strides, in elements, of a [b, t, h, *] tensor whose last dimension is contiguous.
