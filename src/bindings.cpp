@@ -5,12 +5,10 @@
 
 #include <climits>
 #include <cstdint>
+#include <retention/device/build_info.hpp>
+#include <retention/device/forward.hpp>
 #include <retention/symmetric_power.hpp>
 #include <string>
-
-#ifdef RETENTION_WITH_CUDA
-#include "cuda/build_info.hpp"
-#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -64,24 +62,26 @@ nb::tuple symmetric_power_row(std::int64_t row, std::int64_t head_dim, std::int6
 
 nb::dict build_info() {
   std::string const cutlass = RETENTION_CUTLASS_VERSION;
+  std::string const toolkit = retention::device::toolkit_version();
   nb::list architectures;
+  for (std::string const& architecture : retention::device::architectures()) {
+    architectures.append(architecture);
+  }
+  nb::list kernels;
+  for (auto const& configuration : retention::device::compiled_configurations()) {
+    kernels.append("forward_" + retention::to_string(configuration));
+  }
+  auto const string_or_none = [](std::string const& text) {
+    return text.empty() ? nb::object(nb::none()) : nb::cast(text);
+  };
   nb::dict info;
   info["version"] = RETENTION_VERSION;
   info["compiler"] = RETENTION_COMPILER;
-#ifdef RETENTION_WITH_CUDA
-  for (std::string const& architecture : retention::cuda::architectures()) {
-    architectures.append(architecture);
-  }
-  info["cuda"] = true;
-  info["cuda_toolkit"] = retention::cuda::toolkit_version();
-#else
-  info["cuda"] = false;
-  info["cuda_toolkit"] = nb::none();
-#endif
+  info["cuda"] = !toolkit.empty();
+  info["cuda_toolkit"] = string_or_none(toolkit);
   info["cuda_architectures"] = architectures;
-  info["cutlass"] = cutlass.empty() ? nb::object(nb::none()) : nb::cast(cutlass);
-  // There are no compiled kernels yet: every device takes the PyTorch path.
-  info["kernels"] = nb::list();
+  info["cutlass"] = string_or_none(cutlass);
+  info["kernels"] = kernels;
   return info;
 }
 

@@ -1,0 +1,149 @@
+// How a forward call is carried out: what was left to choose is chosen, and the workspace divided.
+// Plain arithmetic, the same with and without a device.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "retention/device/forward.hpp"
+#include "retention/symmetric_power.hpp"
+
+namespace retention::device {
+
+/// A part of the workspace.
+struct Region {
+  std::size_t offset = 0;
+  std::size_t bytes = 0;
+
+  template <class T>
+  T* in(void* workspace) const {
+    return bytes == 0 ? nullptr : reinterpret_cast<T*>(static_cast<char*>(workspace) + offset);
+  }
+};
+
+struct ForwardPlan {
+  static constexpr int kTokenMultiple = 64;  // of chunks: the tile of the kernels
+  static constexpr std::size_t kAlignment = 256;
+
+  ForwardArguments arguments;  // with chunk_size and segment_tokens filled in
+  bool reads_states = false;   // whether queries read a state
+  bool makes_states = false;   // whether states are computed, to be read or as the final one
+  bool segmented = false;      // whether a sequence is cut and a carry follows
+  std::int64_t slots = 0;      // of chunks, see kernel/sequence.hpp
+  std::int64_t items = 0;      // of segments
+
+  // Workspace.
+  Region gate;             // [b, h, t] cumulative log gate since the start of the chunk
+  Region states;           // [slots, h, D, dv] before each chunk, in the element type
+  Region key_sums;         // [slots, h, D]
+  Region segment_state;    // [items, h, D, dv] fp32, of each segment alone
+  Region segment_key_sum;  // [items, h, D]
+  std::size_t workspace_bytes = 0;
+
+  /// For arguments that can be implemented.
+  static ForwardPlan make(ForwardArguments arguments, int multiprocessors) {
+    ForwardPlan plan;
+    ForwardArguments& a = plan.arguments = arguments;
+    std::int64_t const D = state_dim(a.head_dim, a.degree);
+    bool const packed = a.cu_seqlens != nullptr;
+    std::int64_t const rows = packed ? 1 : a.sequences;
+    if (a.chunk_size == 0) {
+      a.chunk_size = choose_chunk(a);
+    }
+    // More than t tokens a chunk are one chunk. More, not as many: then the slot of a packed
+    // sequence is its index.
+    a.chunk_size = std::min(a.chunk_size, round_up(a.tokens + 1, kTokenMultiple));
+    plan.slots = slots_of(a, a.chunk_size);
+    plan.reads_states = a.chunk_size < a.tokens || a.initial_state != nullptr;
+    plan.makes_states = plan.reads_states || a.final_state != nullptr;
+
+    int const one_segment = round_up(a.tokens + 1, a.chunk_size);
+    if (a.segment_tokens == 0) {
+      a.segment_tokens = choose_segment(a, plan.makes_states, D, multiprocessors);
+    }
+    a.segment_tokens = std::min(a.segment_tokens, one_segment);
+    plan.segmented = plan.makes_states && a.segment_tokens < a.tokens;
+    plan.items = slots_of(a, a.segment_tokens);
+
+    std::int64_t const heads = a.heads;
+    if (a.log_gate != nullptr) {
+      plan.gate = plan.take(rows * heads * a.tokens, sizeof(float));
+    }
+    if (plan.reads_states) {
+      plan.states = plan.take(plan.slots * heads * D * a.value_dim, 2);
+      plan.key_sums = plan.take(plan.slots * heads * D, 2);
+    }
+    if (plan.segmented) {
+      plan.segment_state = plan.take(plan.items * heads * D * a.value_dim, sizeof(float));
+      plan.segment_key_sum = plan.take(plan.items * heads * D, sizeof(float));
+    }
+    return plan;
+  }
+
+ private:
+  static int round_up(std::int64_t x, int multiple) {
+    std::int64_t const rounded = (x + multiple - 1) / multiple * multiple;
+    return static_cast<int>(std::min<std::int64_t>(rounded, INT32_MAX / multiple * multiple));
+  }
+
+  // As kernel::Sequences::num_slots.
+  static std::int64_t slots_of(ForwardArguments const& a, int size) {
+    return a.cu_seqlens != nullptr
+               ? std::int64_t{a.tokens / size} + a.sequences
+               : std::int64_t{a.sequences} * ((std::int64_t{a.tokens} + size - 1) / size);
+  }
+
+  // A token's products are 4 D dv with the state, or 2 (d + dv) with each of the t / 2 tokens
+  // before it: they are as many at this t.
+  static int choose_chunk(ForwardArguments const& a) {
+    std::int64_t const D = state_dim(a.head_dim, a.degree);
+    std::int64_t const even = 4 * D * a.value_dim / (a.head_dim + a.value_dim);
+    if (a.tokens <= even) {
+      return round_up(a.tokens + std::int64_t{1}, kTokenMultiple);
+    }
+    int chunk = 128;
+    while (chunk < 2048 && 8 * std::int64_t{chunk} < even) {
+      chunk *= 2;
+    }
+    return chunk;
+  }
+
+  // The states of a sequence are made one chunk after another, by D dv / 16384 blocks a head, two
+  // to a multiprocessor. Where those are few, segments of a sequence go side by side. The fewest
+  // of them that come within a tenth of the shortest time, counted in chunks one after another.
+  static int choose_segment(ForwardArguments const& a, bool makes_states, std::int64_t D,
+                            int multiprocessors) {
+    constexpr int kMaxSegments = 32;
+    std::int64_t const chunks = (std::int64_t{a.tokens} + a.chunk_size - 1) / a.chunk_size;
+    // Packed sequences may all but one be empty: only the device knows.
+    std::int64_t const rows = a.cu_seqlens != nullptr ? 1 : a.sequences;
+    std::int64_t const blocks = rows * a.heads * ((D * a.value_dim + 16383) / 16384);
+    std::int64_t const places = 2 * std::int64_t{multiprocessors};
+    auto const cost = [&](std::int64_t segments) {
+      std::int64_t const waves = (blocks * segments + places - 1) / places;
+      return waves * ((chunks + segments - 1) / segments);
+    };
+    std::int64_t const most = makes_states ? std::min<std::int64_t>(chunks, kMaxSegments) : 1;
+    std::int64_t least = cost(1);
+    for (std::int64_t segments = 2; segments <= most; ++segments) {
+      least = std::min(least, cost(segments));
+    }
+    std::int64_t segments = 1;
+    while (segments < most && 10 * cost(segments) > 11 * least) {
+      ++segments;
+    }
+    std::int64_t const tokens = segments == 1 ? std::int64_t{a.tokens} + 1
+                                              : (chunks + segments - 1) / segments * a.chunk_size;
+    return round_up(tokens, a.chunk_size);
+  }
+
+  Region take(std::int64_t count, std::size_t size) {
+    Region const region{workspace_bytes, static_cast<std::size_t>(count) * size};
+    workspace_bytes += (region.bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return region;
+  }
+};
+
+}  // namespace retention::device

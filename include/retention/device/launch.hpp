@@ -1,0 +1,68 @@
+// Launching a kernel of kernel/ on a CUDA stream.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <string>
+
+#include "retention/device/status.hpp"
+
+namespace retention::device {
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    run_kernel(__grid_constant__ typename Kernel::Params const params) {
+  extern __shared__ __align__(128) char smem[];
+  Kernel{}(params, smem);
+}
+
+inline Status to_status(cudaError_t error, char const* what) {
+  return error == cudaSuccess ? Status{}
+                              : Status{std::string(what) + ": " + cudaGetErrorString(error)};
+}
+
+/// Enqueues kernels on a stream of the current device.
+struct CudaLauncher {
+  cudaStream_t stream;
+
+  template <class Kernel>
+  Status launch(typename Kernel::Params const& params) const {
+    constexpr int kSharedBytes = static_cast<int>(sizeof(typename Kernel::SharedStorage));
+    constexpr int kDefaultSharedBytes = 48 * 1024;
+    if constexpr (kSharedBytes > kDefaultSharedBytes) {
+      if (Status status = allow_shared_bytes<Kernel>(kSharedBytes); !status) {
+        return status;
+      }
+    }
+    run_kernel<Kernel><<<Kernel::grid(params), Kernel::kThreads, kSharedBytes, stream>>>(params);
+    return to_status(cudaGetLastError(), "launch of a kernel");
+  }
+
+ private:
+  // Once a device: the call costs as much as a launch.
+  template <class Kernel>
+  static Status allow_shared_bytes(int bytes) {
+    constexpr int kDevices = 64;
+    static std::atomic<bool> allowed[kDevices] = {};
+    int device = 0;
+    if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {
+      return status;
+    }
+    bool const known = device < kDevices;
+    if (known && allowed[device].load(std::memory_order_relaxed)) {
+      return {};
+    }
+    Status status =
+        to_status(cudaFuncSetAttribute(run_kernel<Kernel>,
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                  "shared memory of a kernel");
+    if (status && known) {
+      allowed[device].store(true, std::memory_order_relaxed);
+    }
+    return status;
+  }
+};
+
+}  // namespace retention::device

@@ -1,0 +1,161 @@
+// The host side of the forward kernels: what is accepted, and which of those compiled runs it.
+
+#include "retention/device/forward.hpp"
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "compiled.hpp"
+#include "retention/device/forward_plan.hpp"
+
+namespace retention::device {
+
+namespace {
+
+Configuration configuration_of(ForwardArguments const& a) {
+  return {a.element, a.head_dim, a.value_dim, a.degree};
+}
+
+CompiledForward const* find_compiled(Configuration const& wanted) {
+  for (CompiledForward const& compiled : compiled_forward()) {
+    if (compiled.configuration == wanted) {
+      return &compiled;
+    }
+  }
+  return nullptr;
+}
+
+Status check_configuration(Configuration const& wanted) {
+  if (find_compiled(wanted) != nullptr) {
+    return {};
+  }
+  bool const known = std::find(std::begin(kConfigurations), std::end(kConfigurations), wanted) !=
+                     std::end(kConfigurations);
+  if (known && compiled_forward().empty()) {
+    return Status("this library was compiled without CUDA kernels");
+  }
+  if (known) {
+    return Status("no kernel for " + to_string(wanted) + " was compiled into this library");
+  }
+  return Status("no kernel for " + to_string(wanted) +
+                ": expected degree 2, head_dim and value_dim of 32, 64 or 128, and bf16 or fp16");
+}
+
+std::string got(char const* name, std::int64_t value) {
+  return std::string(name) + ": got " + std::to_string(value) + ", expected ";
+}
+
+Status check_sizes(ForwardArguments const& a) {
+  if (!is_supported(a.head_dim, a.degree) || a.value_dim < 1) {
+    return Status("head_dim, value_dim, degree: got " + std::to_string(a.head_dim) + ", " +
+                  std::to_string(a.value_dim) + " and " + std::to_string(a.degree) +
+                  ", expected a multiple of 8, a positive and a positive even number");
+  }
+  for (auto const& [name, value] : {std::pair{"sequences", a.sequences},
+                                    {"tokens", a.tokens},
+                                    {"heads", a.heads},
+                                    {"query_heads", a.query_heads}}) {
+    if (value < 1) {
+      return Status(got(name, value) + "at least 1");
+    }
+  }
+  constexpr int kMaxTokens = INT32_MAX - (1 << 16);
+  if (a.tokens > kMaxTokens) {
+    return Status(got("tokens", a.tokens) + "at most " + std::to_string(kMaxTokens));
+  }
+  constexpr int kMaxHeads = 65535;
+  if (a.heads > kMaxHeads) {
+    return Status(got("heads", a.heads) + "at most " + std::to_string(kMaxHeads));
+  }
+  constexpr int kMaxGroup = 64;
+  if (a.query_heads % a.heads != 0 || a.query_heads / a.heads > kMaxGroup) {
+    return Status(got("query_heads", a.query_heads) +
+                  "a multiple of heads = " + std::to_string(a.heads) + ", and at most " +
+                  std::to_string(kMaxGroup) + " to one of them");
+  }
+  if (a.chunk_size < 0 || a.chunk_size % ForwardPlan::kTokenMultiple != 0) {
+    return Status(got("chunk_size", a.chunk_size) + "0 or a positive multiple of " +
+                  std::to_string(ForwardPlan::kTokenMultiple));
+  }
+  if (a.segment_tokens < 0 ||
+      (a.segment_tokens > 0 && (a.chunk_size == 0 || a.segment_tokens % a.chunk_size != 0))) {
+    return Status(got("segment_tokens", a.segment_tokens) +
+                  "0 or a positive multiple of a chunk_size that is given");
+  }
+  return {};
+}
+
+Status check_pointers(ForwardArguments const& a) {
+  struct Operand {
+    char const* name;
+    void const* data;
+    Strides const& strides;
+  };
+  for (Operand const& x : {Operand{"query", a.query, a.query_strides},
+                           {"key", a.key, a.key_strides},
+                           {"value", a.value, a.value_strides},
+                           {"output", a.output, a.output_strides}}) {
+    if (x.data == nullptr) {
+      return Status(std::string(x.name) + ": got a null pointer");
+    }
+    // Rows are copied 16 bytes at a time.
+    constexpr int kElements = 8;
+    if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || x.strides.batch % kElements != 0 ||
+        x.strides.token % kElements != 0 || x.strides.head % kElements != 0) {
+      return Status(std::string(x.name) +
+                    ": expected a 16-byte aligned pointer and strides that are multiples of 8");
+    }
+  }
+  if (a.normalizer == nullptr) {
+    return Status("normalizer: got a null pointer");
+  }
+  if ((a.initial_state == nullptr) != (a.initial_key_sum == nullptr)) {
+    return Status("initial_state and initial_key_sum: expected both or neither");
+  }
+  if ((a.final_state == nullptr) != (a.final_key_sum == nullptr)) {
+    return Status("final_state and final_key_sum: expected both or neither");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status can_implement(ForwardArguments const& arguments) {
+  Status status = check_configuration(configuration_of(arguments));
+  if (status) {
+    status = check_sizes(arguments);
+  }
+  if (status) {
+    status = check_pointers(arguments);
+  }
+  return status;
+}
+
+std::size_t workspace_size(ForwardArguments const& arguments) {
+  return check_sizes(arguments) ? ForwardPlan::make(arguments, multiprocessors()).workspace_bytes
+                                : 0;
+}
+
+Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  auto const plan = ForwardPlan::make(arguments, multiprocessors());
+  if (plan.workspace_bytes > 0 &&
+      (workspace == nullptr ||
+       reinterpret_cast<std::uintptr_t>(workspace) % plan.kAlignment != 0)) {
+    return Status("workspace: expected memory aligned to 256 bytes");
+  }
+  return find_compiled(configuration_of(arguments))->run(plan, workspace, stream);
+}
+
+std::vector<Configuration> compiled_configurations() {
+  std::vector<Configuration> configurations;
+  for (CompiledForward const& compiled : compiled_forward()) {
+    configurations.push_back(compiled.configuration);
+  }
+  return configurations;
+}
+
+}  // namespace retention::device
