@@ -49,20 +49,50 @@ def install_build_tools(session: nox.Session) -> None:
     install(session, "scikit-build-core", "nanobind", "cmake", "ninja")
 
 
+def has_gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
+
+
+def cuda_options() -> dict[str, str]:
+    """CMake options: kernels for this machine's GPU, and none where there is no GPU to run them,
+    since compiling them takes long."""
+    if has_gpu():
+        return {"RETENTION_CUDA": "AUTO", "CMAKE_CUDA_ARCHITECTURES": "native"}
+    return {"RETENTION_CUDA": "OFF"}
+
+
+# One configuration for one architecture, which compiles in a few minutes.
+QUICK = {
+    "RETENTION_ELEMENTS": "bf16",
+    "RETENTION_HEAD_DIMS": "64",
+    "RETENTION_VALUE_DIMS": "64",
+    "CMAKE_CUDA_ARCHITECTURES": "90-real",
+}
+
+
+def defines(options: dict[str, str], prefix: str = "-D") -> list[str]:
+    """CMake options as arguments of cmake, or with another prefix of pip."""
+    return [f"{prefix}{name}={value}" for name, value in options.items()]
+
+
 def install_package(session: nox.Session, extra: str) -> None:
     """Install this package with an extra. Warnings in its C++ sources are errors."""
     install_build_tools(session)
+    install_kernel_headers(session)
     # Without isolation, the build uses the tools above and not the newest of the day.
     install(
         session,
         "--no-build-isolation",
-        "--config-settings=cmake.define.RETENTION_WARNINGS_AS_ERRORS=ON",
+        *defines(
+            cuda_options() | {"RETENTION_WARNINGS_AS_ERRORS": "ON"},
+            "--config-settings=cmake.define.",
+        ),
         f".[{extra}]",
     )
 
 
 def install_kernel_headers(session: nox.Session) -> None:
-    """Install what the tests of kernels on the emulator include: headers, and nothing that runs."""
+    """Install what compiling kernels takes, for a device or the emulator: headers alone."""
     install(
         session,
         "--no-deps",
@@ -117,13 +147,13 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the C++ tests (ctest), then the Python tests (pytest, which gets what follows `--`)."""
     install_package(session, "test")
-    install_kernel_headers(session)
     build = str(fresh_folder(session, "cmake"))
     session.run(
         "cmake",
         *("-S", str(ROOT), "-B", build, "-G", "Ninja"),
-        "-DRETENTION_BUILD_TESTS=ON",
-        "-DRETENTION_WARNINGS_AS_ERRORS=ON",
+        *defines(
+            cuda_options() | {"RETENTION_BUILD_TESTS": "ON", "RETENTION_WARNINGS_AS_ERRORS": "ON"}
+        ),
     )
     session.run("cmake", "--build", build)
     session.run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
@@ -172,6 +202,7 @@ def wheel(session: nox.Session) -> None:
 def cuda_modes(session: nox.Session) -> None:
     """Build with RETENTION_CUDA=OFF, AUTO and ON: one Python API, and ON needs a compiler."""
     install_build_tools(session)
+    install_kernel_headers(session)
     install(session, "torch")
     nvcc = shutil.which("nvcc")
     expected_cuda = {"OFF": False, "AUTO": nvcc is not None}
@@ -184,7 +215,7 @@ def cuda_modes(session: nox.Session) -> None:
         install(
             session,
             *("--no-build-isolation", "--no-deps", "--force-reinstall"),
-            f"--config-settings=cmake.define.RETENTION_CUDA={mode}",
+            *defines(QUICK | {"RETENTION_CUDA": mode}, "--config-settings=cmake.define."),
             ".",
         )
         seen[mode] = public_api(session, "python")

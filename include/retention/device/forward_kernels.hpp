@@ -1,0 +1,142 @@
+// The forward pass of one configuration as a sequence of kernels.
+//
+//     gates      cumulative log gates within each chunk
+//     exponents  fp16 only: the powers of two that keep keys and states in range
+//     states     the state before every chunk, by segments of a sequence side by side
+//     carry      what a segment hands on to those after it
+//     output     every query against the state before its chunk and the tokens of its chunk
+//
+// A sequence of one chunk without an initial state needs no states: the quadratic form.
+
+#pragma once
+
+#include "retention/device/forward_plan.hpp"
+#include "retention/kernel/carry.hpp"
+#include "retention/kernel/chunk_states.hpp"
+#include "retention/kernel/exponents.hpp"
+#include "retention/kernel/gates.hpp"
+#include "retention/kernel/output.hpp"
+
+namespace retention::device {
+
+template <class Element, int HeadDim, int ValueDim>
+struct ForwardKernels {
+  using ChunkStates =
+      kernel::ChunkStates<kernel::ChunkStatesTraits<Element, HeadDim, ValueDim>>;
+  using Carry = kernel::Carry<kernel::CarryTraits<Element, HeadDim, ValueDim>>;
+  using Output = kernel::Output<kernel::OutputTraits<Element, HeadDim, ValueDim>>;
+
+  static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
+
+  /// `launcher.launch<Kernel>(params)` runs one kernel after those launched before, and returns a
+  /// Status: CudaLauncher, or one of the caller's own.
+  template <class Launcher>
+  static Status run(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
+    Call const call(plan, workspace);
+    Status status;
+    if (plan.arguments.log_gate != nullptr) {
+      status = launcher.template launch<kernel::Gates>(call.gates());
+    }
+    if constexpr (kScaled) {
+      if (status) {
+        status = launcher.template launch<kernel::ChunkRanges<Element>>(call.ranges());
+      }
+      if (status) {
+        status = launcher.template launch<kernel::ChooseExponents>(call.choose());
+      }
+    }
+    if (status && plan.makes_states) {
+      status = launcher.template launch<ChunkStates>(call.states());
+    }
+    if (status && plan.segmented) {
+      status = launcher.template launch<Carry>(call.carry());
+    }
+    if (status) {
+      status = launcher.template launch<Output>(call.output());
+    }
+    return status;
+  }
+
+ private:
+  // A plan and its workspace as the kernels take them.
+  struct Call {
+    ForwardPlan const& plan;
+    void* workspace;
+    ForwardArguments const& a;
+    kernel::Sequences sequences;
+    kernel::TokenStride gate_stride;  // of the cumulative gates, [b, h, t]
+    float* gate;
+    kernel::Exponents exponents;
+
+    Call(ForwardPlan const& plan_, void* workspace_)
+        : plan(plan_),
+          workspace(workspace_),
+          a(plan_.arguments),
+          sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
+          gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
+          gate(plan_.gate.template in<float>(workspace_)),
+          exponents{} {
+    }
+
+    static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
+
+    kernel::Gates::Params gates() const {
+      kernel::Gates::Params p{};
+      p.log_gate = a.log_gate;
+      p.gate = gate;
+      p.log_gate_stride = stride(a.log_gate_strides);
+      p.gate_stride = gate_stride;
+      p.sequences = sequences;
+      p.heads = a.heads;
+      return p;
+    }
+
+    typename ChunkStates::Params states() const {
+      typename ChunkStates::Params p{};
+      p.key = static_cast<Element const*>(a.key);
+      p.value = static_cast<Element const*>(a.value);
+      p.gate = gate;
+      p.key_stride = stride(a.key_strides);
+      p.value_stride = stride(a.value_strides);
+      p.gate_stride = gate_stride;
+      p.initial_state = a.initial_state;
+      p.initial_key_sum = a.initial_key_sum;
+      p.states = plan.states.template in<Element>(workspace);
+      p.key_sums = plan.key_sums.template in<Element>(workspace);
+      p.final_state =
+          plan.segmented ? plan.segment_state.template in<float>(workspace) : a.final_state;
+      p.final_key_sum =
+          plan.segmented ? plan.segment_key_sum.template in<float>(workspace) : a.final_key_sum;
+      p.exponents = exponents;
+      p.sequences = sequences;
+      p.heads = a.heads;
+      return p;
+    }
+
+    typename Output::Params output() const {
+      typename Output::Params p{};
+      p.query = static_cast<Element const*>(a.query);
+      p.key = static_cast<Element const*>(a.key);
+      p.value = static_cast<Element const*>(a.value);
+      p.gate = gate;
+      p.states = plan.states.template in<Element>(workspace);
+      p.key_sums = plan.key_sums.template in<Element>(workspace);
+      p.output = static_cast<Element*>(a.output);
+      p.normalizer = a.normalizer;
+      p.query_stride = stride(a.query_strides);
+      p.key_stride = stride(a.key_strides);
+      p.value_stride = stride(a.value_strides);
+      p.gate_stride = gate_stride;
+      p.output_stride = stride(a.output_strides);
+      p.normalizer_stride = {std::int64_t{a.tokens} * a.query_heads, a.query_heads, 1};
+      p.exponents = exponents;
+      p.sequences = sequences;
+      p.heads = a.heads;
+      p.group = a.query_heads / a.heads;
+      p.initial_states = a.initial_state != nullptr;
+      return p;
+    }
+  };
+};
+
+}  // namespace retention::device

@@ -1,0 +1,53 @@
+// 16-bit floats for tests: bits and their values.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "retention/configuration.hpp"
+
+namespace retention::test {
+
+/// Relative error of one rounding, at most.
+inline double roundoff(ElementType element) {
+  return element == ElementType::kBFloat16 ? 0x1p-9 : 0x1p-12;
+}
+
+inline double decode(ElementType element, std::uint16_t bits) {
+  int const mantissa_bits = element == ElementType::kBFloat16 ? 7 : 10;
+  int const bias = element == ElementType::kBFloat16 ? 127 : 15;
+  int const exponent = (bits & 0x7fff) >> mantissa_bits;
+  int const mantissa = bits & ((1 << mantissa_bits) - 1);
+  double const sign = (bits & 0x8000) != 0 ? -1.0 : 1.0;
+  if (exponent == 2 * bias + 1) {
+    return mantissa == 0 ? sign * INFINITY : NAN;
+  }
+  double const significand =
+      exponent == 0 ? mantissa : static_cast<double>(mantissa + (1 << mantissa_bits));
+  return sign * std::ldexp(significand, (exponent == 0 ? 1 : exponent) - bias - mantissa_bits);
+}
+
+/// To nearest, ties to even; what is too large becomes infinite.
+inline std::uint16_t encode(ElementType element, double x) {
+  int const mantissa_bits = element == ElementType::kBFloat16 ? 7 : 10;
+  int const bias = element == ElementType::kBFloat16 ? 127 : 15;
+  auto const sign = static_cast<unsigned>(std::signbit(x) ? 0x8000 : 0);
+  auto const infinity = static_cast<unsigned>(2 * bias + 1) << mantissa_bits;
+  if (std::isnan(x)) {
+    return static_cast<std::uint16_t>(sign | infinity | 1);
+  }
+  double const magnitude = std::abs(x);
+  int exponent = magnitude == 0.0 || std::isinf(magnitude) ? 0 : std::ilogb(magnitude);
+  exponent = exponent < 1 - bias ? 1 - bias : exponent;
+  // In units of the last place. A carry into the next power of two carries into the exponent.
+  double const units = std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent));
+  double const bits = units + std::ldexp(exponent + bias - 1, mantissa_bits);
+  return static_cast<std::uint16_t>(
+      sign | (std::isinf(magnitude) || bits >= infinity ? infinity : static_cast<unsigned>(bits)));
+}
+
+inline double rounded(ElementType element, double x) { return decode(element, encode(element, x)); }
+
+}  // namespace retention::test

@@ -1,0 +1,3 @@
+// forward_test.cpp, compiled for a device.
+
+#include "forward_test.cpp"
