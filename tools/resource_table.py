@@ -87,7 +87,7 @@ class Instruction:
 
     @property
     def wavefronts(self) -> int:
-        """Of shared memory, without bank conflicts. cp.async (LDGSTS) is not counted."""
+        """Of shared memory, without bank conflicts; cp.async (LDGSTS) is not counted."""
         if self.is_a("LDSM"):
             last = self.opcode.split(".")[-1]
             return int(last) if last in ("2", "4") else 1
@@ -162,7 +162,10 @@ class Kernel:
 
 
 def graph_of(code: Sequence[Instruction]) -> tuple[dict[int, range], dict[int, list[int]]]:
-    """Basic blocks (address of the first instruction -> indices) and the edges between them."""
+    """Basic blocks (address of the first instruction -> indices) and the edges between them.
+
+    Calls return, and RET ends what it is in: a subroutine is in no loop of its callers.
+    """
     index = {x.address: i for i, x in enumerate(code)}
     joins = {x.target for x in code if x.is_a("BSSY")}
     following: dict[int, list[int]] = {}  # for the last instruction of a block
@@ -180,9 +183,11 @@ def graph_of(code: Sequence[Instruction]) -> tuple[dict[int, range], dict[int, l
             following[i] = [x.target, *(after if x.guard or "," in x.operands else [])]
         elif x.is_a("EXIT", "RET"):
             following[i] = after if x.guard else []
-    targets = {index[y] for x in following.values() for y in x}
-    starts = sorted({0, *targets, *(i + 1 for i in following)} - {len(code)})
-    blocks = {code[x].address: range(x, y) for x, y in pairwise([*starts, len(code)])}
+    targets = {y for x in following.values() for y in x}
+    if outside := targets - index.keys():
+        raise ValueError(f"a branch to {min(outside):#x}, where there is no instruction")
+    starts = {0, *(index[x] for x in targets), *(i + 1 for i in following)} - {len(code)}
+    blocks = {code[x].address: range(x, y) for x, y in pairwise([*sorted(starts), len(code)])}
     falls = {x: [code[y.stop].address] if y.stop < len(code) else [] for x, y in blocks.items()}
     edges = {x: following.get(y.stop - 1, falls[x]) for x, y in blocks.items()}
     return blocks, edges
@@ -321,8 +326,10 @@ def read_dump(text: str) -> Iterator[Kernel]:
             address, *parts = found.groups(default="")
             functions[-1][-1].append(Instruction(int(address, 16), *parts))
     for symbol, arch, used, code in functions:
-        if not used or not code:
-            raise UsageError(f"{symbol} ({arch}): no code or no resource usage in the dump")
+        if not used.keys() >= {"REG", "STACK", "SHARED", "LOCAL"}:
+            raise UsageError(f"{symbol} ({arch}): cannot read its resource usage")
+        if not code or any(x.address != 16 * i for i, x in enumerate(code)):
+            raise UsageError(f"{symbol} ({arch}): cannot read its instructions, 16 bytes each")
         if not symbol.startswith("__cuda_"):  # the compiler's own
             yield analysed(Kernel(symbol, arch, *template_of(symbol), used), code)
 
@@ -354,7 +361,7 @@ def dump(file: Path) -> str:
     result = subprocess.run(
         command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
     )
-    if "Function : " not in result.stdout or "fatal" in result.stderr:
+    if result.returncode or "Function : " not in result.stdout:
         reason = result.stderr.strip() or "no device code in it"
         raise UsageError(f"{file}: {' '.join(reason.split())}")
     return result.stdout

@@ -165,7 +165,7 @@ def test_packed_multiplies(opcode: str, operands: str, expected: bool):
         (symbol("ChunkStates", "6half_t", 128, 64), ("ChunkStates", "fp16", [128, 64, 4])),
         (symbol("StateScan", "6half_t", 128, 64), ("StateScan", "fp16", [128, 64, 4])),
         (
-            "_ZN9retention6kernel5entryINS0_6OutputINS0_12OutputTraitsIN7cutlass6half_tELi32ELi64E"
+            "_ZN9retention6kernel5entryINS6_6OutputINS0_12OutputTraitsIN7cutlass6half_tELi32ELi64E"
             "Lb1EEEEEEvNT_6ParamsE",
             ("Output", "fp16", [32, 64, 1]),
         ),
@@ -202,8 +202,21 @@ def test_functions_of_the_compiler_are_no_kernels():
 
 
 def test_a_function_without_its_resources_is_an_error():
-    text = dump(output()).replace("Resource usage:", "Usage:").replace("REG:", "REGISTERS:")
-    with pytest.raises(table.UsageError, match="no resource usage"):
+    text = dump(output(), arch="sm_90").replace("REG:", "REGISTERS:")
+    with pytest.raises(table.UsageError, match=r"\(sm_90\): cannot read its resource usage"):
+        list(table.read_dump(dump(output(), arch="sm_80") + text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        dump(output()).replace("/*0030*/", "/* 0030 */"),
+        dump(output()).replace("HMMA", "{hmma", 1),
+        dump(""),
+    ],
+)
+def test_code_that_cannot_be_read_is_an_error(text: str):
+    with pytest.raises(table.UsageError, match="cannot read its instructions"):
         list(table.read_dump(text))
 
 
@@ -324,6 +337,7 @@ def test_what_only_diverged_warps_run_is_left_out():
     [
         (f"{HMMA}\n@P0 BRX R2 -0x1234\nEXIT", "BRX at 0x10 branches to where a register says"),
         (f"{HMMA}\nBRA `(.L_x_0)\nEXIT", "cannot tell the target of BRA"),
+        (f"{HMMA}\nBRA 0x1230\nEXIT", "a branch to 0x1230, where there is no instruction"),
         (f"{HMMA}\nBSYNC B0\nEXIT", "BSYNC at 0x10 does not end the region of a BSSY"),
         (f"@P0 BRA b\na:\n{HMMA}\nb:\nMOV R1, R2\n@P1 BRA a\nEXIT", "has more than one entry"),
     ],
@@ -373,10 +387,12 @@ def test_an_outer_loop_with_the_same_work_is_not_the_main_loop():
 
 
 def test_every_version_of_a_main_loop_is_checked():
-    again = APPLY.replace("apply", "again") + "\n"
-    again = again.replace(HMMA, f"LDS R0, [R1]\n{HMMA}")
+    lines = [repeated(PACKED, 4), *["LDS R0, [R1]"] * 10, *[HMMA] * 5]
+    again = loop("again", *lines) + "\n" + loop("start", *lines[:-2])
     kernel = read(output(APPLY + "\n" + again))
-    assert [x.name for x in kernel.loops] == ["expand-apply", "expand-apply", "intra-chunk"]
+    assert [x.name for x in kernel.loops] == [
+        *("expand-apply", "expand-apply", "other", "intra-chunk"),
+    ]
     assert kernel.violations == [
         "expand-apply loop at 0x100: 2.000 wavefronts an HMMA, over 1.25",
     ]
@@ -441,13 +457,12 @@ def no_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def add_tools(folder: Path) -> Path:
-    """Stand-ins: cuobjdump prints the file it is given, its third argument."""
+    """Stand-ins: cuobjdump has nvdisasm print its third argument, and that prints the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("cuobjdump", "nvdisasm"):
+    command = '[ "$1 $2" = "-sass -res-usage" ] && exec nvdisasm "$3"'
+    for name, line in (("cuobjdump", command), ("nvdisasm", 'exec /bin/cat "$1"')):
         tool = folder / name
-        tool.write_text(
-            '#!/bin/sh\n[ "$1 $2" = "-sass -res-usage" ] || exit 1\nexec /bin/cat "$3"\n'
-        )
+        tool.write_text(f"#!/bin/sh\n{line}\n")
         tool.chmod(0o755)
     return folder
 
@@ -559,8 +574,12 @@ def test_missing_tools_are_named(no_tools: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_tools_of_a_toolkit_and_of_packages(
-    no_tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    no_tools: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
+    (tmp_path / "file").write_text(dump(output()))
     packages = tmp_path / "site-packages" / "nvidia"
     spec = importlib.util.spec_from_loader("nvidia", None, is_package=True)
     spec.submodule_search_locations = [str(packages)]
@@ -568,6 +587,7 @@ def test_tools_of_a_toolkit_and_of_packages(
     for folder in ("cuda_nvdisasm", "cu13"):
         bin_folder = add_tools(packages / folder / "bin")
         assert table.find_tool("nvdisasm") == bin_folder / "nvdisasm"
+        assert call(capsys, tmp_path / "file")[0] == 0
         shutil.rmtree(bin_folder)
 
     home = add_tools(tmp_path / "home" / "bin")
@@ -621,12 +641,13 @@ def has_compiler() -> bool:
 
 
 @pytest.mark.skipif(not has_compiler(), reason="compiles: needs nvcc, cuobjdump and nvdisasm")
-@pytest.mark.parametrize("suffix", ["cubin", "o", "a"])
+@pytest.mark.parametrize("suffix", ["cubin", "o", "a", "so"])
 def test_a_compiled_kernel(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "real.cu").write_text(REAL_KERNEL)
     file = tmp_path / f"real.{suffix}"
-    kind = {"cubin": "-cubin", "o": "-c", "a": "-lib"}[suffix]
-    command = ["nvcc", "-std=c++17", "-arch=sm_80", kind, "real.cu", "-o", str(file)]
+    kinds = {"cubin": "-cubin", "o": "-c", "a": "-lib", "so": "-shared -Xcompiler=-fPIC"}
+    options = ["-std=c++17", "-arch=sm_80", *kinds[suffix].split()]
+    command = ["nvcc", *options, "real.cu", "-o", str(file)]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     code, _, err = call(capsys, file, "--json", tmp_path / "json")
     (kernel,) = json.loads((tmp_path / "json").read_text())["kernels"]
