@@ -562,6 +562,15 @@ def test_a_file_without_device_code(
     assert "No such file" in err
 
 
+def test_a_disassembler_that_fails(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").write_text(dump(output()))
+    with (tools / "nvdisasm").open("w") as tool:
+        tool.write('#!/bin/sh\n/bin/cat "$1"\necho "fatal :  no memory" >&2\nexit 3\n')
+    code, out, err = call(capsys, tmp_path / "file")
+    assert (code, out) == (2, "")
+    assert err == f"resource_table: {tmp_path / 'file'}: fatal : no memory\n"
+
+
 def test_missing_tools_are_named(no_tools: Path, capsys: pytest.CaptureFixture[str]):
     code, out, err = call(capsys, "file")
     assert (code, out) == (2, "")
