@@ -164,33 +164,40 @@ class Kernel:
 def graph_of(code: Sequence[Instruction]) -> tuple[dict[int, range], dict[int, list[int]]]:
     """Basic blocks (address of the first instruction -> indices) and the edges between them.
 
-    Calls return, and RET ends what it is in: a subroutine is in no loop of its callers.
+    Subroutines are in no loop of their callers. Calls of code that never returns are branches: so
+    sm_80 code leaves a loop where all lanes of a warp meet.
     """
     index = {x.address: i for i, x in enumerate(code)}
+    falls = {x.address: [y.address] for x, y in pairwise(code)} | {code[-1].address: []}
     joins = {x.target for x in code if x.is_a("BSSY")}
-    following: dict[int, list[int]] = {}  # for the last instruction of a block
-    for i, x in enumerate(code):
-        after = [y.address for y in code[i + 1 : i + 2]]
+    flow = falls.copy()  # of single instructions
+    for x in code:
+        after = falls[x.address]
         if x.is_a("BRX", "BRXU", "JMX", "JMXU"):
             raise ValueError(f"{x.opcode} at {x.address:#x} branches to where a register says")
         if x.is_a("BSYNC") and joins.isdisjoint([x.address, *after]):
             raise ValueError(f"{x.opcode} at {x.address:#x} does not end the region of a BSSY")
-        if x.opcode == "BRA.DIV":
-            following[i] = after
-        elif x.opcode == "BRA.CONV":
-            following[i] = [x.target]
-        elif x.is_a("BRA", "JMP"):
-            following[i] = [x.target, *(after if x.guard or "," in x.operands else [])]
+        if x.opcode == "BRA.CONV":
+            flow[x.address] = [x.target]
+        elif x.is_a("BRA", "JMP") and x.opcode != "BRA.DIV":
+            flow[x.address] = [x.target, *(after if x.guard or "," in x.operands else [])]
         elif x.is_a("EXIT", "RET"):
-            following[i] = after if x.guard else []
-    targets = {y for x in following.values() for y in x}
-    if outside := targets - index.keys():
+            flow[x.address] = after if x.guard else []
+    if outside := {y for x in flow.values() for y in x} - index.keys():
         raise ValueError(f"a branch to {min(outside):#x}, where there is no instruction")
-    starts = {0, *(index[x] for x in targets), *(i + 1 for i in following)} - {len(code)}
-    blocks = {code[x].address: range(x, y) for x, y in pairwise([*sorted(starts), len(code)])}
-    falls = {x: [code[y.stop].address] if y.stop < len(code) else [] for x, y in blocks.items()}
-    edges = {x: following.get(y.stop - 1, falls[x]) for x, y in blocks.items()}
-    return blocks, edges
+    branches = {}
+    for x in code:
+        if x.opcode.startswith("CALL.REL") and x.target in index:
+            called = reachable([x.target], flow, None)
+            if not any(code[index[y]].is_a("RET") for y in called):
+                branches[x.address] = [x.target, *(falls[x.address] if x.guard else [])]
+    flow |= branches
+
+    turns = [i for i, x in enumerate(code) if flow[x.address] != falls[x.address]]
+    targets = {index[y] for i in turns for y in flow[code[i].address]}
+    starts = sorted({0, *targets, *(i + 1 for i in turns)} - {len(code)})
+    blocks = {code[x].address: range(x, y) for x, y in pairwise([*starts, len(code)])}
+    return blocks, {x: flow[code[y[-1]].address] for x, y in blocks.items()}
 
 
 def reachable(start: Iterable[int], edges: dict[int, list[int]], avoid: int | None) -> set[int]:
@@ -210,6 +217,9 @@ def loops_of(code: Sequence[Instruction]) -> list[Loop]:
     blocks, edges = graph_of(code)
     entry = code[0].address
     live = reachable([entry], edges, None)
+    for x in blocks.keys() - live:
+        if any(code[i].is_a("HMMA") for i in blocks[x]):
+            raise ValueError(f"HMMA in the code at {x:#x}, which no branch seems to reach")
     # Without its dominator a block cannot be reached.
     dominated = {x: live - reachable([entry], edges, x) for x in live}
     before: dict[int, list[int]] = {x: [] for x in live}

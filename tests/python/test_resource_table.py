@@ -275,8 +275,34 @@ def test_a_branch_forward_is_no_loop():
     assert read(f"@P0 BRA end\n{HMMA}\nend:\nEXIT", kernel="k").loops == []
 
 
-def test_code_after_the_end_is_not_in_a_loop():
-    assert read(f"EXIT\na:\n{HMMA}\nBRA a", kernel="k").loops == []
+def test_subroutines_are_in_no_loop_of_their_callers():
+    code = f"top:\n{HMMA}\nCALL.REL.NOINC sub\n@P0 BRA top\nEXIT\nsub:\nMOV R1, R2\n"
+    assert loops(read(code + "@P1 BRA sub\nRET.REL R2 0x0", kernel="k")) == [("other", 1, 1, 2, 0)]
+
+
+@pytest.mark.parametrize("call", ["@P0 CALL.REL.NOINC after", "@P0 BRA after"])
+def test_a_call_that_does_not_return_is_a_branch(call: str):
+    """So sm_80 code leaves a loop, and what comes after may be in a loop around it."""
+    kernel = read(
+        f"""
+        outer:
+        MOV R1, R2
+        inner:
+        {HMMA}
+        @P1 CALL.REL.NOINC sub
+        {call}
+        BRA inner
+        after:
+        {HMMA}
+        CALL.ABS.NOINC 0x0
+        @P2 BRA outer
+        EXIT
+        sub:
+        RET.REL R2 0x0
+        """,
+        kernel="k",
+    )
+    assert loops(kernel) == [("other", 1, 1, 3, 0), ("other", 2, 1, 3, 0)]
 
 
 def test_a_conditional_part_counts_with_hmma_or_copies_in_it():
@@ -338,6 +364,7 @@ def test_what_only_diverged_warps_run_is_left_out():
         (f"{HMMA}\n@P0 BRX R2 -0x1234\nEXIT", "BRX at 0x10 branches to where a register says"),
         (f"{HMMA}\nBRA `(.L_x_0)\nEXIT", "cannot tell the target of BRA"),
         (f"{HMMA}\nBRA 0x1230\nEXIT", "a branch to 0x1230, where there is no instruction"),
+        (f"EXIT\na:\n{HMMA}\nBRA a", "HMMA in the code at 0x10, which no branch seems to reach"),
         (f"{HMMA}\nBSYNC B0\nEXIT", "BSYNC at 0x10 does not end the region of a BSSY"),
         (f"@P0 BRA b\na:\n{HMMA}\nb:\nMOV R1, R2\n@P1 BRA a\nEXIT", "has more than one entry"),
     ],
