@@ -1,9 +1,10 @@
 """A table of what compiled kernels use, and a check of it: `resource_table.py FILE...`.
 
 FILE is an object, a static or shared library or a cubin. The table has, for every kernel and
-architecture, registers, static shared memory, stack and spills (bytes stored by STL, and how many
-STL and LDL there are), and then the kernel's loops that contain HMMA. Dynamic shared memory is
-chosen at launch: no object knows it.
+architecture, registers, shared memory, stack and spills (bytes stored by STL, and how many STL and
+LDL there are), and then the kernel's loops that contain HMMA. Dynamic shared memory is chosen at
+launch, and no object knows it: `run_kernel` has its size as a template argument, a std::size_t, and
+so in its name.
 
 Loops are natural loops of the control flow graph: what reaches a branch back to the header without
 passing it, wherever the compiler put it. An instruction counts for the innermost loop it is in.
@@ -300,7 +301,7 @@ def template_of(symbol: str) -> tuple[str, str, list[int]]:
     words, numbers, i = [], [], 2 if symbol.startswith("_Z") else len(symbol)
     while i < len(symbol):
         # A substitution, an integer, the length of an identifier, or a letter of the grammar.
-        token = re.compile(r"S[0-9A-Z]*_|L[a-z](n?\d+)E|(\d+)|.").match(symbol, i)
+        token = re.compile(r"S[0-9A-Z]*_|Lm\d+E|L[a-z](n?\d+)E|(\d+)|.").match(symbol, i)
         assert token is not None
         i = token.end()
         if token[1]:
@@ -312,6 +313,11 @@ def template_of(symbol: str) -> tuple[str, str, list[int]]:
     spaced = [y for x, y in pairwise(words) if x == "kernel"]
     element = next((ELEMENTS[x] for x in words if x in ELEMENTS), "-")
     return (known + spaced + words + [symbol])[0], element, numbers
+
+
+def dynamic_shared(symbol: str) -> int:
+    """Bytes of shared memory that the kernel is launched with."""
+    return sum(map(int, re.findall(r"Lm(\d+)E", symbol)))
 
 
 def read_dump(text: str) -> Iterator[Kernel]:
@@ -338,6 +344,7 @@ def read_dump(text: str) -> Iterator[Kernel]:
     for symbol, arch, used, code in functions:
         if not used.keys() >= {"REG", "STACK", "SHARED", "LOCAL"}:
             raise UsageError(f"{symbol} ({arch}): cannot read its resource usage")
+        used = used | {"SHARED": used["SHARED"] + dynamic_shared(symbol)}
         if not code or any(x.address != 16 * i for i, x in enumerate(code)):
             raise UsageError(f"{symbol} ({arch}): cannot read its instructions, 16 bytes each")
         if not symbol.startswith("__cuda_"):  # the compiler's own

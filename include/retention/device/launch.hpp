@@ -11,7 +11,8 @@
 
 namespace retention::device {
 
-template <class Kernel>
+/// The size of the dynamic shared memory is an argument so that the kernel's name tells it.
+template <class Kernel, std::size_t kSharedBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run_kernel(__grid_constant__ typename Kernel::Params const params) {
   extern __shared__ __align__(128) char smem[];
@@ -29,21 +30,22 @@ struct CudaLauncher {
 
   template <class Kernel>
   Status launch(typename Kernel::Params const& params) const {
-    constexpr int kSharedBytes = static_cast<int>(sizeof(typename Kernel::SharedStorage));
-    constexpr int kDefaultSharedBytes = 48 * 1024;
+    constexpr std::size_t kSharedBytes = sizeof(typename Kernel::SharedStorage);
+    constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
+    auto const kernel = run_kernel<Kernel, kSharedBytes>;
     if constexpr (kSharedBytes > kDefaultSharedBytes) {
-      if (Status status = allow_shared_bytes<Kernel>(kSharedBytes); !status) {
+      if (Status status = allow_shared_bytes<Kernel>(kernel, kSharedBytes); !status) {
         return status;
       }
     }
-    run_kernel<Kernel><<<Kernel::grid(params), Kernel::kThreads, kSharedBytes, stream>>>(params);
+    kernel<<<Kernel::grid(params), Kernel::kThreads, kSharedBytes, stream>>>(params);
     return to_status(cudaGetLastError(), "launch of a kernel");
   }
 
  private:
   // Once a device: the call costs as much as a launch.
-  template <class Kernel>
-  static Status allow_shared_bytes(int bytes) {
+  template <class Kernel, class Function>
+  static Status allow_shared_bytes(Function* kernel, std::size_t bytes) {
     constexpr int kDevices = 64;
     static std::atomic<bool> allowed[kDevices] = {};
     int device = 0;
@@ -55,8 +57,8 @@ struct CudaLauncher {
       return {};
     }
     Status status =
-        to_status(cudaFuncSetAttribute(run_kernel<Kernel>,
-                                       cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(bytes)),
                   "shared memory of a kernel");
     if (status && known) {
       allowed[device].store(true, std::memory_order_relaxed);
