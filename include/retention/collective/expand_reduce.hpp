@@ -57,7 +57,9 @@ struct StateUnit {
   CUTE_HOST_DEVICE constexpr int stride_native(int i) const { return outer <= native[i] ? 1 : 8; }
 };
 
-template <class Element_, int HeadDim, int ValueDim>
+/// The part of a block of `Warps` warps. Warp w of a block has the *task* first_task + w, where
+/// first_task is a multiple of Warps.
+template <class Element_, int HeadDim, int ValueDim, int Warps>
 struct ExpandReduce {
   using Element = Element_;
 
@@ -68,12 +70,21 @@ struct ExpandReduce {
   static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;
   static constexpr int kOuterTile = 256 / kValueTile < 8 ? 256 / kValueTile : 8;  // values of x
   static constexpr int kUnits = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim) / 128;
-  static constexpr int kTasks = kUnits * (8 / kOuterTile);  // warps that cover the rows
+  static constexpr int kUnitTasks = 8 / kOuterTile;
+  static constexpr int kTasks = kUnits * kUnitTasks;  // warps that cover the rows
 
+  // A block of threads reads three blocks of the key for each of its units. Where that is less than
+  // half of the key, a tile holds those alone, in this order: X, Y0, Y1 of the first unit, X of the
+  // second. With the whole of wide keys, loading would take as long as the mma.
+  static constexpr int kBlockUnits = Warps / kUnitTasks;
+  static constexpr bool kGathered = 48 * kBlockUnits < HeadDim;
+  static constexpr int kKeyColumns = kGathered ? (24 * kBlockUnits + 31) / 32 * 32 : HeadDim;
+
+  static_assert(Warps % kUnitTasks == 0, "a unit belongs to one block of threads");
   static_assert(HeadDim % 32 == 0, "units take four blocks at a time");
   static_assert(ValueDim % kValueTile == 0 && kValueTile % 32 == 0, "32, or a multiple of 64");
 
-  using KeyLayout = StagedTileLayout<kTileTokens, HeadDim, kStages>;       // [token, d, stage]
+  using KeyLayout = StagedTileLayout<kTileTokens, kKeyColumns, kStages>;   // [token, d, stage]
   using ValueLayout = StagedTileLayout<kTileTokens, kValueTile, kStages>;  // [token, dv, stage]
 
   struct SharedStorage {
@@ -89,6 +100,7 @@ struct ExpandReduce {
   }
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
+
   /// What a warp owns and keeps in registers. Lane (g, t) holds of the tile for x, native block i:
   /// state[2 i + c, x, n] = S[(x, y = g), 8 n + 2 t + c] and
   /// key_sum[2 i + c] = z[(2 t + c, y = g)].
@@ -107,12 +119,28 @@ struct ExpandReduce {
 
   int const lane;
   StateUnit const unit;
-  int const first_outer;  // the first of kOuterTile values of x
+  StateUnit const tile_unit;  // where the unit's blocks are in a tile of keys
+  int const first_outer;      // the first of kOuterTile values of x
 
   CUTE_DEVICE ExpandReduce(int lane_, int task)
       : lane(lane_),
-        unit(StateUnit::make(task / (8 / kOuterTile))),
-        first_outer(task % (8 / kOuterTile) * kOuterTile) {}
+        unit(StateUnit::make(task / kUnitTasks)),
+        tile_unit(kGathered ? gathered_unit(task / kUnitTasks % kBlockUnits) : unit),
+        first_outer(task % kUnitTasks * kOuterTile) {}
+
+  /// The block of the key at block `index` of a tile; below 0 for none.
+  CUTE_DEVICE static int key_block(int first_task, int index) {
+    if constexpr (kGathered) {
+      int const task_unit = first_task / kUnitTasks + index / 3;
+      if (index >= 3 * kBlockUnits || task_unit >= kUnits) {
+        return -1;
+      }
+      StateUnit const unit = StateUnit::make(task_unit);
+      return index % 3 == 0 ? unit.outer : index % 3 == 1 ? unit.native[0] : unit.native[1];
+    } else {
+      return index;
+    }
+  }
 
   /// Adds the tokens of one tile, each by its weight.
   CUTE_DEVICE void operator()(SharedStorage& shared, int stage, Accumulators& accumulators) const {
@@ -128,9 +156,9 @@ struct ExpandReduce {
     // (Y1, 8-15).
     KeyLayout const key_layout;
     Element const* key = shared.key + key_layout(0, 0, stage);
-    int const native_block = lane / 8 % 2 == 0 ? unit.native[0] : unit.native[1];
+    int const native_block = lane / 8 % 2 == 0 ? tile_unit.native[0] : tile_unit.native[1];
     Element const* native_source = key + key_layout(lane % 8 + lane / 16 * 8, 8 * native_block, 0);
-    Element const* outer_source = key + key_layout(lane % 16, 8 * unit.outer, 0);
+    Element const* outer_source = key + key_layout(lane % 16, 8 * tile_unit.outer, 0);
 
 #pragma unroll
     for (int k = 0; k < kTileTokens / 16; ++k) {
@@ -175,6 +203,11 @@ struct ExpandReduce {
         }
       }
     }
+  }
+
+ private:
+  CUTE_HOST_DEVICE static constexpr StateUnit gathered_unit(int index) {
+    return {3 * index, {3 * index + 1, 3 * index + 2}};
   }
 };
 

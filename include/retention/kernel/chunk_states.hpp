@@ -30,7 +30,8 @@ struct ChunkStatesTraits {
 template <class Traits>
 struct ChunkStates {
   using Element = typename Traits::Element;
-  using Mainloop = collective::ExpandReduce<Element, Traits::kHeadDim, Traits::kValueDim>;
+  using Mainloop =
+      collective::ExpandReduce<Element, Traits::kHeadDim, Traits::kValueDim, Traits::kWarps>;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
@@ -95,7 +96,8 @@ struct ChunkStates {
     int const index = item / params.segments;  // of the sequence
     int const segment = item - index * params.segments;
     int const value_offset = slice / kRowSlices * kValueTile;
-    int const task = slice % kRowSlices * Traits::kWarps + thread / 32;
+    int const first_task = slice % kRowSlices * Traits::kWarps;
+    int const task = first_task + thread / 32;
     // A warp beyond the last task only helps to load.
     bool const active = Mainloop::kTasks % Traits::kWarps == 0 || task < Mainloop::kTasks;
     Mainloop const mainloop(thread % 32, active ? task : Mainloop::kTasks - 1);
@@ -113,8 +115,14 @@ struct ChunkStates {
                             ? nullptr
                             : params.gate + params.gate_stride.at(sequence, first_token, head);
 
-    collective::TileLoader<Element, kThreads, kTileTokens, kHeadDim, typename Mainloop::KeyLayout>
-        key_loader(params.key + params.key_stride.at(sequence, first_token, head),
+    constexpr int kKeyColumns = Mainloop::kKeyColumns;
+    // A thread copies the same block of the keys from each of its rows.
+    int const tile_block = thread % (kKeyColumns / 8);
+    int const key_block = Mainloop::key_block(first_task, tile_block);
+    collective::TileLoader<Element, kThreads, kTileTokens, kKeyColumns,
+                           typename Mainloop::KeyLayout>
+        key_loader(params.key + params.key_stride.at(sequence, first_token, head) +
+                       8 * (cute::max(key_block, 0) - tile_block),
                    params.key_stride.token, thread);
     collective::TileLoader<Element, kThreads, kTileTokens, kValueTile,
                            typename Mainloop::ValueLayout>
@@ -128,7 +136,7 @@ struct ChunkStates {
     // `left` tokens remain, those of this tile included.
     auto load_tile = [&](int stage, int left) {
       if (left > 0) {
-        key_loader.load(shared.key, stage, left);
+        key_loader.load(shared.key, stage, !Mainloop::kGathered || key_block >= 0 ? left : 0);
         value_loader.load(shared.value, stage, left);
         if (weighs) {
           cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
@@ -335,10 +343,11 @@ struct ChunkStates {
     float state_scale = 1.0f;
     float sum_scale = 1.0f;
     if constexpr (kScaled) {
-      if (params.exponents.key != nullptr) {
-        state_scale = detail::power_of_two(-scale - params.exponents.state[slot_head]);
-        sum_scale = detail::power_of_two(-scale - params.exponents.key_sum[slot_head]);
-      }
+      auto stored = [&](int const* exponents) {
+        return detail::power_of_two(-scale - (exponents == nullptr ? 0 : exponents[slot_head]));
+      };
+      state_scale = stored(params.exponents.state);
+      sum_scale = stored(params.exponents.key_sum);
     }
     constexpr int kPieces = kValueTile / 8;  // of 16 bytes, in a row
     int const lane = detail::recomputed(mainloop.lane);
