@@ -36,8 +36,9 @@ struct Case {
   bool initial = false;
   int segments = 1;
   bool strided = false;  // heads before tokens, and gaps between the rows
-  // Keys and values lie evenly between -1 and 1 times these, keys of each further sequence and head
-  // half as far out; 0 for the normal distribution. With a magnitude goes a choice of exponents.
+  // Keys and values lie evenly between -1 and 1 times these, or are normally distributed where that
+  // is 0. It holds for the last head of the last sequence; keys of each one before are smaller by
+  // 2^4. With a magnitude goes a choice of exponents.
   float key_magnitude = 0.0f;
   float value_magnitude = 1.0f;
   int first_token = 0;  // of the first packed sequence
@@ -132,6 +133,11 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<int> state_exponent("exponents.state", slots * heads, true);
   GlobalArray<int> sum_exponent("exponents.key_sum", slots * heads, true);
 
+  auto key_magnitude_of = [&](size_t s, size_t h) {
+    return std::ldexp(c.key_magnitude,
+                      -4 * static_cast<int>(sequences * heads - 1 - (s * heads + h)));
+  };
+
   // Each sequence and head: inputs for the reference, and the same in the kernel's tensors.
   std::vector<Inputs> inputs(sequences * heads);
   for (size_t s = 0; s < sequences; ++s) {
@@ -152,7 +158,7 @@ void run(Case const& c, std::uint64_t seed) {
                            ? normal(rng)
                            : std::uniform_real_distribution<float>(-magnitude, magnitude)(rng));
       };
-      float const key_magnitude = std::ldexp(c.key_magnitude, -static_cast<int>(s * heads + h));
+      float const key_magnitude = key_magnitude_of(s, h);
       float cumulative = 0.0f;
       for (size_t t = 0; t < length; ++t) {
         for (size_t i = 0; i < d; ++i) {
@@ -248,10 +254,8 @@ void run(Case const& c, std::uint64_t seed) {
     for (size_t h = 0; h < heads; ++h) {
       Inputs const& in = inputs[s * heads + h];
       // The weighed key and its product with another one, both times 2^f, may fall among the
-      // smallest numbers. Gates may lift a term by what they let the magnitudes grow: a little.
-      double const largest_key =
-          c.key_magnitude == 0.0f ? 6.0
-                                  : std::ldexp(c.key_magnitude, -static_cast<int>(s * heads + h));
+      // smallest numbers.
+      double const largest_key = c.key_magnitude == 0.0f ? 6.0 : key_magnitude_of(s, h);
       double const largest_value = c.key_magnitude == 0.0f ? 6.0 : c.value_magnitude;
       int const x = scaled ? key_exponent[s * heads + h] : 0;
       double const per_term = 2 * std::ldexp(spacing, scaled ? -(15 - x - std::max(x, 0)) : 0);
@@ -377,9 +381,10 @@ void run_all_cases(std::uint64_t seed) {
   test({"packed", 64, {65, 0, 1, 130}, true, 1, G::kMild, true});
   test({"segments", 64, {260}, false, 1, G::kMild, true, 3});
   test({"strong gates", 128, {200}, false, 1, G::kStrong, true});
+  test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000});
 }
 
-/// What does not depend on the configuration, or only fp16 finds hard.
+/// What depends little on the configuration.
 template <class Element, int HeadDim, int ValueDim>
 void run_further_cases(std::uint64_t seed) {
   using G = Gates;

@@ -5,9 +5,12 @@
 // and z, the sum of keys, the same with v = 1; g_j is the cumulative log gate since the start of
 // the chunk, and G_c that of its last token.
 //
-// A block of threads owns a slice of the state of one sequence and head, holds it in fp32
-// registers, and walks over the tokens. Nothing is shared between blocks, so the result does not
-// depend on their order.
+// A block of threads owns a slice of the state of one segment of a sequence, and head, holds it in
+// fp32 registers, and walks over the tokens. Nothing is shared between blocks, so the result does
+// not depend on their order.
+//
+// In fp16 the registers hold 2^f S and 2^f z instead, with f from `Exponents::key`: the power of
+// two is part of a token's weight, and leaves again with what is stored.
 
 #pragma once
 
@@ -62,10 +65,10 @@ struct ChunkStates {
     TokenStride value_stride;
     TokenStride gate_stride;
 
-    // Each sequence is cut into `segments` items, which know nothing of each other; the last
-    // dimension of a list of items is the segment. The chunks of the sequence are shared out from
-    // the first on, as many to each as `segment_chunks` says.
-    float const* initial_state;    // [count, h, D, dv] for the first segments; null for zero
+    // Each sequence is cut into `segments` items (item = sequence * segments + segment) that know
+    // nothing of each other: of its n chunks each takes the next ceil(n / segments), and all but
+    // the first start from a state of zero. `states` and `final_state` are of the item alone.
+    float const* initial_state;    // [count, h, D, dv] of each sequence; null for zero
     float const* initial_key_sum;  // [count, h, D]; with initial_state
     Element* states;               // [slots, h, D, dv] before each chunk; null to skip
     Element* key_sums;             // [slots, h, D]; with states
@@ -296,7 +299,7 @@ struct ChunkStates {
         mainloop, accumulators,
         [&](int i, int x, int row, int stride, float multiplicity) {
           float const* source = first + (row + group * stride) * kValueDim;
-          float const factor = scale / multiplicity;
+          float const factor = multiplicity == 1.0f ? scale : 0.5f * scale;
 #pragma unroll
           for (int n = 0; n < kValueTile / 8; ++n) {
             float2 const loaded = *reinterpret_cast<float2 const*>(source + 8 * n);
@@ -305,7 +308,7 @@ struct ChunkStates {
           }
         },
         [&](int row, float& sum, float multiplicity) {
-          sum = scale / multiplicity * key_sum[row];
+          sum = (multiplicity == 1.0f ? scale : 0.5f * scale) * key_sum[row];
         });
   }
 
