@@ -9,7 +9,7 @@
 // Rows g and g + 8 of the tile for x are x times element g of Y0 and of Y1. One outer block and two
 // native ones make a *unit* of 8 x 2 x 8 = 128 rows: two block pairs that share a block. Sharing it
 // halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
-// for 16 tokens 8 + 6 + 16 + 2 wavefronts (shuffles, keys, values, gates) serve 33 mma.
+// for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma.
 
 #pragma once
 
@@ -73,12 +73,13 @@ struct ExpandReduce {
   static constexpr int kUnitTasks = 8 / kOuterTile;
   static constexpr int kTasks = kUnits * kUnitTasks;  // warps that cover the rows
 
-  // A block of threads reads three blocks of the key for each of its units. Where that is less than
-  // half of the key, a tile holds those alone, in this order: X, Y0, Y1 of the first unit, X of the
-  // second. With the whole of wide keys, loading would take as long as the mma.
+  // A block of threads needs three blocks of the key for each of its units. Where they fit, a tile
+  // holds those alone, in this order: X, Y0, Y1 of the first unit, X of the second. Reading all of
+  // the key would keep the L2 cache almost as busy as the tensor cores.
   static constexpr int kBlockUnits = Warps / kUnitTasks;
-  static constexpr bool kGathered = 48 * kBlockUnits < HeadDim;
-  static constexpr int kKeyColumns = kGathered ? (24 * kBlockUnits + 31) / 32 * 32 : HeadDim;
+  static constexpr int kGatheredColumns = 8 * cute::bit_ceil(3u * kBlockUnits);
+  static constexpr bool kGathered = kGatheredColumns <= HeadDim;
+  static constexpr int kKeyColumns = kGathered ? kGatheredColumns : HeadDim;
 
   static_assert(Warps % kUnitTasks == 0, "a unit belongs to one block of threads");
   static_assert(HeadDim % 32 == 0, "units take four blocks at a time");
