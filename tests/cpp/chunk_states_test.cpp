@@ -19,21 +19,56 @@ using retention::test::State;
 using retention::test::Sum;
 using std::size_t;
 
+enum class Gates {
+  kNone,
+  kMild,
+  kStrong,    // many of -60, some of -10^4
+  kPositive,  // unusual, yet allowed
+};
+
 struct Case {
   char const* name;
   int chunk_size = 64;
   std::vector<int> lengths = {128};  // one a sequence; rows of a batch unless `packed`
   bool packed = false;
   int heads = 1;
-  bool gated = true;
+  Gates gates = Gates::kMild;
   bool initial = false;
   int segments = 1;
   bool strided = false;  // heads before tokens, and gaps between the rows
+  // Keys and values lie evenly between -1 and 1 times these, or are normally distributed where that
+  // is 0. It holds for the last head of the last sequence; keys of each one before are smaller by
+  // 2^4. With a magnitude goes a choice of exponents.
+  float key_magnitude = 0.0f;
+  float value_magnitude = 1.0f;
+  int first_token = 0;  // of the first packed sequence
 };
 
 /// Relative rounding error of one conversion to Element.
 template <class Element>
 constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
+
+float draw_gate(Gates gates, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  switch (gates) {
+    case Gates::kStrong:
+      // Multiples of 1/64, so that their sums are exact.
+      return rng() % 40 == 0  ? -1e4f
+             : rng() % 3 == 0 ? -60.0f
+                              : -0.015625f * static_cast<float>(rng() % 8);
+    case Gates::kPositive:
+      return 0.02f * normal(rng) + 0.01f;
+    default:
+      return -0.05f * std::abs(normal(rng));
+  }
+}
+
+/// The least e with |x| < 2^e.
+int exponent_of(double x) {
+  int exponent = 0;
+  std::frexp(x, &exponent);
+  return exponent;
+}
 
 template <class Element, int HeadDim, int ValueDim>
 void run(Case const& c, std::uint64_t seed) {
@@ -70,8 +105,8 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
 
   size_t const items = sequences * static_cast<size_t>(c.segments);
-  GlobalArray<float> initial("initial_state", items * heads * D * dv, true);
-  GlobalArray<float> initial_sum("initial_key_sum", items * heads * D, true);
+  GlobalArray<float> initial("initial_state", sequences * heads * D * dv, true);
+  GlobalArray<float> initial_sum("initial_key_sum", sequences * heads * D, true);
   GlobalArray<float> final_state("final_state", items * heads * D * dv);
   GlobalArray<float> final_sum("final_key_sum", items * heads * D);
   if (c.initial) {
@@ -87,17 +122,29 @@ void run(Case const& c, std::uint64_t seed) {
   params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
                       c.chunk_size, static_cast<int>(sequences)};
   auto const slots = static_cast<size_t>(params.sequences.num_slots());
+  bool const gated = c.gates != Gates::kNone;
+  bool const scaled = std::is_same_v<Element, cute::half_t> && c.key_magnitude != 0.0f;
+  // The slots before that of the first sequence are not there.
+  cu_seqlens[0] = c.first_token;
+  std::int64_t const no_slots = params.sequences.get(0).first_slot;
   GlobalArray<Element> states("states", slots * heads * D * dv);
   GlobalArray<Element> key_sums("key_sums", slots * heads * D);
+  GlobalArray<int> key_exponent("exponents.key", sequences * heads, true);
+  GlobalArray<int> state_exponent("exponents.state", slots * heads, true);
+  GlobalArray<int> sum_exponent("exponents.key_sum", slots * heads, true);
+
+  auto key_magnitude_of = [&](size_t s, size_t h) {
+    return std::ldexp(c.key_magnitude,
+                      -4 * static_cast<int>(sequences * heads - 1 - (s * heads + h)));
+  };
 
   // Each sequence and head: inputs for the reference, and the same in the kernel's tensors.
   std::vector<Inputs> inputs(sequences * heads);
-  cu_seqlens[0] = 0;
   for (size_t s = 0; s < sequences; ++s) {
     auto const length = static_cast<size_t>(c.lengths[s]);
     cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
     size_t const row = c.packed ? 0 : s;
-    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s]) : 0;
+    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s] - c.first_token) : 0;
     for (size_t h = 0; h < heads; ++h) {
       Inputs& in = inputs[s * heads + h];
       in = {static_cast<int>(length), HeadDim, ValueDim, {}, {}, {}, {}};
@@ -106,45 +153,72 @@ void run(Case const& c, std::uint64_t seed) {
                (first + t) * static_cast<size_t>(stride.token) +
                h * static_cast<size_t>(stride.head);
       };
+      auto draw = [&](float magnitude) {
+        return Element(c.key_magnitude == 0.0f
+                           ? normal(rng)
+                           : std::uniform_real_distribution<float>(-magnitude, magnitude)(rng));
+      };
+      float const key_magnitude = key_magnitude_of(s, h);
       float cumulative = 0.0f;
       for (size_t t = 0; t < length; ++t) {
         for (size_t i = 0; i < d; ++i) {
-          Element const x = key[at(key_stride, t) + i] = Element(normal(rng));
+          Element const x = key[at(key_stride, t) + i] = draw(key_magnitude);
           in.key.push_back(float(x));
         }
         for (size_t i = 0; i < dv; ++i) {
-          Element const x = value[at(value_stride, t) + i] = Element(normal(rng));
+          Element const x = value[at(value_stride, t) + i] = draw(c.value_magnitude);
           in.value.push_back(float(x));
         }
-        if (c.gated) {
-          in.gate.push_back(-0.05f * std::abs(normal(rng)));
+        if (gated) {
+          in.gate.push_back(draw_gate(c.gates, rng));
           bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
           cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
           gate[at(gate_stride, t)] = cumulative;
         }
       }
+      if (scaled) {
+        // What bounds a state of that many such tokens and the initial one.
+        double const bound = 2.0 * double(length) * key_magnitude * key_magnitude + 6.0;
+        key_exponent[s * heads + h] = exponent_of(key_magnitude);
+        auto const chunks =
+            (length + static_cast<size_t>(c.chunk_size) - 1) / static_cast<size_t>(c.chunk_size);
+        for (size_t chunk = 0; chunk < chunks; ++chunk) {
+          auto const slot =
+              static_cast<size_t>(params.sequences.get(static_cast<int>(s)).first_slot - no_slots) +
+              chunk;
+          // A slack that differs from slot to slot.
+          state_exponent[slot * heads + h] =
+              exponent_of(bound * std::max(c.value_magnitude, 1.0f)) - 15 +
+              static_cast<int>(chunk % 2);
+          sum_exponent[slot * heads + h] = exponent_of(bound) - 15;
+        }
+      }
     }
   }
 
-  params.key = key.data();
-  params.value = value.data();
-  params.gate = c.gated ? gate.data() : nullptr;
+  params.key = key.data() - c.first_token * key_stride.token;
+  params.value = value.data() - c.first_token * value_stride.token;
+  params.gate = gated ? gate.data() - c.first_token * gate_stride.token : nullptr;
   params.key_stride = key_stride;
   params.value_stride = value_stride;
   params.gate_stride = gate_stride;
   params.initial_state = c.initial ? initial.data() : nullptr;
   params.initial_key_sum = c.initial ? initial_sum.data() : nullptr;
-  params.states = states.data();
-  params.key_sums = key_sums.data();
+  auto const none = no_slots * static_cast<std::int64_t>(heads * D);
+  params.states = states.data() - none * static_cast<std::int64_t>(dv);
+  params.key_sums = key_sums.data() - none;
+  if (scaled) {
+    auto const no_exponents = no_slots * static_cast<std::int64_t>(heads);
+    params.exponents = {key_exponent.data(), state_exponent.data() - no_exponents,
+                        sum_exponent.data() - no_exponents};
+  }
   params.final_state = final_state.data();
   params.final_key_sum = final_sum.data();
   params.heads = c.heads;
   params.segments = c.segments;
+  dim3 const grid = Kernel::grid(params);
   emulator::LaunchConfig const config{
-      {Kernel::kSlices, static_cast<unsigned>(c.heads), static_cast<unsigned>(items)},
-      {Kernel::kThreads},
-      sizeof(typename Kernel::SharedStorage),
-      seed};
+      {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
   auto const report = emulator::launch<Kernel>(config, params);
   RETENTION_CHECK_EQUAL(report.text, std::string());
   if (!report.ok()) {
@@ -154,19 +228,23 @@ void run(Case const& c, std::uint64_t seed) {
   // One rounding of the weighed key, one of phi (S only), one of what is stored (states only); the
   // fp32 sums and exponentials stay far below: 2^-18.
   double const u = kRoundoff<Element>;
-  // Half the spacing of the smallest numbers, for each product of a term: only fp16 has them in
-  // range. Terms have |k|, |v| < 6 and multiplicity up to 2.
-  double const underflow =
-      std::is_same_v<Element, cute::half_t> ? 2 * 6 * 6 * 0x1p-25 * double(longest + 1) : 0.0;
+  // Half the spacing of the smallest numbers: only fp16 has them in range.
+  double const spacing = std::is_same_v<Element, cute::half_t> ? 0x1p-25 : 0.0;
   double worst = 0.0;
-  auto compare = [&](auto const* actual, Sum const& expected, double roundings, double stored) {
+  auto compare = [&](auto const* actual, Sum const& expected, double roundings, double stored,
+                     double underflow, int exponent) {
     for (size_t i = 0; i < expected.value.size(); ++i) {
-      double const bound = (roundings * u + 0x1p-18) * expected.magnitude[i] +
-                           stored * u * std::abs(expected.value[i]) + underflow;
-      double const error = std::abs(double(float(actual[i])) - expected.value[i]);
+      double const bound =
+          (roundings * u + 0x1p-18) * expected.magnitude[i] +
+          stored * (u * std::abs(expected.value[i]) + std::ldexp(spacing, exponent)) + underflow;
+      double const error =
+          std::abs(std::ldexp(double(float(actual[i])), exponent) - expected.value[i]);
       worst = std::max(worst, error == 0.0 ? 0.0 : error / bound);
       // Written so that NaN fails.
       if (!(error <= bound)) {
+        std::cerr << c.name << ": [" << i << "] is "
+                  << std::ldexp(double(float(actual[i])), exponent) << ", not " << expected.value[i]
+                  << ", with an error above " << bound << '\n';
         return false;
       }
     }
@@ -175,6 +253,14 @@ void run(Case const& c, std::uint64_t seed) {
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t h = 0; h < heads; ++h) {
       Inputs const& in = inputs[s * heads + h];
+      // The weighed key and its product with another one, both times 2^f, may fall among the
+      // smallest numbers.
+      double const largest_key = c.key_magnitude == 0.0f ? 6.0 : key_magnitude_of(s, h);
+      double const largest_value = c.key_magnitude == 0.0f ? 6.0 : c.value_magnitude;
+      int const x = scaled ? key_exponent[s * heads + h] : 0;
+      double const per_term = 2 * std::ldexp(spacing, scaled ? -(15 - x - std::max(x, 0)) : 0);
+      double const sum_underflow = double(in.tokens) * per_term * largest_key;
+      double const underflow = (sum_underflow + double(in.tokens) * per_term) * largest_value;
       int const chunks = (in.tokens + c.chunk_size - 1) / c.chunk_size;
       int const per_segment = (chunks + c.segments - 1) / c.segments;
       for (int segment = 0; segment < c.segments; ++segment) {
@@ -188,36 +274,41 @@ void run(Case const& c, std::uint64_t seed) {
                         in.key.begin() + static_cast<long>(end * d));
         part.value.assign(in.value.begin() + static_cast<long>(first * dv),
                           in.value.begin() + static_cast<long>(end * dv));
-        if (c.gated) {
+        if (gated) {
           part.gate.assign(in.gate.begin() + static_cast<long>(first),
                            in.gate.begin() + static_cast<long>(end));
         }
         size_t const item =
             (s * static_cast<size_t>(c.segments) + static_cast<size_t>(segment)) * heads + h;
         State start;
-        if (c.initial) {
+        size_t const sequence = s * heads + h;
+        if (c.initial && segment == 0) {
           start = {Sum(D * dv), Sum(D)};
           for (size_t i = 0; i < D * dv; ++i) {
-            start.state.value[i] = initial[item * D * dv + i];
+            start.state.value[i] = initial[sequence * D * dv + i];
             start.state.magnitude[i] = std::abs(start.state.value[i]);
           }
           for (size_t i = 0; i < D; ++i) {
-            start.key_sum.value[i] = initial_sum[item * D + i];
+            start.key_sum.value[i] = initial_sum[sequence * D + i];
             start.key_sum.magnitude[i] = std::abs(start.key_sum.value[i]);
           }
         }
         auto const expected = retention::test::chunk_states(part, start, c.chunk_size);
-        auto const first_slot = params.sequences.get(static_cast<int>(s)).first_slot;
+        auto const first_slot = params.sequences.get(static_cast<int>(s)).first_slot - no_slots;
         for (size_t chunk = 0; chunk + 1 < expected.size(); ++chunk) {
           size_t const slot = (static_cast<size_t>(first_slot) +
                                static_cast<size_t>(segment * per_segment) + chunk) *
                                   heads +
                               h;
-          RETENTION_CHECK(compare(states.data() + slot * D * dv, expected[chunk].state, 2, 1));
-          RETENTION_CHECK(compare(key_sums.data() + slot * D, expected[chunk].key_sum, 1, 1));
+          RETENTION_CHECK(compare(states.data() + slot * D * dv, expected[chunk].state, 2, 1,
+                                  underflow, scaled ? state_exponent[slot] : 0));
+          RETENTION_CHECK(compare(key_sums.data() + slot * D, expected[chunk].key_sum, 1, 1,
+                                  sum_underflow, scaled ? sum_exponent[slot] : 0));
         }
-        RETENTION_CHECK(compare(final_state.data() + item * D * dv, expected.back().state, 2, 0));
-        RETENTION_CHECK(compare(final_sum.data() + item * D, expected.back().key_sum, 1, 0));
+        RETENTION_CHECK(
+            compare(final_state.data() + item * D * dv, expected.back().state, 2, 0, underflow, 0));
+        RETENTION_CHECK(
+            compare(final_sum.data() + item * D, expected.back().key_sum, 1, 0, sum_underflow, 0));
       }
     }
   }
@@ -281,13 +372,33 @@ void test_units() {
 
 template <class Element, int HeadDim, int ValueDim>
 void run_all_cases(std::uint64_t seed) {
-  run<Element, HeadDim, ValueDim>({"whole chunks", 64, {128}}, seed);
-  run<Element, HeadDim, ValueDim>({"partial tile, two heads", 128, {150}, false, 2}, seed + 1);
-  run<Element, HeadDim, ValueDim>(
-      {"initial, strided", 64, {100, 100}, false, 1, true, true, 1, true}, seed + 2);
-  run<Element, HeadDim, ValueDim>({"no gates", 64, {70}, false, 1, false}, seed + 3);
-  run<Element, HeadDim, ValueDim>({"packed", 64, {65, 0, 1, 130}, true, 1, true, true}, seed + 4);
-  run<Element, HeadDim, ValueDim>({"segments", 64, {260}, false, 1, true, true, 3}, seed + 5);
+  using G = Gates;
+  auto test = [&](Case const& c) { run<Element, HeadDim, ValueDim>(c, seed++); };
+  test({"whole chunks", 64, {128}});
+  test({"partial tile, two heads", 128, {150}, false, 2});
+  test({"initial, strided", 64, {100, 100}, false, 1, G::kMild, true, 1, true});
+  test({"no gates", 64, {70}, false, 1, G::kNone});
+  test({"packed", 64, {65, 0, 1, 130}, true, 1, G::kMild, true});
+  test({"segments", 64, {260}, false, 1, G::kMild, true, 3});
+  test({"strong gates", 128, {200}, false, 1, G::kStrong, true});
+  test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000});
+}
+
+/// What depends little on the configuration.
+template <class Element, int HeadDim, int ValueDim>
+void run_further_cases(std::uint64_t seed) {
+  using G = Gates;
+  auto test = [&](Case const& c) { run<Element, HeadDim, ValueDim>(c, seed++); };
+  test({"packed segments", 64, {65, 0, 300, 1, 64}, true, 2, G::kMild, true, 3});
+  test({"more segments than chunks", 128, {129, 129}, false, 1, G::kNone, true, 4});
+  test({"positive gates", 128, {200}, false, 1, G::kPositive, true});
+  test({"far", 64, {130, 5}, true, 1, G::kMild, true, 1, false, 0, 1, 1 << 30});
+  test({"keys of 100", 64, {130, 130}, false, 2, G::kMild, true, 2, false, 100, 1000});
+  test({"keys of 100, ungated", 64, {700}, false, 1, G::kNone, true, 1, false, 100, 1000});
+  test({"keys of 30000", 64, {300}, false, 1, G::kNone, true, 1, false, 30000, 1000});
+  test({"keys of 30000, gated", 128, {65, 0, 140}, true, 2, G::kStrong, true, 1, false, 30000});
+  test({"keys of 2^-12", 64, {300}, false, 1, G::kNone, false, 1, false, 0x1p-12f, 1000});
+  test({"keys of 2^-12, gated", 64, {150, 150}, false, 1, G::kMild, false, 1, false, 0x1p-12f});
 }
 
 }  // namespace
@@ -296,5 +407,8 @@ int main() {
   test_slots();
   test_units();
   run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0);
+  if constexpr (TEST_HEAD_DIM <= 64 && TEST_VALUE_DIM <= 64) {
+    run_further_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(100);
+  }
   return retention::test::finish();
 }

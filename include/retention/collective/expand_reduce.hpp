@@ -9,7 +9,7 @@
 // Rows g and g + 8 of the tile for x are x times element g of Y0 and of Y1. One outer block and two
 // native ones make a *unit* of 8 x 2 x 8 = 128 rows: two block pairs that share a block. Sharing it
 // halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
-// for 16 tokens 8 + 6 + 16 + 2 wavefronts (shuffles, keys, values, gates) serve 33 mma.
+// for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma.
 
 #pragma once
 
@@ -57,7 +57,9 @@ struct StateUnit {
   CUTE_HOST_DEVICE constexpr int stride_native(int i) const { return outer <= native[i] ? 1 : 8; }
 };
 
-template <class Element_, int HeadDim, int ValueDim>
+/// The part of a block of `Warps` warps. Warp w of a block has the *task* first_task + w, where
+/// first_task is a multiple of Warps.
+template <class Element_, int HeadDim, int ValueDim, int Warps>
 struct ExpandReduce {
   using Element = Element_;
 
@@ -68,23 +70,37 @@ struct ExpandReduce {
   static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;
   static constexpr int kOuterTile = 256 / kValueTile < 8 ? 256 / kValueTile : 8;  // values of x
   static constexpr int kUnits = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim) / 128;
-  static constexpr int kTasks = kUnits * (8 / kOuterTile);  // warps that cover the rows
+  static constexpr int kUnitTasks = 8 / kOuterTile;
+  static constexpr int kTasks = kUnits * kUnitTasks;  // warps that cover the rows
 
+  // A block of threads needs three blocks of the key for each of its units. Where they fit, a tile
+  // holds those alone, in this order: X, Y0, Y1 of the first unit, X of the second. Reading all of
+  // the key would keep the L2 cache almost as busy as the tensor cores.
+  static constexpr int kBlockUnits = Warps / kUnitTasks;
+  static constexpr int kGatheredColumns = 8 * cute::bit_ceil(3u * kBlockUnits);
+  static constexpr bool kGathered = kGatheredColumns <= HeadDim;
+  static constexpr int kKeyColumns = kGathered ? kGatheredColumns : HeadDim;
+
+  static_assert(Warps % kUnitTasks == 0, "a unit belongs to one block of threads");
   static_assert(HeadDim % 32 == 0, "units take four blocks at a time");
   static_assert(ValueDim % kValueTile == 0 && kValueTile % 32 == 0, "32, or a multiple of 64");
 
-  using KeyLayout = StagedTileLayout<kTileTokens, HeadDim, kStages>;       // [token, d, stage]
+  using KeyLayout = StagedTileLayout<kTileTokens, kKeyColumns, kStages>;   // [token, d, stage]
   using ValueLayout = StagedTileLayout<kTileTokens, kValueTile, kStages>;  // [token, dv, stage]
 
   struct SharedStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    alignas(16) float gate[kStages][kTileTokens];  // cumulative log gate
+    alignas(16) float weight[kStages][kTileTokens];  // of token t at weight_index(t)
   };
 
+  /// Where the weight of a token is: the four that a lane needs for 16 tokens, 2 t + {0, 1, 8, 9},
+  /// lie side by side.
+  CUTE_HOST_DEVICE static constexpr int weight_index(int token) {
+    return token / 16 * 16 + token % 8 / 2 * 4 + token % 16 / 8 * 2 + token % 2;
+  }
+
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
-  using TiledMma = cute::TiledMMA<MmaAtom, cute::Layout<cute::Shape<cute::_1, cute::_1, cute::_1>>,
-                                  cute::Tile<cute::_16, cute::Int<kValueTile>, cute::_16>>;
 
   /// What a warp owns and keeps in registers. Lane (g, t) holds of the tile for x, native block i:
   /// state[2 i + c, x, n] = S[(x, y = g), 8 n + 2 t + c] and
@@ -104,65 +120,66 @@ struct ExpandReduce {
 
   int const lane;
   StateUnit const unit;
-  int const first_outer;  // the first of kOuterTile values of x
+  StateUnit const tile_unit;  // where the unit's blocks are in a tile of keys
+  int const first_outer;      // the first of kOuterTile values of x
 
   CUTE_DEVICE ExpandReduce(int lane_, int task)
       : lane(lane_),
-        unit(StateUnit::make(task / (8 / kOuterTile))),
-        first_outer(task % (8 / kOuterTile) * kOuterTile) {}
+        unit(StateUnit::make(task / kUnitTasks)),
+        tile_unit(kGathered ? gathered_unit(task / kUnitTasks % kBlockUnits) : unit),
+        first_outer(task % kUnitTasks * kOuterTile) {}
 
-  /// Adds the tokens of one tile, each weighed by exp(end_gate - gate).
-  CUTE_DEVICE void operator()(SharedStorage& shared, int stage, float end_gate,
-                              Accumulators& accumulators) const {
+  /// The block of the key at block `index` of a tile; below 0 for none.
+  CUTE_DEVICE static int key_block(int first_task, int index) {
+    if constexpr (kGathered) {
+      int const task_unit = first_task / kUnitTasks + index / 3;
+      if (index >= 3 * kBlockUnits || task_unit >= kUnits) {
+        return -1;
+      }
+      StateUnit const unit = StateUnit::make(task_unit);
+      return index % 3 == 0 ? unit.outer : index % 3 == 1 ? unit.native[0] : unit.native[1];
+    } else {
+      return index;
+    }
+  }
+
+  /// Adds the tokens of one tile, each by its weight.
+  CUTE_DEVICE void operator()(SharedStorage& shared, int stage, Accumulators& accumulators) const {
     using cute::Int;
     using cute::Tensor;
     int const quad = lane % 4;
 
-    Tensor key = cute::make_tensor(cute::make_smem_ptr(shared.key), KeyLayout{});
-    // V^T as the B operand: (value, token, stage)
-    Tensor value = cute::make_tensor(
-        cute::make_smem_ptr(shared.value),
-        cute::composition(
-            ValueLayout{},
-            cute::make_layout(
-                cute::make_shape(Int<kValueTile>{}, Int<kTileTokens>{}, Int<kStages>{}),
-                cute::make_stride(Int<kTileTokens>{}, Int<1>{}, Int<kTileTokens * kValueTile>{}))));
-    TiledMma mma;
-    auto thread_mma = mma.get_slice(lane);
-    auto load_value =
-        cute::make_tiled_copy_B(cute::Copy_Atom<cute::SM75_U16x8_LDSM_T, Element>{}, mma);
-    auto thread_load = load_value.get_slice(lane);
-    Tensor value_source = thread_load.partition_S(value(cute::_, cute::_, stage));
-    Tensor b = thread_mma.partition_fragment_B(value(cute::_, cute::_, 0));  // (MMA, N, K)
-    Tensor b_view = thread_load.retile_D(b);                                 // (CPY, N / 2, K)
-    Tensor state = state_tensor(accumulators);                               // (MMA, x, N)
+    Tensor b = cute::make_tensor<Element>(
+        cute::Shape<cute::_4, Int<kValueTile / 8>>{});  // (MMA, N): V^T of 16 tokens
+    Tensor state = state_tensor(accumulators);          // (MMA, x, N)
+
+    // Matrices of ldmatrix in the order of the A operand: (Y0, tokens 0-7), (Y1, 0-7), (Y0, 8-15),
+    // (Y1, 8-15).
+    KeyLayout const key_layout;
+    Element const* key = shared.key + key_layout(0, 0, stage);
+    int const native_block = lane / 8 % 2 == 0 ? tile_unit.native[0] : tile_unit.native[1];
+    Element const* native_source = key + key_layout(lane % 8 + lane / 16 * 8, 8 * native_block, 0);
+    Element const* outer_source = key + key_layout(lane % 16, 8 * tile_unit.outer, 0);
 
 #pragma unroll
     for (int k = 0; k < kTileTokens / 16; ++k) {
-      cute::copy(load_value, value_source(cute::_, cute::_, k), b_view(cute::_, cute::_, k));
+      load_rows_transposed(shared.value, ValueLayout{}, 16 * k, 0, stage, lane, b);
 
-      // Matrices of ldmatrix in the order of the A operand: (Y0, tokens 0-7), (Y1, 0-7), (Y0,
-      // 8-15), (Y1, 8-15).
+      int const first = key_layout(16 * k, 0, 0);
       std::uint32_t native[4];
-      int const native_token = 16 * k + lane % 8 + lane / 16 * 8;
-      int const native_block = lane / 8 % 2 == 0 ? unit.native[0] : unit.native[1];
       cute::SM75_U16x8_LDSM_T::copy(
-          *reinterpret_cast<cute::uint128_t const*>(&key(native_token, 8 * native_block, stage)),
-          native[0], native[1], native[2], native[3]);
+          *reinterpret_cast<cute::uint128_t const*>(native_source + first), native[0], native[1],
+          native[2], native[3]);
       std::uint32_t outer[2];
-      int const outer_token = 16 * k + lane % 16;
-      cute::SM75_U16x4_LDSM_T::copy(
-          *reinterpret_cast<cute::uint128_t const*>(&key(outer_token, 8 * unit.outer, stage)),
-          outer[0], outer[1]);
+      cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(outer_source + first),
+                                    outer[0], outer[1]);
 
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float const* gate = &shared.gate[stage][16 * k + 8 * half + 2 * quad];
-        float const lo = detail::exp_nonpositive(end_gate - gate[0]);
-        float const hi = detail::exp_nonpositive(end_gate - gate[1]);
-        outer[half] = detail::pack<Element>(detail::unpack_lo<Element>(outer[half]) * lo,
-                                            detail::unpack_hi<Element>(outer[half]) * hi);
-      }
+      float4 const weight =
+          *reinterpret_cast<float4 const*>(&shared.weight[stage][16 * k + 4 * quad]);
+      outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
+                                       detail::unpack_hi<Element>(outer[0]) * weight.y);
+      outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
+                                       detail::unpack_hi<Element>(outer[1]) * weight.w);
 
       // z of a unit is the small Gram matrix of Y and X, whose operands are all here already.
       float (&sum)[4] = accumulators.key_sum;
@@ -183,10 +200,15 @@ struct ExpandReduce {
         a_pairs(3) = detail::multiply<Element>(native[3], hi);
 #pragma unroll
         for (int n = 0; n < kValueTile / 8; ++n) {
-          cute::gemm(MmaAtom{}, a, b(cute::_, n, k), state(cute::_, x, n));
+          cute::gemm(MmaAtom{}, a, b(cute::_, n), state(cute::_, x, n));
         }
       }
     }
+  }
+
+ private:
+  CUTE_HOST_DEVICE static constexpr StateUnit gathered_unit(int index) {
+    return {3 * index, {3 * index + 1, 3 * index + 2}};
   }
 };
 

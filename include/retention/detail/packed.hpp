@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <cute/tensor.hpp>
 
 namespace retention::detail {
@@ -76,6 +77,30 @@ CUTE_HOST_DEVICE float exp_nonpositive(float x) {
   return y;
 #else
   return exp2f(x * kLog2E);
+#endif
+}
+
+/// 2^scale exp(x), for results within the range of floats; one below 2^-126 is 0.
+CUTE_HOST_DEVICE float exp_scaled(float x, float scale) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2E, scale)));
+  return y;
+#else
+  return exp2f(fmaf(x, kLog2E, scale));
+#endif
+}
+
+/// 2^exponent, of the normal number that comes nearest.
+CUTE_HOST_DEVICE float power_of_two(int exponent) {
+  int const bits = (cute::max(-126, cute::min(exponent, 127)) + 127) << 23;
+#if defined(__CUDA_ARCH__)
+  return __int_as_float(bits);
+#else
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
 #endif
 }
 

@@ -5,9 +5,12 @@
 // and z, the sum of keys, the same with v = 1; g_j is the cumulative log gate since the start of
 // the chunk, and G_c that of its last token.
 //
-// A block of threads owns a slice of the state of one sequence and head, holds it in fp32
-// registers, and walks over the tokens. Nothing is shared between blocks, so the result does not
-// depend on their order.
+// A block of threads owns a slice of the state of one segment of a sequence, and head, holds it in
+// fp32 registers, and walks over the tokens. Nothing is shared between blocks, so the result does
+// not depend on their order.
+//
+// In fp16 the registers hold 2^f S and 2^f z instead, with f from `Exponents::key`: the power of
+// two is part of a token's weight, and leaves again with what is stored.
 
 #pragma once
 
@@ -30,8 +33,8 @@ struct ChunkStatesTraits {
 template <class Traits>
 struct ChunkStates {
   using Element = typename Traits::Element;
-  using Mainloop = collective::ExpandReduce<Element, Traits::kHeadDim, Traits::kValueDim>;
-  using SharedStorage = typename Mainloop::SharedStorage;
+  using Mainloop =
+      collective::ExpandReduce<Element, Traits::kHeadDim, Traits::kValueDim, Traits::kWarps>;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
@@ -39,10 +42,20 @@ struct ChunkStates {
   static constexpr int kTileTokens = Mainloop::kTileTokens;
   static constexpr int kStages = Mainloop::kStages;
   static constexpr int kThreads = 32 * Traits::kWarps;
+  static constexpr int kMinBlocks = 2;
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<kHeadDim, 2>::kStateDim);
   static constexpr int kRowSlices = (Mainloop::kTasks + Traits::kWarps - 1) / Traits::kWarps;
   // Blocks that cover the state of one sequence and head.
   static constexpr int kSlices = kRowSlices * (kValueDim / kValueTile);
+  // Whether numbers of this type need `Exponents` to stay in range.
+  static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
+
+  struct SharedStorage {
+    typename Mainloop::SharedStorage mainloop;
+    // Eight rows of the state, on their way from a warp's registers to memory. The padding lets the
+    // lanes of a warp write their pairs to different banks.
+    alignas(16) Element rows[Traits::kWarps][8][kValueTile + 8];
+  };
 
   struct Params {
     Element const* key;    // [b, t, h, d]
@@ -52,36 +65,51 @@ struct ChunkStates {
     TokenStride value_stride;
     TokenStride gate_stride;
 
-    // One item is a segment of a sequence: segments * sequences of them, segment fastest.
-    float const* initial_state;    // [items, h, D, dv]; null for zero
-    float const* initial_key_sum;  // [items, h, D]; with initial_state
+    // Each sequence is cut into `segments` items (item = sequence * segments + segment) that know
+    // nothing of each other: of its n chunks each takes the next ceil(n / segments), and all but
+    // the first start from a state of zero. `states` and `final_state` are of the item alone.
+    float const* initial_state;    // [count, h, D, dv] of each sequence; null for zero
+    float const* initial_key_sum;  // [count, h, D]; with initial_state
     Element* states;               // [slots, h, D, dv] before each chunk; null to skip
     Element* key_sums;             // [slots, h, D]; with states
     float* final_state;            // [items, h, D, dv]; null to skip
     float* final_key_sum;          // [items, h, D]; with final_state
 
+    Exponents exponents;  // for fp16
     Sequences sequences;
     int heads;
-    int segments;  // parts that each sequence is cut into
+    int segments;
   };
 
-  /// blockIdx = (slice of the state, head, item)
+  /// blockIdx = (item and slice of the state, head); slices of an item are neighbours, because they
+  /// read the same keys and values.
+  CUTE_HOST static dim3 grid(Params const& params) {
+    return dim3(static_cast<unsigned>(params.sequences.count) *
+                    static_cast<unsigned>(params.segments) * kSlices,
+                static_cast<unsigned>(params.heads));
+  }
+
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    SharedStorage& storage = *reinterpret_cast<SharedStorage*>(smem);
+    typename Mainloop::SharedStorage& shared = storage.mainloop;
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
-    int const item = blockIdx.z;
-    int const value_offset = static_cast<int>(blockIdx.x) / kRowSlices * kValueTile;
-    int const task = static_cast<int>(blockIdx.x) % kRowSlices * Traits::kWarps + thread / 32;
-    // A warp beyond the last task helps to load, computes the last one again and stores nothing.
-    bool const stores = task < Mainloop::kTasks;
-    Mainloop const mainloop(thread % 32, stores ? task : Mainloop::kTasks - 1);
+    int const slice = static_cast<int>(blockIdx.x % kSlices);
+    int const item = static_cast<int>(blockIdx.x / kSlices);
+    int const index = item / params.segments;  // of the sequence
+    int const segment = item - index * params.segments;
+    int const value_offset = slice / kRowSlices * kValueTile;
+    int const first_task = slice % kRowSlices * Traits::kWarps;
+    int const task = first_task + thread / 32;
+    // A warp beyond the last task only helps to load.
+    bool const active = Mainloop::kTasks % Traits::kWarps == 0 || task < Mainloop::kTasks;
+    Mainloop const mainloop(thread % 32, active ? task : Mainloop::kTasks - 1);
 
-    Sequence const sequence = params.sequences.get(item / params.segments);
+    Sequence const sequence = params.sequences.get(index);
     int const chunk_size = params.sequences.chunk_size;
     int const num_chunks = cute::ceil_div(sequence.length, chunk_size);
     int const segment_chunks = cute::ceil_div(num_chunks, params.segments);
-    int const first_chunk = cute::min(item % params.segments * segment_chunks, num_chunks);
+    int const first_chunk = cute::min(segment * segment_chunks, num_chunks);
     int const end_chunk = cute::min(first_chunk + segment_chunks, num_chunks);
     int const first_token = first_chunk * chunk_size;
     int const tokens = cute::min(end_chunk * chunk_size, sequence.length) - first_token;
@@ -90,33 +118,43 @@ struct ChunkStates {
                             ? nullptr
                             : params.gate + params.gate_stride.at(sequence, first_token, head);
 
-    collective::TileLoader<Element, kThreads, kTileTokens, kHeadDim, typename Mainloop::KeyLayout>
-        key_loader(params.key + params.key_stride.at(sequence, first_token, head),
+    constexpr int kKeyColumns = Mainloop::kKeyColumns;
+    // A thread copies the same block of the keys from each of its rows.
+    int const tile_block = thread % (kKeyColumns / 8);
+    int const key_block = Mainloop::key_block(first_task, tile_block);
+    collective::TileLoader<Element, kThreads, kTileTokens, kKeyColumns,
+                           typename Mainloop::KeyLayout>
+        key_loader(params.key + params.key_stride.at(sequence, first_token, head) +
+                       8 * (cute::max(key_block, 0) - tile_block),
                    params.key_stride.token, thread);
     collective::TileLoader<Element, kThreads, kTileTokens, kValueTile,
                            typename Mainloop::ValueLayout>
         value_loader(
             params.value + params.value_stride.at(sequence, first_token, head) + value_offset,
             params.value_stride.token, thread);
+    // One thread a token takes care of its weight.
+    int const weight_index = Mainloop::weight_index(thread);
+    bool const weighs = gate != nullptr && thread < kTileTokens;
     float const* next_gate = gate + thread * params.gate_stride.token;
     // `left` tokens remain, those of this tile included.
     auto load_tile = [&](int stage, int left) {
       if (left > 0) {
-        key_loader.load(shared.key, stage, left);
+        key_loader.load(shared.key, stage, !Mainloop::kGathered || key_block >= 0 ? left : 0);
         value_loader.load(shared.value, stage, left);
-        if (gate != nullptr && thread < kTileTokens) {
-          cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*next_gate, shared.gate[stage][thread],
-                                                             thread < left);
+        if (weighs) {
+          cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
+              *next_gate, shared.weight[stage][weight_index], thread < left);
           next_gate += kTileTokens * params.gate_stride.token;
         }
       }
       cute::cp_async_fence();  // one group a tile, empty past the end, so that waits can count
     };
 
+    int const scale = key_scale(params, index, head);
     if (gate == nullptr && thread < kTileTokens) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
-        shared.gate[stage][thread] = 0.0f;
+        shared.weight[stage][thread] = detail::power_of_two(scale);
       }
     }
 #pragma unroll
@@ -124,43 +162,73 @@ struct ChunkStates {
       load_tile(tile, tokens - tile * kTileTokens);
     }
 
-    typename Mainloop::Accumulators accumulators;
-    std::int64_t const item_head = static_cast<std::int64_t>(item) * params.heads + head;
-    load_initial(params, item_head, value_offset, mainloop, accumulators);
-
-    std::int64_t slot = sequence.first_slot + first_chunk;
-    float end_gate = 0.0f;
-    int stage = 0;
-    int chunk_end = 0;
-#pragma unroll 1
-    for (int done = 0; done < tokens; done += kTileTokens) {
-      if (done == chunk_end) {
-        chunk_end += chunk_size;
-        if (params.states != nullptr && stores) {
-          store<Element>(params.states, params.key_sums, slot * params.heads + head, value_offset,
-                         mainloop, accumulators);
-        }
-        ++slot;
-        if (gate != nullptr) {
-          int const last = cute::min(chunk_end, tokens) - 1;
-          end_gate = gate[last * params.gate_stride.token];
-          decay(detail::exp_nonpositive(end_gate), accumulators);
-        }
-      }
-      cute::cp_async_wait<kStages - 2>();
-      __syncthreads();
-      load_tile(stage == 0 ? kStages - 1 : stage - 1, tokens - done - (kStages - 1) * kTileTokens);
-      mainloop(shared, stage, end_gate, accumulators);
-      stage = stage == kStages - 1 ? 0 : stage + 1;
+    Accumulators accumulators;
+    if (params.initial_state != nullptr && segment == 0) {
+      load_initial(params, static_cast<std::int64_t>(index) * params.heads + head, value_offset,
+                   detail::power_of_two(scale), mainloop, accumulators);
+    } else {
+      clear(accumulators);
     }
-    if (params.final_state != nullptr && stores) {
-      store<float>(params.final_state, params.final_key_sum, item_head, value_offset, mainloop,
-                   accumulators);
+
+    std::int64_t slot_head = (sequence.first_slot + first_chunk) * params.heads + head;
+    // Cumulative gate of the chunk from `begin` on.
+    auto gate_of_chunk = [&](int begin) {
+      int const last = cute::min(begin + chunk_size, tokens) - 1;
+      return gate != nullptr && begin < tokens ? gate[last * params.gate_stride.token] : 0.0f;
+    };
+    float next_end_gate = gate_of_chunk(0);
+    int stage = 0;
+#pragma unroll 1
+    for (int done = 0; done < tokens;) {
+      float const end_gate = next_end_gate;
+      next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
+      if (params.states != nullptr && active) {
+        store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
+                      accumulators);
+      }
+      slot_head += params.heads;
+      if (gate != nullptr) {
+        decay(detail::exp_scaled(end_gate, 0.0f), accumulators);
+      }
+      int const chunk_end = cute::min(done + chunk_size, tokens);
+#pragma unroll 1
+      for (; done < chunk_end; done += kTileTokens) {
+        cute::cp_async_wait<kStages - 2>();
+        if (weighs) {
+          // The thread's own copy: the barrier below is for the others.
+          float& weight = shared.weight[stage][weight_index];
+          weight = detail::exp_scaled(end_gate - weight, static_cast<float>(scale));
+        }
+        __syncthreads();
+        load_tile(stage == 0 ? kStages - 1 : stage - 1,
+                  tokens - done - (kStages - 1) * kTileTokens);
+        if (active) {
+          mainloop(shared, stage, accumulators);
+        }
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+      }
+    }
+    if (params.final_state != nullptr && active) {
+      store_final(params, static_cast<std::int64_t>(item) * params.heads + head, value_offset,
+                  detail::power_of_two(-scale), mainloop, accumulators);
     }
   }
 
  private:
   using Accumulators = typename Mainloop::Accumulators;
+
+  /// f, where accumulators hold 2^f S and 2^f z. One factor of phi is multiplied by 2^f. With all
+  /// |k| < 2^x it is below 2^(15 - max(x, 0)) then, and its product with another k below 2^15.
+  CUTE_DEVICE static int key_scale(Params const& params, int sequence, int head) {
+    if constexpr (kScaled) {
+      if (params.exponents.key != nullptr) {
+        int const x =
+            params.exponents.key[static_cast<std::int64_t>(sequence) * params.heads + head];
+        return 15 - x - cute::max(x, 0);
+      }
+    }
+    return 0;
+  }
 
   CUTE_DEVICE static void clear(Accumulators& accumulators) {
     cute::clear(Mainloop::state_tensor(accumulators));
@@ -182,88 +250,152 @@ struct ChunkStates {
     }
   }
 
-  // Calls visit(offset, state[0], state[1], diagonal) for the pairs of neighbouring columns that
-  // this lane holds, and visit_sum(row, sum, diagonal) for its part of the sum of keys. The
-  // accumulators are without the multiplicity of the row: 1 in a diagonal block pair, else 2.
-  template <class Visit, class VisitSum>
+  // Calls visit_row(i, x, row, stride, multiplicity) for each native block i and value x, where the
+  // elements y are rows `row` + y * `stride` of the state, and visit_sum(row, sum, multiplicity)
+  // for the lane's part of the sum of keys. The accumulators are without the multiplicity of the
+  // row: 1 in a diagonal block pair, else 2.
+  template <class VisitRow, class VisitSum>
   CUTE_DEVICE static void for_each(Mainloop const& mainloop, Accumulators& accumulators,
-                                   Visit visit, VisitSum visit_sum) {
+                                   VisitRow visit_row, VisitSum visit_sum) {
     int const lane = detail::recomputed(mainloop.lane);
-    int const group = lane / 4;
-    int const quad = lane % 4;
     int const first_outer = detail::recomputed(mainloop.first_outer);
     collective::StateUnit const unit{
         detail::recomputed(mainloop.unit.outer),
         {detail::recomputed(mainloop.unit.native[0]), detail::recomputed(mainloop.unit.native[1])}};
-    cute::Tensor state = Mainloop::state_tensor(accumulators);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int const row = unit.row(i) + group * unit.stride_native(i);
       int const stride = unit.stride_outer(i);
-      bool const diagonal = unit.outer == unit.native[i];
-      int offset = (row + first_outer * stride) * kValueDim + 2 * quad;
+      float const multiplicity = unit.outer == unit.native[i] ? 1.0f : 2.0f;
 #pragma unroll
       for (int x = 0; x < Mainloop::kOuterTile; ++x) {
-#pragma unroll
-        for (int n = 0; n < kValueTile / 8; ++n) {
-          visit(offset + 8 * n, state(cute::make_coord(0, i), x, n),
-                state(cute::make_coord(1, i), x, n), diagonal);
-        }
-        offset += stride * kValueDim;
+        visit_row(i, x, unit.row(i) + (first_outer + x) * stride, unit.stride_native(i),
+                  multiplicity);
         // Keeps the rows apart: interleaved, their conversions need more registers than there are.
         __syncwarp();
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        visit_sum(row + (2 * quad + c) * stride, accumulators.key_sum[2 * i + c], diagonal);
+        visit_sum(unit.row(i) + lane / 4 * unit.stride_native(i) + (2 * (lane % 4) + c) * stride,
+                  accumulators.key_sum[2 * i + c], multiplicity);
       }
     }
   }
 
-  CUTE_DEVICE static void load_initial(Params const& params, std::int64_t item_head,
-                                       int value_offset, Mainloop const& mainloop,
-                                       Accumulators& accumulators) {
-    clear(accumulators);
-    if (params.initial_state == nullptr) {
-      return;
-    }
-    float const* state = params.initial_state + item_head * kStateDim * kValueDim + value_offset;
-    float const* key_sum = params.initial_key_sum + item_head * kStateDim;
-    for_each(
-        mainloop, accumulators,
-        [&](int offset, float& lo, float& hi, bool diagonal) {
-          float2 const pair = *reinterpret_cast<float2 const*>(state + offset);
-          float const weight = diagonal ? 1.0f : 0.5f;
-          lo = weight * pair.x;
-          hi = weight * pair.y;
-        },
-        [&](int row, float& sum, bool diagonal) { sum = (diagonal ? 1.0f : 0.5f) * key_sum[row]; });
+  // The lane's pair of neighbouring columns in n8 tile n.
+  CUTE_DEVICE static float2 pair(Accumulators& accumulators, int i, int x, int n) {
+    cute::Tensor state = Mainloop::state_tensor(accumulators);
+    return make_float2(state(cute::make_coord(0, i), x, n), state(cute::make_coord(1, i), x, n));
   }
 
-  template <class Out>
-  CUTE_DEVICE static void store(Out* state, Out* key_sum, std::int64_t slot_head, int value_offset,
-                                Mainloop const& mainloop, Accumulators& accumulators) {
-    state += slot_head * kStateDim * kValueDim + value_offset;
-    key_sum += slot_head * kStateDim;
-    // The unit's sum is whole in each of the warps that share it; one of them stores it.
-    bool const stores_sum = value_offset == 0 && mainloop.first_outer == 0;
+  CUTE_DEVICE static void load_initial(Params const& params, std::int64_t sequence_head,
+                                       int value_offset, float scale, Mainloop const& mainloop,
+                                       Accumulators& accumulators) {
+    int const group = mainloop.lane / 4;
+    float const* first = params.initial_state + sequence_head * kStateDim * kValueDim +
+                         value_offset + 2 * (mainloop.lane % 4);
+    float const* key_sum = params.initial_key_sum + sequence_head * kStateDim;
+    cute::Tensor state = Mainloop::state_tensor(accumulators);
     for_each(
         mainloop, accumulators,
-        [&](int offset, float lo, float hi, bool diagonal) {
-          float const weight = diagonal ? 1.0f : 2.0f;
-          if constexpr (cute::is_same_v<Out, float>) {
-            *reinterpret_cast<float2*>(state + offset) = make_float2(weight * lo, weight * hi);
-          } else {
-            // Doubling is exact after rounding as well, and takes half the instructions there.
-            *reinterpret_cast<std::uint32_t*>(state + offset) =
-                detail::multiply<Out>(detail::pack<Out>(lo, hi), detail::pack<Out>(weight, weight));
+        [&](int i, int x, int row, int stride, float multiplicity) {
+          float const* source = first + (row + group * stride) * kValueDim;
+          float const factor = multiplicity == 1.0f ? scale : 0.5f * scale;
+#pragma unroll
+          for (int n = 0; n < kValueTile / 8; ++n) {
+            float2 const loaded = *reinterpret_cast<float2 const*>(source + 8 * n);
+            state(cute::make_coord(0, i), x, n) = factor * loaded.x;
+            state(cute::make_coord(1, i), x, n) = factor * loaded.y;
           }
         },
-        [&](int row, float sum, bool diagonal) {
+        [&](int row, float& sum, float multiplicity) {
+          sum = (multiplicity == 1.0f ? scale : 0.5f * scale) * key_sum[row];
+        });
+  }
+
+  CUTE_DEVICE static void store_final(Params const& params, std::int64_t item_head,
+                                      int value_offset, float scale, Mainloop const& mainloop,
+                                      Accumulators& accumulators) {
+    int const group = mainloop.lane / 4;
+    float* first = params.final_state + item_head * kStateDim * kValueDim + value_offset +
+                   2 * (mainloop.lane % 4);
+    float* key_sum = params.final_key_sum + item_head * kStateDim;
+    bool const stores_sum = has_key_sum(mainloop, value_offset);
+    for_each(
+        mainloop, accumulators,
+        [&](int i, int x, int row, int stride, float multiplicity) {
+          float* target = first + (row + group * stride) * kValueDim;
+          float const factor = scale * multiplicity;
+#pragma unroll
+          for (int n = 0; n < kValueTile / 8; ++n) {
+            float2 const sum = pair(accumulators, i, x, n);
+            *reinterpret_cast<float2*>(target + 8 * n) =
+                make_float2(factor * sum.x, factor * sum.y);
+          }
+        },
+        [&](int row, float sum, float multiplicity) {
           if (stores_sum) {
-            key_sum[row] = Out((diagonal ? 1.0f : 2.0f) * sum);
+            key_sum[row] = scale * multiplicity * sum;
           }
         });
+  }
+
+  CUTE_DEVICE static void store_rounded(Params const& params, std::int64_t slot_head,
+                                        int value_offset, int scale, Mainloop const& mainloop,
+                                        Element (&rows)[8][kValueTile + 8],
+                                        Accumulators& accumulators) {
+    float state_scale = 1.0f;
+    float sum_scale = 1.0f;
+    if constexpr (kScaled) {
+      auto stored = [&](int const* exponents) {
+        return detail::power_of_two(-scale - (exponents == nullptr ? 0 : exponents[slot_head]));
+      };
+      state_scale = stored(params.exponents.state);
+      sum_scale = stored(params.exponents.key_sum);
+    }
+    constexpr int kPieces = kValueTile / 8;  // of 16 bytes, in a row
+    int const lane = detail::recomputed(mainloop.lane);
+    Element* first = params.states + slot_head * kStateDim * kValueDim + value_offset;
+    Element* key_sum = params.key_sums + slot_head * kStateDim;
+    bool const stores_sum = has_key_sum(mainloop, value_offset);
+    // A lane writes its pairs, and reads pieces that make full sectors of memory.
+    Element* written = &rows[lane / 4][2 * (lane % 4)];
+    Element const* read = &rows[lane / kPieces][lane % kPieces * 8];
+    for_each(
+        mainloop, accumulators,
+        [&](int i, int x, int row, int stride, float multiplicity) {
+          float const factor = state_scale * multiplicity;
+#pragma unroll
+          for (int n = 0; n < kValueTile / 8; ++n) {
+            float2 const sum = pair(accumulators, i, x, n);
+            std::uint32_t rounded;
+            if constexpr (kScaled) {
+              rounded = detail::pack<Element>(factor * sum.x, factor * sum.y);
+            } else {
+              // Doubling is exact after rounding as well, and takes half the instructions there.
+              rounded = detail::multiply<Element>(detail::pack<Element>(sum.x, sum.y),
+                                                  detail::pack<Element>(factor, factor));
+            }
+            *reinterpret_cast<std::uint32_t*>(written + 8 * n) = rounded;
+          }
+          __syncwarp();
+          Element* target =
+              first + (row + lane / kPieces * stride) * kValueDim + lane % kPieces * 8;
+#pragma unroll
+          for (int y = 0; y < 8; y += 32 / kPieces) {
+            *reinterpret_cast<uint4*>(target + y * stride * kValueDim) =
+                *reinterpret_cast<uint4 const*>(read + y * (kValueTile + 8));
+          }
+        },
+        [&](int row, float sum, float multiplicity) {
+          if (stores_sum) {
+            key_sum[row] = Element(sum_scale * multiplicity * sum);
+          }
+        });
+  }
+
+  // The unit's sum of keys is whole in each of the warps that share it; one of them stores it.
+  CUTE_DEVICE static bool has_key_sum(Mainloop const& mainloop, int value_offset) {
+    return value_offset == 0 && mainloop.first_outer == 0;
   }
 };
 
