@@ -31,7 +31,7 @@ struct Carry {
   using Element = typename Traits::Element;
 
   static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocks = 3;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kPiece = 8;     // elements of a thread, 16 bytes
   static constexpr int kUnrolled = 4;  // chunks in flight
@@ -103,7 +103,7 @@ struct Carry {
       float log_decay = 0.0f;
 #pragma unroll 1
       for (int start = 0; start < count; start += kThreads) {
-        int const batch = cute::min(kThreads, count - start);
+        int const batch = cute::min(cute::Int<kThreads>{}, count - start);
         log_decay = load_factors(params, shared, sequence, head, first + start, batch, log_decay,
                                  exponents);
         if (params.states != nullptr && owns) {

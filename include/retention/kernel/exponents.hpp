@@ -428,7 +428,8 @@ struct ChooseExponents {
     if (bound == 0.0f) {
       return 0;
     }
-    return cute::max(detail::exponent_above(bound) - kStoredExponent, kMinStateExponent);
+    return cute::max(detail::exponent_above(bound) - kStoredExponent,
+                     cute::Int<kMinStateExponent>{});
   }
 };
 

@@ -17,19 +17,19 @@ namespace retention::kernel {
 
 struct Gates {
   static constexpr int kHeads = 8;       // of a block, one a warp
-  static constexpr int kLaneTokens = 8;  // of a tile, consecutive
-  static constexpr int kTileTokens = 256;
+  static constexpr int kLaneTokens = 4;  // of a tile, consecutive
+  static constexpr int kTileTokens = 128;
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 4;
   static constexpr int kLoads = kHeads * kTileTokens / kThreads;  // elements of a tile a thread
   // exp(-200) is 0 in fp32 as exp(-inf) is, but differences of sums are not NaN.
   static constexpr float kMinLogGate = -200.0f;
   static_assert(kThreads == 32 * kHeads && kTileTokens == 32 * kLaneTokens);
-  static_assert(kThreads == kTileTokens && kLoads == kHeads);
+  static_assert(kThreads % kTileTokens == 0 && kThreads % kHeads == 0, "steps of whole rows");
 
-  // A gap after every 32 tokens, and rows 12 banks apart: no bank conflicts among lanes that take
-  // 32 consecutive tokens, 8 heads of 4 tokens, or one token each of 8 consecutive ones.
-  static constexpr int kRowPitch = 268;
+  // A gap after every 32 tokens, and rows 4 banks apart: no bank conflicts among lanes that take
+  // 32 consecutive tokens, 8 heads of 4 tokens, or every fourth token.
+  static constexpr int kRowPitch = 132;
   struct SharedStorage {
     float tile[kHeads * kRowPitch];
   };
@@ -55,7 +55,7 @@ struct Gates {
     int const warp = thread / 32;
     int const lane = thread % 32;
     int const first_head = static_cast<int>(blockIdx.y) * kHeads;
-    int const heads = cute::min(kHeads, params.heads - first_head);
+    int const heads = cute::min(cute::Int<kHeads>{}, params.heads - first_head);
     Chunk const chunk = params.sequences.find(static_cast<int>(blockIdx.x));
     Sequence const sequence = params.sequences.get(chunk.sequence);
     std::int64_t const first_token =
@@ -72,28 +72,22 @@ struct Gates {
     TilePart const load_part(params.log_gate_stride, thread);
     TilePart const store_part(params.gate_stride, thread);
 
+    source += load_part.offset;
+    target += store_part.offset;
     float next[kLoads];
-    auto load_tile = [&](int first) {
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        bool const valid = load_part.head(i) < heads && first + load_part.token(i) < tokens;
-        next[i] = valid ? source[load_part.offset(i, first)] : 0.0f;
-      }
-    };
-    load_tile(0);
+    load(source, load_part, heads, tokens, next);
     // Double precision: sums of a million gates differ by less than their rounding to fp32.
     double carry = 0.0;
 #pragma unroll 1
-    for (int first = 0; first < tokens; first += kTileTokens) {
+    for (int left = tokens; left > 0; left -= kTileTokens) {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         // Not fmaxf, which would turn NaN into a number.
-        shared.tile[position(load_part.head(i), load_part.token(i))] =
-            next[i] < kMinLogGate ? kMinLogGate : next[i];
+        shared.tile[load_part.position(i)] = next[i] < kMinLogGate ? kMinLogGate : next[i];
       }
-      if (first < tokens - kTileTokens) {
-        load_tile(first + kTileTokens);  // arrives during the scan
-      }
+      // The next tile arrives during the scan.
+      source += kTileTokens * params.log_gate_stride.token;
+      load(source, load_part, heads, left - kTileTokens, next);
       __syncthreads();
       if (warp < heads) {
         carry = scan(shared, warp, lane, carry);
@@ -101,39 +95,52 @@ struct Gates {
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        if (store_part.head(i) < heads && store_part.token(i) < tokens - first) {
-          target[store_part.offset(i, first)] =
-              shared.tile[position(store_part.head(i), store_part.token(i))];
+        if (store_part.within(i, heads, left)) {
+          target[i * store_part.step] = shared.tile[store_part.position(i)];
         }
       }
+      target += kTileTokens * params.gate_stride.token;
       __syncthreads();
     }
   }
 
  private:
-  // The elements of a [token, head] tile that a thread loads or stores: neighbouring threads take
-  // what is contiguous.
-  class TilePart {
-   public:
-    CUTE_DEVICE TilePart(TokenStride const& stride, int thread)
-        : heads_last_(stride.head < stride.token),
-          thread_(thread),
-          token_stride_(stride.token),
-          head_stride_(stride.head) {}
-    CUTE_DEVICE int head(int i) const { return heads_last_ ? thread_ % kHeads : i; }
-    CUTE_DEVICE int token(int i) const {
-      return heads_last_ ? thread_ / kHeads + kThreads / kHeads * i : thread_;
-    }
-    CUTE_DEVICE std::int64_t offset(int i, int first_token) const {
-      return (std::int64_t{first_token} + token(i)) * token_stride_ + head(i) * head_stride_;
-    }
+  // The elements of a [token, head] tile that a thread loads or stores, one step after the other:
+  // neighbouring threads take what is contiguous.
+  struct TilePart {
+    int head;  // the first
+    int token;
+    int head_step;
+    int token_step;
+    std::int64_t offset;  // in memory
+    std::int64_t step;
 
-   private:
-    bool heads_last_;
-    int thread_;
-    std::int64_t token_stride_;
-    std::int64_t head_stride_;
+    CUTE_DEVICE TilePart(TokenStride const& stride, int thread) {
+      bool const heads_last = stride.head < stride.token;
+      head = heads_last ? thread % kHeads : thread / kTileTokens;
+      token = heads_last ? thread / kHeads : thread % kTileTokens;
+      head_step = heads_last ? 0 : kThreads / kTileTokens;
+      token_step = heads_last ? kThreads / kHeads : 0;
+      offset = token * stride.token + head * stride.head;
+      step = token_step * stride.token + head_step * stride.head;
+    }
+    /// Whether step i is among the first `heads` and `tokens`.
+    CUTE_DEVICE bool within(int i, int heads, int tokens) const {
+      return head + i * head_step < heads && token + i * token_step < tokens;
+    }
+    /// In shared memory.
+    CUTE_DEVICE int position(int i) const {
+      return Gates::position(head + i * head_step, token + i * token_step);
+    }
   };
+
+  CUTE_DEVICE static void load(float const* source, TilePart const& part, int heads, int tokens,
+                               float (&x)[kLoads]) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      x[i] = part.within(i, heads, tokens) ? source[i * part.step] : 0.0f;
+    }
+  }
 
   CUTE_DEVICE static int position(int head, int token) {
     return head * kRowPitch + token + token / 32;
