@@ -24,13 +24,14 @@ using retention::kernel::TokenStride;
 using std::size_t;
 using Ranges = retention::kernel::ChunkRanges<half_t>;
 
-enum class Gates { kNone, kMild, kSixty, kInfinite, kPositive, kNaN };
+enum class Gates { kNone, kMild, kSixty, kInfinite, kPositive, kTwentySix, kOverflow, kNaN };
 enum class Fill {
   kNormal,
   kLargest,    // 65504 throughout: the bounds are reached
   kSubnormal,  // 2^-24 throughout
   kZero,
   kNotFinite,  // an infinity and a NaN among normal numbers
+  kNeedle,     // one number in eight rows
 };
 
 struct Case {
@@ -63,9 +64,13 @@ void fill_row(Fill fill, half_t* row, size_t width, bool special, std::mt19937& 
         row[i] = half_t(0x1p-24f);
         break;
       case Fill::kZero:
+      case Fill::kNeedle:
         row[i] = half_t(i % 2 == 0 ? 0.0f : -0.0f);
         break;
     }
+  }
+  if (fill == Fill::kNeedle && rng() % 8 == 0) {
+    row[rng() % width] = half_t(normal(rng));
   }
   if (fill == Fill::kNotFinite && special) {
     row[0] = half_t(-std::numeric_limits<float>::infinity());
@@ -153,6 +158,10 @@ void run(Case const& c, std::uint64_t seed) {
           x = -200.0f;  // what -inf is clamped to
         } else if (c.gates == Gates::kPositive) {
           x = -2.0f * x;
+        } else if (c.gates == Gates::kTwentySix) {
+          x = -26.0f;
+        } else if (c.gates == Gates::kOverflow && t % 8 == 0) {
+          x = t < c.lengths[s] / 2 ? 60.0f : -90.0f;
         } else if (c.gates == Gates::kNaN && special) {
           x = std::numeric_limits<float>::quiet_NaN();
         }
@@ -268,6 +277,7 @@ void run(Case const& c, std::uint64_t seed) {
       bool const constant = (c.key == Fill::kLargest || c.key == Fill::kSubnormal) &&
                             (c.value == Fill::kLargest || c.value == Fill::kSubnormal);
       double state = has_initial && d > 8 ? initial_state[((s * heads + h) * D + 64) * dv] : 0.0;
+      bool lost[2] = {false, false};
       for (int chunk = 0; chunk < chunks; ++chunk) {
         Expected const& e = expected[static_cast<size_t>(chunk)];
         size_t const slot_head = (first_slot + static_cast<size_t>(chunk)) * heads + h;
@@ -276,12 +286,14 @@ void run(Case const& c, std::uint64_t seed) {
         double const state_bound =
             2.0 * count * key_max * key_max * value_max + std::exp(log_decay) * initial_max;
         exponents_seen += 2;
-        auto check = [&](int actual, double bound) {
-          if (std::isnan(bound)) {  // anything within the limits will do for a state of NaN
+        auto check = [&](int actual, double bound, bool& is_lost) {
+          // Anything within the limits will do for a state that fp32 lost.
+          is_lost = is_lost || std::isnan(bound);
+          if (is_lost) {
             RETENTION_CHECK(std::abs(actual) <= 120);
             return;
           }
-          // A state that fp32 cannot hold is lost anyway.
+          is_lost = bound > double{std::numeric_limits<float>::max()};
           bound = std::min(bound, double{std::numeric_limits<float>::max()});
           // Rounded up by less than 2^-9: it shows where the bound is that close to a power of two.
           int const least = exponent(bound, 15, 120);
@@ -291,13 +303,14 @@ void run(Case const& c, std::uint64_t seed) {
           RETENTION_CHECK(none || (least <= actual && actual <= most));
           exponents_above_least += !none && actual > least;
         };
-        check(state_exponent[slot_head], state_bound);
-        check(sum_exponent[slot_head], key_bound);
+        check(sum_exponent[slot_head], key_bound, lost[1]);
+        lost[0] = lost[0] || lost[1];
+        check(state_exponent[slot_head], state_bound, lost[0]);
         double const stored = std::abs(std::ldexp(state, -state_exponent[slot_head]));
-        RETENTION_CHECK(!(std::abs(state) <= double{std::numeric_limits<float>::max()}) ||
-                        stored < 0x1p15);
+        RETENTION_CHECK(lost[0] || stored < 0x1p15);
         // Equal keys and values reach the bound.
-        RETENTION_CHECK(!constant || has_initial || chunk == 0 || stored >= 0x1p14 * (1 - 0x1p-9));
+        RETENTION_CHECK(!constant || has_initial || chunk == 0 || lost[0] ||
+                        stored >= 0x1p14 * (1 - 0x1p-9));
         if (d > 8) {
           double update = 0.0;
           int const begin = chunk * c.chunk_size;
@@ -310,6 +323,8 @@ void run(Case const& c, std::uint64_t seed) {
           }
           state = std::exp(e.gate) * state + update;
         }
+        // The states' own decay is beyond fp32 then.
+        lost[1] = lost[1] || std::exp(e.gate) > double{std::numeric_limits<float>::max()};
         count = std::exp(e.gate) * count + e.count;
         log_decay += e.gate;
       }
@@ -358,6 +373,19 @@ int main() {
         run(c, seed++);
       }
     }
+  }
+  run({"needles", 64, {3000}, false, 2, Gates::kMild, Fill::kNeedle, Fill::kNeedle}, seed++);
+  // Decays out of fp32's range of states that stay within, and the other way round.
+  for (float const initial : {0.0f, 3e38f}) {
+    Case c{"decay", 2, {30}, false, 1, Gates::kTwentySix, Fill::kSubnormal, Fill::kSubnormal};
+    c.initial = initial;
+    run(c, seed++);
+    c.gates = Gates::kOverflow;
+    run(c, seed++);
+    c.key = c.value = Fill::kNormal;
+    c.chunk_size = 64;
+    c.lengths = {3000};
+    run(c, seed++);
   }
   // More chunks than a round of the scan takes, three rounds.
   for (Gates const gates : {Gates::kNone, Gates::kMild, Gates::kSixty, Gates::kPositive}) {

@@ -179,7 +179,7 @@ int main() {
   run({"long chunk of three heads", 20000, {20000}, false, 3, Fill::kOne}, seed++);
   for (Order const in : {Order::kTokensHeads, Order::kHeadsTokens, Order::kGaps}) {
     for (Order const out : {Order::kTokensHeads, Order::kHeadsTokens, Order::kGaps}) {
-      run({"strides", 64, {100, 100}, false, 9, Fill::kMild, in, out}, seed++);
+      run({"strides", 300, {400, 400}, false, 9, Fill::kMild, in, out}, seed++);
     }
   }
   for (int const heads : {1, 3, 8}) {

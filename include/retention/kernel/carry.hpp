@@ -174,11 +174,10 @@ struct Carry {
       inclusive = static_cast<unsigned>(lane) < delta ? inclusive : before + inclusive;
     }
     float const before = __shfl_up_sync(0xffffffffu, inclusive, 1);
-    __syncthreads();  // the previous batch has been used
     if (lane == 31) {
       shared.warps[warp] = inclusive;
     }
-    __syncthreads();
+    __syncthreads();  // by now, the factors of the batch before have been used as well
     float warp_log = log_decay;
 #pragma unroll
     for (int i = 0; i < kWarps; ++i) {

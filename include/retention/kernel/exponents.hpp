@@ -26,12 +26,15 @@ namespace retention::detail {
 constexpr float kLargestFloat = 0x1.fffffep127f;
 constexpr float kSmallestFloat = 0x1p-126f;
 
-/// Not below exp(x) and above it by a little; finite and not zero. NaN gives the largest float.
+/// Not below exp(x) and above it by a little; never 0, and infinity for NaN.
 CUTE_DEVICE float exp_above(float x) {
   constexpr float kLog2E = 1.44269504088896340736f;
   // The product's rounding error grows with |x|, exp2f's own is two units of the last place.
   float const y = exp2f(x * kLog2E) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
-  return fminf(y < kSmallestFloat ? kSmallestFloat : y, kLargestFloat);
+  if (y >= kSmallestFloat) {
+    return y;
+  }
+  return x < 0.0f ? kSmallestFloat : 2.0f * kLargestFloat;
 }
 
 /// The smallest e with x < 2^e, for x >= 2^-127; at least -126, and 129 for what is not finite.
@@ -297,8 +300,8 @@ struct ChooseExponents {
   };
 
  private:
-  // N -> decay N + count, and the log of the decay. The state's own decay may be far out of fp32's
-  // range while the state's bound is within.
+  // N -> decay N + count, with N and count times what one token adds to z at most, and the
+  // log of the decay: an initial state may be in range after a decay that is not.
   struct Step {
     float decay = 1.0f;
     float count = 0.0f;
@@ -355,8 +358,7 @@ struct ChooseExponents {
       // From -23 to 16 for fp16.
       params.key[item] = maxima[0] == 0.0f ? 0 : detail::exponent_above(maxima[0]);
     }
-    float const key_bound = 2.0f * maxima[0] * maxima[0];
-    float const bounds[2] = {key_bound * maxima[1], key_bound};
+    float const token_bound = 2.0f * maxima[0] * maxima[0];
 
     Step carry;
 #pragma unroll 1
@@ -367,7 +369,8 @@ struct ChooseExponents {
       if (chunk < chunks) {
         ChunkRange const range = params.ranges[offset];
         // Without gates every step is exact, and stays so.
-        inclusive = {range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate), range.count,
+        inclusive = {range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate),
+                     fminf(range.count * token_bound, detail::kLargestFloat),
                      static_cast<double>(range.gate)};
       }
 #pragma unroll
@@ -393,17 +396,19 @@ struct ChooseExponents {
       }
       step = lane == 0 ? before : then(before, step);
       if (chunk < chunks) {
-        params.state[offset] = exponent(step, bounds[0], maxima[2]);
-        params.key_sum[offset] = exponent(step, bounds[1], maxima[3]);
+        params.state[offset] = exponent(step.count * maxima[1], step, maxima[2]);
+        params.key_sum[offset] = exponent(step.count, step, maxima[3]);
       }
     }
   }
 
  private:
   CUTE_DEVICE static Step then(Step const& first, Step const& second) {
-    // Finite throughout: 0 times infinity would lose the bound.
-    return {fminf(second.decay * first.decay, detail::kLargestFloat),
-            fminf(second.decay * first.count + second.count, detail::kLargestFloat),
+    // Decays are never 0 and counts finite, so that nothing is NaN. A bound that fp32 cannot hold
+    // may be cut: such a state is lost.
+    float const carried = first.count == 0.0f ? 0.0f : second.decay * first.count;
+    return {fmaxf(second.decay * first.decay, detail::kSmallestFloat),
+            fminf(carried + second.count, detail::kLargestFloat),
             first.log_decay + second.log_decay};
   }
 
@@ -413,10 +418,9 @@ struct ChooseExponents {
             __shfl_up_sync(0xffffffffu, step.log_decay, delta)};
   }
 
-  // Of a state within step.count * term + exp(step.log_decay) * initial.
-  CUTE_DEVICE static int exponent(Step const& step, float term, float initial) {
+  // Of a state within bound + exp(step.log_decay) * initial.
+  CUTE_DEVICE static int exponent(float bound, Step const& step, float initial) {
     constexpr double kLog2E = 1.4426950408889634;
-    float bound = step.count * term;  // the count is finite
     if (initial != 0.0f) {
       // The margin covers log2f, exp2f and the rounding of a sum that is below 256.
       float const log2_initial =
