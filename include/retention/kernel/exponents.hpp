@@ -1,0 +1,440 @@
+// The powers of two that keep fp16 in range, whatever the magnitude of keys and values and the
+// length of the sequence (`Exponents`). Two kernels, one after the other:
+//
+// - `ChunkRanges` reads keys and values once and leaves a few numbers a chunk;
+// - `ChooseExponents` walks over the chunks of a sequence and bounds the state before each.
+//
+// With N_c the decayed number of tokens before chunk c, L_c the cumulative log gate there, G_c that
+// of chunk c alone, and maxima over the whole sequence,
+//
+//     N_0 = 0,  N_{c+1} = exp(G_c) N_c + n_c,    n_c = sum_{j in chunk c} exp(G_c - g_j)
+//     |S_c| <= 2 N_c max|k|^2 max|v| + exp(L_c) max|S_0|
+//     |z_c| <= 2 N_c max|k|^2        + exp(L_c) max|z_0|
+//
+// where 2 is the largest multiplicity of a row. Numbers that are not finite do not count: they
+// spoil the rows from their own token on, and must not take the precision of those before.
+
+#pragma once
+
+#include <cstdint>
+#include <cute/tensor.hpp>
+
+#include "retention/kernel/sequence.hpp"
+
+namespace retention::detail {
+
+constexpr float kLargestFloat = 0x1.fffffep127f;
+constexpr float kSmallestFloat = 0x1p-126f;
+
+/// Not below exp(x) and above it by a little; never 0, and infinity for NaN.
+CUTE_DEVICE float exp_above(float x) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  // The product's rounding error grows with |x|, exp2f's own is two units of the last place.
+  float const y = exp2f(x * kLog2E) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
+  if (y >= kSmallestFloat) {
+    return y;
+  }
+  return x < 0.0f ? kSmallestFloat : 2.0f * kLargestFloat;
+}
+
+/// The smallest e with x < 2^e, for x >= 2^-127; at least -126, and 129 for what is not finite.
+CUTE_DEVICE int exponent_above(float x) {
+  return static_cast<int>(__float_as_uint(x) >> 23 & 0xff) - 126;
+}
+
+/// |x|, or 0 where x is not finite.
+CUTE_DEVICE float finite_magnitude(float x) {
+  float const magnitude = fabsf(x);
+  return magnitude <= kLargestFloat ? magnitude : 0.0f;
+}
+
+/// Sum or maximum over a warp, the same in every lane and in any schedule.
+template <class Combine>
+CUTE_DEVICE float reduce_warp(float x, Combine combine) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    x = combine(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+  }
+  return x;
+}
+
+struct Maximum {
+  CUTE_DEVICE float operator()(float x, float y) const { return fmaxf(x, y); }
+};
+struct Plus {
+  CUTE_DEVICE float operator()(float x, float y) const { return x + y; }
+};
+
+}  // namespace retention::detail
+
+namespace retention::kernel {
+
+/// What the exponents need to know of one chunk and head.
+struct alignas(16) ChunkRange {
+  float key;    // max |k|
+  float value;  // max |v|
+  float count;  // n_c or a little more
+  float gate;   // G_c
+};
+
+/// The same of a part of an initial state.
+struct alignas(8) StateRange {
+  float state;    // max |S_0|
+  float key_sum;  // max |z_0|
+};
+
+template <class Element_>
+struct ChunkRanges {
+  using Element = Element_;
+  static_assert(cute::is_same_v<Element, cute::half_t>, "other types have range enough");
+
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 4;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kLoads = 4;        // 16-byte loads of a thread in flight
+  static constexpr int kStateParts = 32;  // blocks that share an initial state
+
+  struct SharedStorage {
+    float warps[3][kWarps];
+  };
+
+  struct Params {
+    Element const* key;    // [b, t, h, d], rows 16-byte aligned
+    Element const* value;  // [b, t, h, dv], rows 16-byte aligned
+    float const* gate;     // [b, t, h] cumulative log gate since the chunk's start; null for none
+    TokenStride key_stride;
+    TokenStride value_stride;
+    TokenStride gate_stride;
+    float const* initial_state;    // [count, h, D, dv], 16-byte aligned; null for zero
+    float const* initial_key_sum;  // [count, h, D], 16-byte aligned; with initial_state
+    ChunkRange* ranges;            // [slots, h]
+    StateRange* initial_ranges;    // [count, h, kStateParts]; with initial_state
+    Sequences sequences;
+    int heads;
+    int head_dim;   // d, a multiple of 8
+    int value_dim;  // dv, a multiple of 8
+    int state_dim;  // D, a multiple of 4; with initial_state
+  };
+
+  /// (slot, then sequence and part of its initial state, part fastest; head)
+  CUTE_HOST static dim3 grid(Params const& params) {
+    std::int64_t const states =
+        params.initial_state == nullptr
+            ? 0
+            : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
+    return dim3(static_cast<unsigned>(params.sequences.num_slots() + states),
+                static_cast<unsigned>(params.heads));
+  }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    std::int64_t const block = blockIdx.x;
+    std::int64_t const slots = params.sequences.num_slots();
+    if (block < slots) {
+      chunk_range(params, shared, static_cast<int>(block));
+    } else {
+      initial_range(params, shared, static_cast<int>(block - slots));
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int slot) {
+    int const thread = threadIdx.x;
+    int const head = blockIdx.y;
+    Chunk const chunk = params.sequences.find(slot);
+    Sequence const sequence = params.sequences.get(chunk.sequence);
+    std::int64_t const first = static_cast<std::int64_t>(chunk.index) * params.sequences.chunk_size;
+    if (first >= sequence.length) {
+      return;  // a slot without a chunk
+    }
+    int const tokens =
+        cute::min(params.sequences.chunk_size, sequence.length - static_cast<int>(first));
+
+    float key = max_magnitude(params.key + params.key_stride.at(sequence, first, head),
+                              params.key_stride.token, params.head_dim, tokens);
+    float value = max_magnitude(params.value + params.value_stride.at(sequence, first, head),
+                                params.value_stride.token, params.value_dim, tokens);
+    float count = static_cast<float>(tokens);
+    float end_gate = 0.0f;
+    if (params.gate != nullptr) {
+      float const* gate = params.gate + params.gate_stride.at(sequence, first, head);
+      end_gate = gate[(tokens - 1) * params.gate_stride.token];
+      count = 0.0f;
+#pragma unroll 4
+      for (int token = thread; token < tokens; token += kThreads) {
+        count += detail::exp_above(end_gate - gate[token * params.gate_stride.token]);
+      }
+    }
+
+    key = detail::reduce_warp(key, detail::Maximum{});
+    value = detail::reduce_warp(value, detail::Maximum{});
+    if (params.gate != nullptr) {
+      count = detail::reduce_warp(count, detail::Plus{});
+    }
+    if (thread % 32 == 0) {
+      shared.warps[0][thread / 32] = key;
+      shared.warps[1][thread / 32] = value;
+      shared.warps[2][thread / 32] = count;
+    }
+    __syncthreads();
+    if (thread == 0) {
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp) {
+        key = fmaxf(key, shared.warps[0][warp]);
+        value = fmaxf(value, shared.warps[1][warp]);
+        count += params.gate == nullptr ? 0.0f : shared.warps[2][warp];
+      }
+      // Each term went through tokens / kThreads + 13 additions.
+      float const additions = static_cast<float>(tokens / kThreads + 16);
+      count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
+      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {
+          key, value, fminf(count, detail::kLargestFloat), end_gate};
+    }
+  }
+
+  CUTE_DEVICE static void initial_range(Params const& params, SharedStorage& shared, int index) {
+    int const thread = threadIdx.x;
+    std::int64_t const item =
+        static_cast<std::int64_t>(index / kStateParts) * params.heads + blockIdx.y;
+    int const part = index % kStateParts;
+    std::int64_t const sums = params.state_dim;
+    std::int64_t const elements = sums * params.value_dim;
+    float state = max_magnitude(params.initial_state + item * elements, elements, part);
+    float key_sum = max_magnitude(params.initial_key_sum + item * sums, sums, part);
+
+    state = detail::reduce_warp(state, detail::Maximum{});
+    key_sum = detail::reduce_warp(key_sum, detail::Maximum{});
+    if (thread % 32 == 0) {
+      shared.warps[0][thread / 32] = state;
+      shared.warps[1][thread / 32] = key_sum;
+    }
+    __syncthreads();
+    if (thread == 0) {
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp) {
+        state = fmaxf(state, shared.warps[0][warp]);
+        key_sum = fmaxf(key_sum, shared.warps[1][warp]);
+      }
+      params.initial_ranges[item * kStateParts + part] = {state, key_sum};
+    }
+  }
+
+  // Of two fp16 numbers, in the order of their magnitudes; not finite ones are below 0x400, where
+  // no finite one is.
+  CUTE_DEVICE static std::uint32_t ranks(std::uint32_t pair) {
+    return ((pair & 0x7fff7fff) + 0x04000400) & 0x7fff7fff;
+  }
+
+  // The thread's part of max |x| over `tokens` rows of `width` elements.
+  CUTE_DEVICE static float max_magnitude(Element const* rows, std::int64_t row_stride, int width,
+                                         int tokens) {
+    int const pieces = width / 8;  // 16 bytes each
+    int const row_step = kThreads / pieces;
+    int const piece_step = kThreads % pieces;
+    int row = static_cast<int>(threadIdx.x) / pieces;
+    int piece = static_cast<int>(threadIdx.x) % pieces;
+    std::uint32_t low = 0x400;
+    std::uint32_t high = 0;
+#pragma unroll 1
+    while (row < tokens) {
+      uint4 x[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        x[i] = row < tokens ? *reinterpret_cast<uint4 const*>(rows + row * row_stride + 8 * piece)
+                            : uint4{0, 0, 0, 0};
+        row += row_step;
+        piece += piece_step;
+        if (piece >= pieces) {
+          piece -= pieces;
+          ++row;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        std::uint32_t const pairs[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          std::uint32_t const rank = ranks(pairs[j]);
+          low = cute::max(low, rank & 0xffff);
+          high = cute::max(high, rank);  // the lower half decides among equal upper halves only
+        }
+      }
+    }
+    std::uint32_t const magnitude = cute::max(low, high >> 16) - 0x400;
+    return float(Element::bitcast(static_cast<std::uint16_t>(magnitude)));
+  }
+
+  // The thread's part of max |x| over a part of `size` floats.
+  CUTE_DEVICE static float max_magnitude(float const* x, std::int64_t size, int part) {
+    float result = 0.0f;
+#pragma unroll 4
+    for (std::int64_t i = 4 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
+         i += 4 * kStateParts * kThreads) {
+      float4 const y = *reinterpret_cast<float4 const*>(x + i);
+      result =
+          fmaxf(result, fmaxf(fmaxf(detail::finite_magnitude(y.x), detail::finite_magnitude(y.y)),
+                              fmaxf(detail::finite_magnitude(y.z), detail::finite_magnitude(y.w))));
+    }
+    return result;
+  }
+};
+
+struct ChooseExponents {
+  static constexpr int kThreads = 512;
+  static constexpr int kMinBlocks = 2;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kStateParts = ChunkRanges<cute::half_t>::kStateParts;
+  // What is stored is below 2^15, half of fp16's range: room for the rounding of its terms.
+  static constexpr int kStoredExponent = 15;
+  // 2^e and 2^-e are normal fp32 numbers; 2^(128 - 15) is the largest power that fp32 states need.
+  static constexpr int kMinStateExponent = -120;
+
+  struct Params {
+    ChunkRange const* ranges;          // [slots, h]
+    StateRange const* initial_ranges;  // [count, h, kStateParts]; null without an initial state
+    int* key;                          // [count, h]
+    int* state;                        // [slots, h]
+    int* key_sum;                      // [slots, h]
+    Sequences sequences;
+    int heads;
+  };
+
+ private:
+  // N -> decay N + count, with N and count times what one token adds to z at most, and the
+  // log of the decay: an initial state may be in range after a decay that is not.
+  struct Step {
+    float decay = 1.0f;
+    float count = 0.0f;
+    double log_decay = 0.0;
+  };
+
+ public:
+  struct SharedStorage {
+    Step warps[kWarps];
+    float maxima[4][kWarps];
+  };
+
+  /// (sequence, head)
+  CUTE_HOST static dim3 grid(Params const& params) {
+    return dim3(static_cast<unsigned>(params.sequences.count), static_cast<unsigned>(params.heads));
+  }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const thread = threadIdx.x;
+    int const warp = thread / 32;
+    int const lane = thread % 32;
+    int const head = blockIdx.y;
+    Sequence const sequence = params.sequences.get(static_cast<int>(blockIdx.x));
+    int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
+    std::int64_t const item = static_cast<std::int64_t>(blockIdx.x) * params.heads + head;
+    std::int64_t const first = sequence.first_slot * params.heads + head;
+
+    float maxima[4] = {};  // |k|, |v|, |S_0|, |z_0|
+#pragma unroll 4
+    for (int chunk = thread; chunk < chunks; chunk += kThreads) {
+      ChunkRange const range = params.ranges[first + std::int64_t{chunk} * params.heads];
+      maxima[0] = fmaxf(maxima[0], range.key);
+      maxima[1] = fmaxf(maxima[1], range.value);
+    }
+    if (params.initial_ranges != nullptr && thread < kStateParts) {
+      StateRange const range = params.initial_ranges[item * kStateParts + thread];
+      maxima[2] = range.state;
+      maxima[3] = range.key_sum;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      maxima[i] = detail::reduce_warp(maxima[i], detail::Maximum{});
+      if (lane == 0) {
+        shared.maxima[i][warp] = maxima[i];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      maxima[i] = detail::reduce_warp(shared.maxima[i][lane % kWarps], detail::Maximum{});
+    }
+    if (thread == 0) {
+      // From -23 to 16 for fp16.
+      params.key[item] = maxima[0] == 0.0f ? 0 : detail::exponent_above(maxima[0]);
+    }
+    float const token_bound = 2.0f * maxima[0] * maxima[0];
+
+    Step carry;
+#pragma unroll 1
+    for (int start = 0; start < chunks; start += kThreads) {
+      int const chunk = start + thread;
+      std::int64_t const offset = first + std::int64_t{chunk} * params.heads;
+      Step inclusive;
+      if (chunk < chunks) {
+        ChunkRange const range = params.ranges[offset];
+        // Without gates every step is exact, and stays so.
+        inclusive = {range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate),
+                     fminf(range.count * token_bound, detail::kLargestFloat),
+                     static_cast<double>(range.gate)};
+      }
+#pragma unroll
+      for (unsigned delta = 1; delta < 32; delta *= 2) {
+        Step const before = shuffle_up(inclusive, delta);
+        if (static_cast<unsigned>(lane) >= delta) {
+          inclusive = then(before, inclusive);
+        }
+      }
+      __syncthreads();  // the totals of the previous round have been read
+      if (lane == 31) {
+        shared.warps[warp] = inclusive;
+      }
+      Step step = shuffle_up(inclusive, 1);
+      __syncthreads();
+      Step before = carry;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) {
+        if (i == warp) {
+          before = carry;
+        }
+        carry = then(carry, shared.warps[i]);
+      }
+      step = lane == 0 ? before : then(before, step);
+      if (chunk < chunks) {
+        params.state[offset] = exponent(step.count * maxima[1], step, maxima[2]);
+        params.key_sum[offset] = exponent(step.count, step, maxima[3]);
+      }
+    }
+  }
+
+ private:
+  CUTE_DEVICE static Step then(Step const& first, Step const& second) {
+    // Decays are never 0 and counts finite, so that nothing is NaN. A bound that fp32 cannot hold
+    // may be cut: such a state is lost.
+    float const carried = first.count == 0.0f ? 0.0f : second.decay * first.count;
+    return {fmaxf(second.decay * first.decay, detail::kSmallestFloat),
+            fminf(carried + second.count, detail::kLargestFloat),
+            first.log_decay + second.log_decay};
+  }
+
+  CUTE_DEVICE static Step shuffle_up(Step const& step, unsigned delta) {
+    return {__shfl_up_sync(0xffffffffu, step.decay, delta),
+            __shfl_up_sync(0xffffffffu, step.count, delta),
+            __shfl_up_sync(0xffffffffu, step.log_decay, delta)};
+  }
+
+  // Of a state within bound + exp(step.log_decay) * initial.
+  CUTE_DEVICE static int exponent(float bound, Step const& step, float initial) {
+    constexpr double kLog2E = 1.4426950408889634;
+    if (initial != 0.0f) {
+      // The margin covers log2f, exp2f and the rounding of a sum that is below 256.
+      float const log2_initial =
+          static_cast<float>(kLog2E * step.log_decay) + log2f(initial) + 0x1p-12f;
+      bound += exp2f(log2_initial);
+    }
+    // Sums of counts round, once a step of the scan.
+    bound = fminf(bound * (1.0f + 0x1p-12f), detail::kLargestFloat);
+    if (bound == 0.0f) {
+      return 0;
+    }
+    return cute::max(detail::exponent_above(bound) - kStoredExponent,
+                     cute::Int<kMinStateExponent>{});
+  }
+};
+
+}  // namespace retention::kernel

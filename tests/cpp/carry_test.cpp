@@ -1,0 +1,260 @@
+// Joining segments on the emulator, against one float64 recurrence over all chunks.
+
+#include "retention/kernel/carry.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "emulator/emulator.hpp"
+
+namespace {
+
+using emulator::GlobalArray;
+using retention::kernel::TokenStride;
+using std::size_t;
+
+struct Case {
+  char const* name;
+  int chunk_size = 64;
+  std::vector<int> lengths = {640};  // one a sequence; rows of a batch unless `packed`
+  int segments = 3;
+  bool packed = false;
+  int heads = 1;
+  float gate = 0.5f;  // magnitude of the log gate of a chunk; 0 for none, negative for positive
+  bool initial = true;
+  bool scaled = false;   // with exponents; fp16 only
+  bool strided = false;  // heads before tokens, and gaps between the gates
+  bool states = true;
+  bool finals = true;
+};
+
+template <class Element>
+constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
+
+template <class Element>
+void run(Case const& c, std::uint64_t seed) {
+  constexpr size_t kValueDim = 32;
+  using Kernel = retention::kernel::Carry<retention::kernel::CarryTraits<Element, 32, kValueDim>>;
+  std::mt19937 rng(static_cast<unsigned>(seed));
+  std::normal_distribution<float> normal;
+  auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
+  auto const segments = static_cast<size_t>(c.segments);
+  std::vector<int> starts = {0};
+  int longest = 0;
+  for (int const length : c.lengths) {
+    starts.push_back(starts.back() + length);
+    longest = std::max(longest, length);
+  }
+  size_t const batch = c.packed ? 1 : sequences;
+  int const tokens = c.packed ? starts.back() : longest;
+  TokenStride const stride = c.strided ? TokenStride{c.heads * tokens * 2 + 3, 2, tokens * 2}
+                                       : TokenStride{std::int64_t{tokens} * c.heads, c.heads, 1};
+  GlobalArray<float> gate("gate",
+                          static_cast<size_t>(stride.batch) * (batch - 1) +
+                              static_cast<size_t>(stride.token) * static_cast<size_t>(tokens - 1) +
+                              static_cast<size_t>(stride.head) * (heads - 1) + 1,
+                          true);
+  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
+  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
+  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens,
+                                           c.chunk_size, static_cast<int>(sequences)};
+  auto const slots = static_cast<size_t>(where.num_slots());
+  GlobalArray<int> state_exponent("state_exponent", slots * heads, true);
+  GlobalArray<int> sum_exponent("key_sum_exponent", slots * heads, true);
+
+  // S [D, dv] and z [D] go through the same code: part 0 and part 1 of everything.
+  struct Part {
+    size_t size;
+    GlobalArray<Element> states;
+    GlobalArray<float> finals, result;
+    GlobalArray<int>* exponents;
+    std::vector<std::vector<double>> expected, magnitude;  // [slot * heads + head]
+    std::vector<std::vector<double>> expected_final, magnitude_final;
+  };
+  Part parts[2];
+  for (int p = 0; p < 2; ++p) {
+    Part& part = parts[p];
+    part.size = p == 0 ? size_t{Kernel::kStateSize} : size_t{Kernel::kStateDim};
+    part.states = GlobalArray<Element>(p == 0 ? "states" : "key_sums", slots * heads * part.size);
+    part.finals = GlobalArray<float>(p == 0 ? "final_state" : "final_key_sum",
+                                     sequences * segments * heads * part.size, true);
+    part.result = GlobalArray<float>(p == 0 ? "sequence_final_state" : "sequence_final_key_sum",
+                                     sequences * heads * part.size);
+    part.exponents = p == 0 ? &state_exponent : &sum_exponent;
+    part.expected.resize(slots * heads);
+    part.magnitude.resize(slots * heads);
+    part.expected_final.resize(sequences * heads);
+    part.magnitude_final.resize(sequences * heads);
+  }
+
+  for (size_t s = 0; s < sequences; ++s) {
+    auto const chunks = static_cast<size_t>((c.lengths[s] + c.chunk_size - 1) / c.chunk_size);
+    size_t const segment_chunks = (chunks + segments - 1) / segments;
+    auto const first_slot = static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
+    for (size_t h = 0; h < heads; ++h) {
+      std::vector<double> decay(chunks, 1.0);
+      for (size_t chunk = 0; chunk < chunks; ++chunk) {
+        int const last = std::min(static_cast<int>(chunk + 1) * c.chunk_size, c.lengths[s]) - 1;
+        int const token = c.packed ? starts[s] + last : last;
+        float const g = -c.gate * (0.5f + 0.5f * std::abs(normal(rng)));
+        gate[(c.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
+             static_cast<size_t>(token) * static_cast<size_t>(stride.token) +
+             h * static_cast<size_t>(stride.head)] = g;
+        decay[chunk] = c.gate == 0.0f ? 1.0 : std::exp(double{g});
+        for (Part& part : parts) {
+          (*part.exponents)[(first_slot + chunk) * heads + h] =
+              c.scaled ? static_cast<int>(rng() % 9) - 4 : 0;
+        }
+      }
+      for (Part& part : parts) {
+        std::vector<double> whole(part.size), magnitude(part.size), own(part.size);
+        for (size_t i = 0; i < part.size; ++i) {
+          whole[i] = own[i] = c.initial ? double{normal(rng)} : 0.0;
+          magnitude[i] = std::abs(whole[i]);
+        }
+        size_t segment = 0;
+        auto store_final = [&] {
+          float* target = part.finals.data() + ((s * segments + segment) * heads + h) * part.size;
+          for (size_t i = 0; i < part.size; ++i) {
+            target[i] = static_cast<float>(own[i]);
+            own[i] = 0.0;
+          }
+          ++segment;
+        };
+        for (size_t chunk = 0; chunk < chunks; ++chunk) {
+          if (chunk > 0 && chunk % segment_chunks == 0) {
+            store_final();
+          }
+          size_t const slot_head = (first_slot + chunk) * heads + h;
+          part.expected[slot_head] = whole;
+          part.magnitude[slot_head] = magnitude;
+          for (size_t i = 0; i < part.size; ++i) {
+            part.states[slot_head * part.size + i] =
+                Element(static_cast<float>(std::ldexp(own[i], -(*part.exponents)[slot_head])));
+            double const update = normal(rng);
+            own[i] = decay[chunk] * own[i] + update;
+            whole[i] = decay[chunk] * whole[i] + update;
+            magnitude[i] = decay[chunk] * magnitude[i] + std::abs(update);
+          }
+        }
+        store_final();
+        part.expected_final[s * heads + h] = whole;
+        part.magnitude_final[s * heads + h] = magnitude;
+        // The final states of empty segments stay unread: NaN.
+      }
+    }
+  }
+
+  typename Kernel::Params params{};
+  params.states = c.states ? parts[0].states.data() : nullptr;
+  params.key_sums = c.states ? parts[1].states.data() : nullptr;
+  params.final_state = parts[0].finals.data();
+  params.final_key_sum = parts[1].finals.data();
+  params.gate = c.gate == 0.0f ? nullptr : gate.data();
+  params.gate_stride = stride;
+  if (c.scaled) {
+    params.exponents = {nullptr, state_exponent.data(), sum_exponent.data()};
+  }
+  params.sequence_final_state = c.finals ? parts[0].result.data() : nullptr;
+  params.sequence_final_key_sum = c.finals ? parts[1].result.data() : nullptr;
+  params.sequences = where;
+  params.heads = c.heads;
+  params.segments = c.segments;
+  dim3 const grid = Kernel::grid(params);
+  auto const report = emulator::launch<Kernel>(
+      {{grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed},
+      params);
+  RETENTION_CHECK_EQUAL(report.text, std::string());
+  if (!report.ok()) {
+    return;
+  }
+
+  double const u = kRoundoff<Element>;
+  double worst[2] = {};
+  auto within = [&](double actual, double expected, double bound, double& at_worst) {
+    double const error = std::abs(actual - expected);
+    at_worst = std::max(at_worst, error == 0.0 ? 0.0 : error / bound);
+    return error <= bound;  // false for NaN
+  };
+  for (Part& part : parts) {
+    for (size_t s = 0; s < sequences; ++s) {
+      int const chunks = (c.lengths[s] + c.chunk_size - 1) / c.chunk_size;
+      auto const first_slot = static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
+      for (size_t h = 0; h < heads; ++h) {
+        for (size_t chunk = 0; c.states && chunk < static_cast<size_t>(chunks); ++chunk) {
+          size_t const slot_head = (first_slot + chunk) * heads + h;
+          bool right = true;
+          for (size_t i = 0; i < part.size; ++i) {
+            double const actual = std::ldexp(double{float(part.states[slot_head * part.size + i])},
+                                             (*part.exponents)[slot_head]);
+            // What was stored is rounded, and so is the sum; both are below the sum of magnitudes.
+            // exp(x) in fp32 is within |x| 2^-23, and little is left of the carry for large |x|.
+            double const bound = (2 * u + 0x1p-20) * part.magnitude[slot_head][i] + 0x1p-20;
+            right = within(actual, part.expected[slot_head][i], bound, worst[0]) && right;
+          }
+          RETENTION_CHECK(right);
+        }
+        if (c.finals) {
+          bool right = true;
+          for (size_t i = 0; i < part.size; ++i) {
+            size_t const item = s * heads + h;
+            // fp32: the final states given, and a product and a sum each segment.
+            double const bound = 0x1p-20 * part.magnitude_final[item][i] + 1e-30;
+            right = within(double{part.result[item * part.size + i]}, part.expected_final[item][i],
+                           bound, worst[1]) &&
+                    right;
+          }
+          RETENTION_CHECK(right);
+        }
+      }
+    }
+  }
+  std::cout << c.name << ", " << (Kernel::kScaled ? "fp16" : "bf16") << ", seed " << seed
+            << ": worst error " << worst[0] << " and " << worst[1] << " of the bounds\n";
+}
+
+template <class Element>
+void run_all_cases(std::uint64_t seed) {
+  run<Element>({"batch"}, seed++);
+  run<Element>({"two rows, three heads", 64, {500, 500}, 3, false, 3}, seed++);
+  run<Element>({"chunks of 192", 192, {1000}, 2, false, 1, 0.2f}, seed++);
+  run<Element>({"no gates", 64, {640}, 4, false, 1, 0.0f}, seed++);
+  run<Element>({"positive gates", 64, {640}, 4, false, 1, -0.1f}, seed++);
+  run<Element>({"gates that leave nothing", 64, {640}, 3, false, 1, 3840.0f}, seed++);
+  run<Element>({"strided gates", 64, {300, 300}, 3, false, 3, 0.5f, true, false, true}, seed++);
+  run<Element>({"one segment", 64, {300}, 1}, seed++);
+  run<Element>({"as many segments as chunks", 64, {300}, 5}, seed++);
+  run<Element>({"more segments than chunks", 64, {300}, 8}, seed++);
+  run<Element>({"empty last segments", 64, {9 * 64}, 4}, seed++);
+  run<Element>({"chunk longer than the sequence", 1024, {100}, 2}, seed++);
+  run<Element>({"packed", 64, {65, 0, 1, 330, 0, 64}, 3, true, 2}, seed++);
+  run<Element>({"packed, strided", 64, {0, 400, 0}, 2, true, 3, 0.5f, true, false, true}, seed++);
+  run<Element>({"no initial state", 64, {300}, 2, false, 1, 0.5f, false}, seed++);
+  // Segments longer than a batch of factors.
+  run<Element>({"many chunks", 1, {700}, 2, false, 1, 0.01f}, seed++);
+  Case c{"states only"};
+  c.finals = false;
+  run<Element>(c, seed++);
+  c = {"final states only"};
+  c.states = false;
+  run<Element>(c, seed++);
+}
+
+}  // namespace
+
+int main() {
+  run_all_cases<cute::bfloat16_t>(0);
+  run_all_cases<cute::half_t>(100);
+  Case c{"exponents", 64, {65, 0, 700}, 3, true, 3};
+  c.scaled = true;
+  run<cute::half_t>(c, 200);
+  c.gate = 0.0f;
+  run<cute::half_t>(c, 201);
+  return retention::test::finish();
+}
