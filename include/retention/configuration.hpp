@@ -18,7 +18,7 @@ struct Configuration {
   int degree;
 };
 
-// The build reads this table too, one configuration a line.
+// The build reads this table too: each entry is written out.
 inline constexpr Configuration kConfigurations[] = {
     {ElementType::kBFloat16, 32, 32, 2},   {ElementType::kBFloat16, 32, 64, 2},
     {ElementType::kBFloat16, 32, 128, 2},  {ElementType::kBFloat16, 64, 32, 2},

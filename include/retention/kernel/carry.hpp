@@ -51,9 +51,11 @@ struct Carry {
   };
 
   struct Params {
-    Element* states;             // [slots, h, D, dv] before each chunk, updated; null to skip
-    Element* key_sums;           // [slots, h, D], updated; with states
-    float const* final_state;    // [items, h, D, dv] after each segment alone
+    Element* states;    // [slots, h, D, dv] before each chunk, updated; null to skip
+    Element* key_sums;  // [slots, h, D], updated; with states
+    // After each segment alone; of a sequence's last with sequence_final_state only. A segment is
+    // an item, with a number as a chunk has a slot (`Sequences::segments`).
+    float const* final_state;    // [items, h, D, dv]
     float const* final_key_sum;  // [items, h, D]
     float const* gate;           // [b, t, h] cumulative log gate since the chunk's start; or null
     TokenStride gate_stride;
@@ -62,7 +64,7 @@ struct Carry {
     float* sequence_final_key_sum;  // [count, h, D]; with sequence_final_state
     Sequences sequences;
     int heads;
-    int segments;  // parts that each sequence is cut into; items = count * segments
+    int segment_tokens;  // a multiple of the chunk size
   };
 
   /// (piece of the state and sequence, piece fastest; head)
@@ -79,7 +81,10 @@ struct Carry {
     int const block = static_cast<int>(blockIdx.x % kBlocks);
     Sequence const sequence = params.sequences.get(index);
     int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
-    int const segment_chunks = cute::ceil_div(chunks, params.segments);
+    int const segment_chunks = params.segment_tokens / params.sequences.chunk_size;
+    if (chunks <= segment_chunks && params.sequence_final_state == nullptr) {
+      return;  // one segment, and nobody asks for its end
+    }
 
     bool const is_state = block < kStateBlocks;
     std::int64_t const size = is_state ? kStateSize : kStateDim;
@@ -91,12 +96,12 @@ struct Carry {
     int const* const exponents = is_state ? params.exponents.state : params.exponents.key_sum;
 
     std::int64_t const first_item =
-        static_cast<std::int64_t>(index) * params.segments * params.heads + head;
+        params.sequences.segments(params.segment_tokens).get(index).first_slot * params.heads +
+        head;
     float carry[kPiece] = {};
     if (owns) {
       load(finals + first_item * size + element, carry);
     }
-    // Segments beyond the last chunk are empty.
     for (int segment = 1; segment * static_cast<std::int64_t>(segment_chunks) < chunks; ++segment) {
       int const first = segment * segment_chunks;
       int const count = cute::min(segment_chunks, chunks - first);
@@ -112,7 +117,7 @@ struct Carry {
           add(shared, batch, carry, target + slot_head * size + element, params.heads * size);
         }
       }
-      if (owns) {
+      if (owns && (result != nullptr || first + count < chunks)) {
         float own[kPiece];
         std::int64_t const item = first_item + static_cast<std::int64_t>(segment) * params.heads;
         load(finals + item * size + element, own);

@@ -65,28 +65,28 @@ struct ChunkStates {
     TokenStride value_stride;
     TokenStride gate_stride;
 
-    // Each sequence is cut into `segments` items (item = sequence * segments + segment) that know
-    // nothing of each other: of its n chunks each takes the next ceil(n / segments), and all but
-    // the first start from a state of zero. `states` and `final_state` are of the item alone.
+    // Each sequence is cut into segments, which know nothing of each other: all but the first start
+    // from a state of zero, and `states` and `final_state` are of the segment alone. A segment is
+    // an item, with a number as a chunk has a slot (`Sequences::segments`).
     float const* initial_state;    // [count, h, D, dv] of each sequence; null for zero
     float const* initial_key_sum;  // [count, h, D]; with initial_state
     Element* states;               // [slots, h, D, dv] before each chunk; null to skip
     Element* key_sums;             // [slots, h, D]; with states
     float* final_state;            // [items, h, D, dv]; null to skip
     float* final_key_sum;          // [items, h, D]; with final_state
+    bool sequence_ends;            // whether final_state is wanted of last segments too
 
     Exponents exponents;  // for fp16
     Sequences sequences;
     int heads;
-    int segments;
+    int segment_tokens;  // a multiple of the chunk size
   };
 
   /// blockIdx = (item and slice of the state, head); slices of an item are neighbours, because they
   /// read the same keys and values.
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.count) *
-                    static_cast<unsigned>(params.segments) * kSlices,
-                static_cast<unsigned>(params.heads));
+    std::int64_t const items = params.sequences.segments(params.segment_tokens).num_slots();
+    return dim3(static_cast<unsigned>(items * kSlices), static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
@@ -96,8 +96,6 @@ struct ChunkStates {
     int const head = blockIdx.y;
     int const slice = static_cast<int>(blockIdx.x % kSlices);
     int const item = static_cast<int>(blockIdx.x / kSlices);
-    int const index = item / params.segments;  // of the sequence
-    int const segment = item - index * params.segments;
     int const value_offset = slice / kRowSlices * kValueTile;
     int const first_task = slice % kRowSlices * Traits::kWarps;
     int const task = first_task + thread / 32;
@@ -105,14 +103,19 @@ struct ChunkStates {
     bool const active = Mainloop::kTasks % Traits::kWarps == 0 || task < Mainloop::kTasks;
     Mainloop const mainloop(thread % 32, active ? task : Mainloop::kTasks - 1);
 
-    Sequence const sequence = params.sequences.get(index);
+    Chunk const segment = params.sequences.segments(params.segment_tokens).find(item);
+    Sequence const sequence = params.sequences.get(segment.sequence);
     int const chunk_size = params.sequences.chunk_size;
-    int const num_chunks = cute::ceil_div(sequence.length, chunk_size);
-    int const segment_chunks = cute::ceil_div(num_chunks, params.segments);
-    int const first_chunk = cute::min(segment * segment_chunks, num_chunks);
-    int const end_chunk = cute::min(first_chunk + segment_chunks, num_chunks);
-    int const first_token = first_chunk * chunk_size;
-    int const tokens = cute::min(end_chunk * chunk_size, sequence.length) - first_token;
+    std::int64_t const first = static_cast<std::int64_t>(segment.index) * params.segment_tokens;
+    if (segment.index > 0 && first >= sequence.length) {
+      return;  // an item without a segment; an empty sequence has one
+    }
+    int const first_token = static_cast<int>(first);
+    int const tokens = cute::min(params.segment_tokens, sequence.length - first_token);
+    bool const ends = params.final_state != nullptr &&
+                      (first_token + tokens < sequence.length || params.sequence_ends);
+    // The last chunk counts for nothing but the state after it.
+    int const used = ends ? tokens : cute::max(tokens - 1, 0) / chunk_size * chunk_size;
 
     float const* gate = params.gate == nullptr
                             ? nullptr
@@ -150,7 +153,7 @@ struct ChunkStates {
       cute::cp_async_fence();  // one group a tile, empty past the end, so that waits can count
     };
 
-    int const scale = key_scale(params, index, head);
+    int const scale = key_scale(params, segment.sequence, head);
     if (gate == nullptr && thread < kTileTokens) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
@@ -159,18 +162,18 @@ struct ChunkStates {
     }
 #pragma unroll
     for (int tile = 0; tile < kStages - 1; ++tile) {
-      load_tile(tile, tokens - tile * kTileTokens);
+      load_tile(tile, used - tile * kTileTokens);
     }
 
     Accumulators accumulators;
-    if (params.initial_state != nullptr && segment == 0) {
-      load_initial(params, static_cast<std::int64_t>(index) * params.heads + head, value_offset,
-                   detail::power_of_two(scale), mainloop, accumulators);
+    if (params.initial_state != nullptr && segment.index == 0) {
+      load_initial(params, static_cast<std::int64_t>(segment.sequence) * params.heads + head,
+                   value_offset, detail::power_of_two(scale), mainloop, accumulators);
     } else {
       clear(accumulators);
     }
 
-    std::int64_t slot_head = (sequence.first_slot + first_chunk) * params.heads + head;
+    std::int64_t slot_head = (sequence.first_slot + first_token / chunk_size) * params.heads + head;
     // Cumulative gate of the chunk from `begin` on.
     auto gate_of_chunk = [&](int begin) {
       int const last = cute::min(begin + chunk_size, tokens) - 1;
@@ -186,6 +189,9 @@ struct ChunkStates {
         store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
                       accumulators);
       }
+      if (done == used) {
+        break;
+      }
       slot_head += params.heads;
       if (gate != nullptr) {
         decay(detail::exp_scaled(end_gate, 0.0f), accumulators);
@@ -200,15 +206,14 @@ struct ChunkStates {
           weight = detail::exp_scaled(end_gate - weight, static_cast<float>(scale));
         }
         __syncthreads();
-        load_tile(stage == 0 ? kStages - 1 : stage - 1,
-                  tokens - done - (kStages - 1) * kTileTokens);
+        load_tile(stage == 0 ? kStages - 1 : stage - 1, used - done - (kStages - 1) * kTileTokens);
         if (active) {
           mainloop(shared, stage, accumulators);
         }
         stage = stage == kStages - 1 ? 0 : stage + 1;
       }
     }
-    if (params.final_state != nullptr && active) {
+    if (ends && active) {
       store_final(params, static_cast<std::int64_t>(item) * params.heads + head, value_offset,
                   detail::power_of_two(-scale), mainloop, accumulators);
     }

@@ -40,6 +40,11 @@ struct Sequences {
                     : static_cast<std::int64_t>(count) * max_chunks();
   }
 
+  /// The same sequences, cut into larger pieces.
+  CUTE_HOST_DEVICE Sequences segments(int segment_tokens) const {
+    return {cu_seqlens, length, segment_tokens, count};
+  }
+
   CUTE_HOST_DEVICE Sequence get(int index) const {
     if (!packed()) {
       return {index, 0, static_cast<std::int64_t>(index) * max_chunks(), length};
