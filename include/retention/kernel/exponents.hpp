@@ -34,7 +34,7 @@ CUTE_DEVICE float exp_above(float x) {
   if (y >= kSmallestFloat) {
     return y;
   }
-  return x < 0.0f ? kSmallestFloat : 2.0f * kLargestFloat;
+  return x < 0.0f ? kSmallestFloat : __uint_as_float(0x7f800000);
 }
 
 /// The smallest e with x < 2^e, for x >= 2^-127; at least -126, and 129 for what is not finite.
@@ -187,8 +187,8 @@ struct ChunkRanges {
       // Each term went through tokens / kThreads + 13 additions.
       float const additions = static_cast<float>(tokens / kThreads + 16);
       count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
-      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {
-          key, value, fminf(count, detail::kLargestFloat), end_gate};
+      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {key, value, count,
+                                                                              end_gate};
     }
   }
 
@@ -228,11 +228,10 @@ struct ChunkRanges {
   // The thread's part of max |x| over `tokens` rows of `width` elements.
   CUTE_DEVICE static float max_magnitude(Element const* rows, std::int64_t row_stride, int width,
                                          int tokens) {
-    int const pieces = width / 8;  // 16 bytes each
+    int const pieces = width / 8;  // 16 bytes each, at most kThreads
     int const row_step = kThreads / pieces;
-    int const piece_step = kThreads % pieces;
     int row = static_cast<int>(threadIdx.x) / pieces;
-    int piece = static_cast<int>(threadIdx.x) % pieces;
+    int const piece = static_cast<int>(threadIdx.x) % pieces;
     std::uint32_t low = 0x400;
     std::uint32_t high = 0;
 #pragma unroll 1
@@ -243,11 +242,6 @@ struct ChunkRanges {
         x[i] = row < tokens ? *reinterpret_cast<uint4 const*>(rows + row * row_stride + 8 * piece)
                             : uint4{0, 0, 0, 0};
         row += row_step;
-        piece += piece_step;
-        if (piece >= pieces) {
-          piece -= pieces;
-          ++row;
-        }
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -370,8 +364,7 @@ struct ChooseExponents {
         ChunkRange const range = params.ranges[offset];
         // Without gates every step is exact, and stays so.
         inclusive = {range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate),
-                     fminf(range.count * token_bound, detail::kLargestFloat),
-                     static_cast<double>(range.gate)};
+                     range.count * token_bound, static_cast<double>(range.gate)};
       }
 #pragma unroll
       for (unsigned delta = 1; delta < 32; delta *= 2) {
@@ -404,12 +397,10 @@ struct ChooseExponents {
 
  private:
   CUTE_DEVICE static Step then(Step const& first, Step const& second) {
-    // Decays are never 0 and counts finite, so that nothing is NaN. A bound that fp32 cannot hold
-    // may be cut: such a state is lost.
+    // Positive gates can make decays and counts infinite, and their products NaN: no bound, which
+    // `exponent` takes for the largest.
     float const carried = first.count == 0.0f ? 0.0f : second.decay * first.count;
-    return {fmaxf(second.decay * first.decay, detail::kSmallestFloat),
-            fminf(carried + second.count, detail::kLargestFloat),
-            first.log_decay + second.log_decay};
+    return {second.decay * first.decay, carried + second.count, first.log_decay + second.log_decay};
   }
 
   CUTE_DEVICE static Step shuffle_up(Step const& step, unsigned delta) {
