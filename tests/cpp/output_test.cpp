@@ -1,6 +1,7 @@
 // The output kernel on the emulator against float64 loops, with states from float64 as well.
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <iostream>
 #include <random>
@@ -30,12 +31,39 @@ struct Case {
   int group = 1;  // query heads a key head
   bool gated = true;
   bool initial = false;
-  bool strided = false;  // heads before tokens, and gaps between the rows
+  bool strided = false;    // heads before tokens, and gaps between the rows
+  float log_gate = 0.05f;  // magnitude; the sign alternates where it is `rising`
+  bool steady = false;     // every log gate is -log_gate, else random
+  bool rising = false;     // some log gates are positive
+  float query_scale = 1.0f;
+  float key_scale = 1.0f;
+  float value_scale = 1.0f;
+  bool zeros = false;  // some rows of queries and of keys are zero
 };
 
 /// Relative rounding error of one conversion to Element.
 template <class Element>
 constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
+
+/// e with |x| = 2^e times [1/2, 1); far below any other for 0.
+int exponent_of(float x) {
+  int e = -1000;
+  if (x != 0.0f) {
+    std::frexp(x, &e);
+  }
+  return e;
+}
+
+/// The query that the normaliser is defined with.
+void rescale(float* row, size_t width) {
+  int e = -1000;
+  for (size_t i = 0; i < width; ++i) {
+    e = std::max(e, exponent_of(row[i]));
+  }
+  for (size_t i = 0; i < width; ++i) {
+    row[i] = std::ldexp(row[i], -std::clamp(e, -126, 126));
+  }
+}
 
 template <class Element, int HeadDim, int ValueDim>
 void run(Case const& c, std::uint64_t seed) {
@@ -84,6 +112,14 @@ void run(Case const& c, std::uint64_t seed) {
                       c.chunk_size, static_cast<int>(sequences)};
   auto const slots = static_cast<size_t>(params.sequences.num_slots());
   GlobalArray<Element> states("states", slots * heads * D * dv, true);
+  GlobalArray<int> key_exponents("key exponents", sequences * heads, true);
+  GlobalArray<int> state_exponents("state exponents", slots * heads, true);
+  GlobalArray<int> key_sum_exponents("key sum exponents", slots * heads, true);
+  constexpr bool kExponents = std::is_same_v<Element, cute::half_t>;
+  constexpr float kLargest = kExponents ? 65504.0f : 1e30f;
+  if (kExponents) {
+    params.exponents = {key_exponents.data(), state_exponents.data(), key_sum_exponents.data()};
+  }
   GlobalArray<Element> key_sums("key_sums", slots * heads * D, true);
   params.query = query.data();
   params.key = key.data();
@@ -95,7 +131,6 @@ void run(Case const& c, std::uint64_t seed) {
   params.normalizer = normalizer.data();
   params.heads = c.heads;
   params.group = c.group;
-  params.scale = 1.0f / std::sqrt(static_cast<float>(HeadDim));
   params.initial_states = c.initial;
 
   std::vector<Inputs> inputs(sequences * heads * group);
@@ -112,29 +147,38 @@ void run(Case const& c, std::uint64_t seed) {
     for (size_t h = 0; h < heads; ++h) {
       Inputs in{c.lengths[s], HeadDim, ValueDim, {}, {}, {}, {}};
       float cumulative = 0.0f;
-      auto fill = [&](Element* row, size_t width, std::vector<float>& copy) {
+      auto fill = [&](Element* row, size_t width, float magnitude, std::vector<float>& copy) {
         for (size_t i = 0; i < width; ++i) {
-          row[i] = Element(normal(rng));
+          row[i] = Element(std::clamp(magnitude * normal(rng), -kLargest, kLargest));
           copy.push_back(float(row[i]));
         }
       };
+      int key_exponent = -30;
       for (size_t t = 0; t < length; ++t) {
-        fill(&key[offset(params.key_stride, s, t, h)], d, in.key);
-        fill(&value[offset(params.value_stride, s, t, h)], dv, in.value);
+        fill(&key[offset(params.key_stride, s, t, h)], d,
+             c.zeros && t % 3 == 1 ? 0.0f : c.key_scale, in.key);
+        fill(&value[offset(params.value_stride, s, t, h)], dv, c.value_scale, in.value);
+        for (size_t i = 0; i < d; ++i) {
+          key_exponent = std::max(key_exponent, exponent_of(in.key[t * d + i]));
+        }
         if (c.gated) {
-          in.gate.push_back(-0.05f * std::abs(normal(rng)));
+          float const gate_t = c.steady ? 1.0f : c.rising ? normal(rng) : std::abs(normal(rng));
+          in.gate.push_back(-c.log_gate * gate_t);
           bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
           cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
           gate[offset(params.gate_stride, s, t, h)] = cumulative;
         }
+      }
+      if (kExponents) {
+        key_exponents[s * heads + h] = key_exponent;
       }
       State& start = initial[s * heads + h];
       if (c.initial) {
         // The state of a sequence before this one, so that weights are not negative.
         Inputs before{80, HeadDim, ValueDim, {}, {}, {}, {}};
         for (size_t i = 0; i < 80 * std::max(d, dv); ++i) {
-          before.key.push_back(normal(rng));
-          before.value.push_back(normal(rng));
+          before.key.push_back(c.key_scale * normal(rng));
+          before.value.push_back(c.value_scale * normal(rng));
         }
         start = retention::test::chunk_states(before, {}, 128).back();
       }
@@ -146,31 +190,40 @@ void run(Case const& c, std::uint64_t seed) {
           continue;  // left as NaN: nobody may read it
         }
         size_t const slot = (first_slot + chunk) * heads + h;
-        for (size_t i = 0; i < D * dv; ++i) {
-          states[slot * D * dv + i] = Element(static_cast<float>(expected[chunk].state.value[i]));
-        }
-        for (size_t i = 0; i < D; ++i) {
-          key_sums[slot * D + i] = Element(static_cast<float>(expected[chunk].key_sum.value[i]));
+        // fp16: as close below 2^15 as a power of two brings it.
+        auto const store = [&](std::vector<double> const& from, Element* to) {
+          double largest = 0.0;
+          for (double const x : from) {
+            largest = std::max(largest, std::abs(x));
+          }
+          int const e = kExponents ? std::ilogb(largest) - 13 : 0;
+          for (size_t i = 0; i < from.size(); ++i) {
+            to[i] = Element(static_cast<float>(std::ldexp(from[i], -e)));
+          }
+          return e;
+        };
+        int const state_exponent = store(expected[chunk].state.value, &states[slot * D * dv]);
+        int const key_sum_exponent = store(expected[chunk].key_sum.value, &key_sums[slot * D]);
+        if (kExponents) {
+          state_exponents[slot] = state_exponent;
+          key_sum_exponents[slot] = key_sum_exponent;
         }
       }
       for (size_t n = 0; n < group; ++n) {
         in.query.clear();
         for (size_t t = 0; t < length; ++t) {
-          fill(&query[offset(params.query_stride, s, t, h * group + n)], d, in.query);
+          fill(&query[offset(params.query_stride, s, t, h * group + n)], d,
+               c.zeros && t % 4 == 3 ? 0.0f : c.query_scale, in.query);
+          rescale(&in.query[t * d], d);
         }
         inputs[(s * heads + h) * group + n] = in;
       }
     }
   }
 
-  auto const chunks =
-      static_cast<unsigned>((static_cast<int>(longest) + c.chunk_size - 1) / c.chunk_size);
+  dim3 const grid = Kernel::grid(params);
   emulator::LaunchConfig const config{
-      {chunks * static_cast<unsigned>(Kernel::chunk_tiles(c.group, c.chunk_size)),
-       static_cast<unsigned>(heads), static_cast<unsigned>(sequences)},
-      {Kernel::kThreads},
-      sizeof(typename Kernel::SharedStorage),
-      seed};
+      {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
   auto const report = emulator::launch<Kernel>(config, params);
   RETENTION_CHECK_EQUAL(report.text, std::string());
   if (!report.ok()) {
@@ -181,8 +234,7 @@ void run(Case const& c, std::uint64_t seed) {
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t n = 0; n < heads * group; ++n) {
       Inputs const& in = inputs[s * heads * group + n];
-      auto const expected =
-          retention::test::attend(in, initial[s * heads + n / group], params.scale);
+      auto const expected = retention::test::attend(in, initial[s * heads + n / group], 1.0);
       for (size_t t = 0; t < static_cast<size_t>(in.tokens); ++t) {
         double row_error = 0.0, row_size = 0.0;
         for (size_t e = 0; e < dv; ++e) {
@@ -191,10 +243,14 @@ void run(Case const& c, std::uint64_t seed) {
           row_error += difference * difference;
           row_size += o * o;
         }
+        double const z = normalizer[offset(params.normalizer_stride, s, t, n)];
+        if (expected.normalizer[t] <= FLT_MIN) {
+          RETENTION_CHECK(row_error == 0.0 && z == 0.0);
+          continue;
+        }
         error += row_error;
         size += row_size;
         worst = std::max(worst, !(row_error >= 0) ? 1e9 : std::sqrt(row_error / row_size));
-        double const z = normalizer[offset(params.normalizer_stride, s, t, n)];
         double const relative = std::abs(z / expected.normalizer[t] - 1);
         normalizer_error = std::max(normalizer_error, relative >= 0 ? relative : 1e9);
       }
@@ -213,17 +269,53 @@ void run(Case const& c, std::uint64_t seed) {
   RETENTION_CHECK(normalizer_error <= 2 * u);
 }
 
+/// A case with the settings that `set` changes.
+template <class Set>
+Case make_case(char const* name, Set set) {
+  Case c{name};
+  set(c);
+  return c;
+}
+
 template <class Element, int HeadDim, int ValueDim>
 void run_all_cases(std::uint64_t seed) {
-  run<Element, HeadDim, ValueDim>({"one chunk", 128, {100}}, seed);
-  run<Element, HeadDim, ValueDim>({"chunks", 64, {150}, false, 2}, seed + 1);
-  run<Element, HeadDim, ValueDim>({"long chunk", 320, {330}}, seed + 2);
-  run<Element, HeadDim, ValueDim>({"shared key heads, no gates", 64, {129}, false, 1, 3, false},
-                                  seed + 3);
-  run<Element, HeadDim, ValueDim>(
-      {"initial, strided", 64, {100, 100}, false, 1, 2, true, true, true}, seed + 4);
-  run<Element, HeadDim, ValueDim>({"packed", 64, {65, 0, 1, 130}, true, 1, 1, true, true},
-                                  seed + 5);
+  std::vector<Case> const cases = {
+      {"one chunk", 128, {100}},
+      {"chunks", 64, {150}, false, 2},
+      {"long chunk", 320, {330}},
+      {"shared key heads, no gates", 64, {129}, false, 1, 3, false},
+      {"initial, strided", 64, {100, 100}, false, 1, 2, true, true, true},
+      {"packed", 64, {65, 0, 1, 130}, true, 1, 1, true, true},
+      {"quadratic", 320, {300, 300}, false, 1, 5},
+      {"quadratic, packed, strided",
+       640,
+       {0, 33, 270, 0, 0, 1, 290},
+       true,
+       2,
+       3,
+       true,
+       false,
+       true},
+      {"quadratic, packed, initial", 128, {5, 0, 64, 20}, true, 1, 5, true, true},
+      make_case("steep gates",
+                [](Case& c) { c.log_gate = 60.0f, c.steady = true, c.initial = true; }),
+      make_case("rising gates",
+                [](Case& c) { c.log_gate = 2.0f, c.rising = true, c.chunk_size = 128; }),
+      make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
+      make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
+      make_case("keys of 100, small queries, large values",
+                [](Case& c) {
+                  c.key_scale = 100.0f, c.query_scale = 1e-4f, c.value_scale = 1000.0f,
+                  c.initial = true;
+                }),
+      make_case("keys of 30000, large queries",
+                [](Case& c) {
+                  c.key_scale = 30000.0f, c.query_scale = 6e4f, c.initial = true, c.lengths = {150};
+                }),
+  };
+  for (Case const& c : cases) {
+    run<Element, HeadDim, ValueDim>(c, seed++);
+  }
 }
 
 }  // namespace

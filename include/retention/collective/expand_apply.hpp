@@ -1,12 +1,14 @@
-// The mainloop that applies a state to queries: o_i += phi(q_i)^T S.
+// The mainloop that applies a state to queries: o_i += phi(q_i)^T S and n_i += phi(q_i)^T z.
 //
 // phi(q) is never stored. Its rows are the A operand of mma.m16n8k16 (M = query rows, K = state
-// rows): 16 consecutive state rows are two elements a, a + 1 of block I times the eight of block J,
-// so lane (g, t) needs for row g the pair q[8 J + 2 t], which stays in registers as long as J does,
-// times q[8 I + a], which comes from shared memory, two values of a in a load.
+// rows): 16 consecutive state rows are two elements a, a + 1 of block I times the eight of block J.
+// K is taken in an order that puts a and a + 1 side by side: k = 8 x + 2 t + s stands for element
+// a + s of block I and t + 4 x of block J. Lane (g, t) then needs for row g the pair
+// q[8 I + a], q[8 I + a + 1], one load from shared memory, times q[8 J + t + 4 x] in both halves,
+// which stays in registers as long as J does: nothing is rearranged inside the loop.
 //
-// A warp has 64 query rows. Per 16 state rows and 64 columns, 16 wavefronts of shared memory for
-// the state and 8 for the factors serve 32 mma.
+// Per 16 state rows, a warp of 64 rows and 64 columns needs 16 wavefronts of shared memory for the
+// state and 8 for the pairs, and one of 32 rows and 128 columns 32 and 4; either serves 32 mma.
 
 #pragma once
 
@@ -18,24 +20,23 @@
 
 namespace retention::collective {
 
-/// How the warps of a block share a tile of query rows and the columns of V.
+/// How the warps of a block share a tile of query rows. A warp has all the columns of V, so that no
+/// score is computed twice: 64 or, for dv above 32, 128 outputs a lane.
 template <int ValueDim, int Warps_>
 struct RowTiling {
   static constexpr int kWarps = Warps_;
-  static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;  // columns of a warp
-  static constexpr int kColumnWarps = ValueDim / kValueTile;
-  static constexpr int kMmaRows = 4;  // mma tiles of 16 rows in a warp
+  static constexpr int kMmaRows = ValueDim > 64 ? 2 : 4;  // mma tiles of 16 rows in a warp
   static constexpr int kWarpRows = 16 * kMmaRows;
-  static constexpr int kRows = kWarpRows * (kWarps / kColumnWarps);
+  static constexpr int kRows = kWarpRows * kWarps;
 
-  static_assert(ValueDim % kValueTile == 0 && kWarps % kColumnWarps == 0, "whole warps");
+  static_assert(ValueDim == 32 || ValueDim == 64 || ValueDim == 128, "what registers hold");
 };
 
 /// The output of a warp in fp32 registers: (MMA, rows / 16, columns / 8).
-template <class Tiling>
+template <class Tiling, int ValueDim>
 using OutputLayout =
     cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<Tiling::kMmaRows>,
-                             cute::Int<Tiling::kValueTile / 8>>>;
+                             cute::Int<ValueDim / 8>>>;
 
 template <class Element_, int HeadDim, int ValueDim, class Tiling_>
 struct ExpandApply {
@@ -50,90 +51,104 @@ struct ExpandApply {
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
 
+  static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
+  static_assert(kBlocks % 2 == 0, "blocks J are taken two at a time");
+
   using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using StateLayout = StagedTileLayout<kTileRows, ValueDim, kStages>;  // [state row, dv, stage]
 
   struct SharedStorage {
     alignas(128) Element state[cute::cosize_v<StateLayout>];
-    alignas(128) Element key_sum[kStateDim];
   };
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
 
-  /// The part that does not need the tile of queries, so that its loads overlap those.
   CUTE_DEVICE ExpandApply(SharedStorage& shared, Element const* state, Element const* key_sum,
                           int thread)
-      : shared_(shared), loader_(state, ValueDim, thread) {
-    for (int i = 8 * thread; i < kStateDim; i += 8 * kThreads) {
-      cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-          *reinterpret_cast<cute::uint128_t const*>(key_sum + i),
-          *reinterpret_cast<cute::uint128_t*>(shared.key_sum + i));
-    }
+      : shared_(shared),
+        source_(state + exchange_rows(thread / kPieces) * ValueDim + thread % kPieces * 8),
+        offset_(StateLayout{}(thread / kPieces, thread % kPieces * 8, 0)),
+        key_sum_(key_sum) {}
+
+  /// Starts the first loads: they do not need the tile of queries, and overlap its own.
+  CUTE_DEVICE void prefetch() {
 #pragma unroll
     for (int stage = 0; stage < kStages - 1; ++stage) {
       load(stage, stage);
     }
   }
 
-  /// Adds to `output` [64, kValueTile] and to `normalizer`, rows g and g + 8 of each mma tile.
-  /// A lane's share of a normalizer is its part of a sum over the four lanes of a quad.
+  /// Adds to `output` [rows, dv] and to `normalizer`, rows g and g + 8 of each mma tile, those of
+  /// the warp from `first_row` on. A lane's share of a normalizer is its part of a sum over the
+  /// four lanes of a quad. A warp that is not `active` has no rows and only helps to load.
   template <class Output>
-  CUTE_DEVICE void operator()(Element* query_smem, int warp, int lane, Output& output,
-                              float (&normalizer)[kMmaRows][2]) {
-    int const first_row = warp / Tiling::kColumnWarps * Tiling::kWarpRows;
-    int const first_column = warp % Tiling::kColumnWarps * Tiling::kValueTile;
+  CUTE_DEVICE void operator()(Element* query_smem, int first_row, bool active, int lane,
+                              Output& output, float (&normalizer)[kMmaRows][2]) {
     cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(query_smem), QueryLayout{});
     int const group = lane / 4;
     int const quad = lane % 4;
     // Rows 8 apart lie a constant apart, whatever the swizzle does to the columns: one address a
     // block serves them all.
     auto block = [&](int index) { return &query(first_row + group, 8 * index, 0); };
+    auto row_offset = [](int m, int upper) { return QueryLayout{}(16 * m + 8 * upper, 0, 0); };
     auto pair = [&](Element const* first, int m, int upper, int column) {
-      return *reinterpret_cast<std::uint32_t const*>(
-          first + QueryLayout{}(16 * m + 8 * upper, 0, 0) + column);
+      return *reinterpret_cast<std::uint32_t const*>(first + row_offset(m, upper) + column);
     };
+    // The state row of k, as it lies in the tile: see `exchange_rows`.
+    int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
+
+    __syncthreads();  // the queries are there
+    if (!active) {
+      // Apart from the other warps' loop, whose registers no branch may disturb.
+#pragma unroll 1
+      for (int pair_index = 0, stage = kStages - 1; pair_index < kPairs; ++pair_index) {
+        cute::cp_async_wait<kStages - 2>();
+        __syncthreads();
+        load(stage, pair_index + kStages - 1);
+        stage = stage == kStages - 1 ? 0 : stage + 1;
+      }
+      return;
+    }
+    add_key_sum(query, first_row, lane, pair, normalizer);
 
     int stage = 0;
     int pair_index = 0;
 #pragma unroll 1
     for (int J = 0; J < kBlocks; ++J) {
-      std::uint32_t native[kMmaRows][2];
+      std::uint32_t native[kMmaRows][2][2];  // q[8 J + t + 4 x] twice: [m, upper, x]
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          native[m][i / 2][i % 2] = detail::broadcast_lo(*reinterpret_cast<std::uint16_t const*>(
+              block(J) + row_offset(m, i / 2) + quad + 4 * (i % 2)));
+        }
+      }
 #pragma unroll 1
       for (int I = 0; I <= J; ++I, ++pair_index) {
         cute::cp_async_wait<kStages - 2>();
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1, pair_index + kStages - 1);
-        if (I == 0) {
-          // Here, and not above: the first tile's barrier covers the queries as well.
-#pragma unroll
-          for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              native[m][half] = pair(block(J), m, half, 2 * quad);
-            }
-          }
-          add_key_sum(query, first_row, lane, J, native, normalizer);
-        }
         Element const* outer = block(I);
 #pragma unroll
         for (int k = 0; k < kTileRows / 16; ++k) {
-          cute::Tensor b = cute::make_tensor<Element>(
-              cute::Shape<cute::_4, cute::Int<Tiling::kValueTile / 8>>{});
-          load_rows_transposed(shared_.state, StateLayout{}, 16 * k, first_column, stage, lane, b);
+          cute::Tensor b =
+              cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
+          load_rows_transposed(shared_.state, StateLayout{}, 16 * k, 0, stage, state_lane, b);
 #pragma unroll
           for (int m = 0; m < kMmaRows; ++m) {
             cute::Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
             cute::Tensor a_pairs = cute::recast<std::uint32_t>(a);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              std::uint32_t const factors = pair(outer, m, half, 2 * k);
-              a_pairs(half) =
-                  detail::multiply<Element>(detail::broadcast_lo(factors), native[m][half]);
-              a_pairs(half + 2) =
-                  detail::multiply<Element>(detail::broadcast_hi(factors), native[m][half]);
+            for (int upper = 0; upper < 2; ++upper) {
+              std::uint32_t const factors = pair(outer, m, upper, 2 * k);
+#pragma unroll
+              for (int x = 0; x < 2; ++x) {
+                a_pairs(2 * x + upper) = detail::multiply<Element>(factors, native[m][upper][x]);
+              }
             }
 #pragma unroll
-            for (int n = 0; n < Tiling::kValueTile / 8; ++n) {
+            for (int n = 0; n < ValueDim / 8; ++n) {
               cute::gemm(MmaAtom{}, a, b(cute::_, n), output(cute::_, m, n));
             }
           }
@@ -144,49 +159,78 @@ struct ExpandApply {
   }
 
  private:
+  static constexpr int kPieces = ValueDim / 8;  // of 16 bytes in a row of the state
+  static constexpr int kStepRows = kThreads / kPieces;
+  static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
+
+  // In a tile the rows of the state are permuted: bits 2 and 3 of their index change places. The
+  // eight rows that one ldmatrix needs, elements 0-3 or 4-7 of block J for a and for a + 1, are
+  // then neighbours, and free of bank conflicts.
+  CUTE_HOST_DEVICE static constexpr int exchange_rows(int row) {
+    return (row & ~12) | (row & 4) << 1 | (row & 8) >> 1;
+  }
+
   CUTE_DEVICE void load(int stage, int pair_index) {
     if (pair_index < kPairs) {
-      loader_.load(shared_.state, stage, kTileRows);
+      Element* target = shared_.state + offset_ + stage * (kTileRows * ValueDim);
+#pragma unroll
+      for (int row = 0; row < kTileRows; row += kStepRows) {
+        cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
+            *reinterpret_cast<cute::uint128_t const*>(source_ + exchange_rows(row) * ValueDim),
+            *reinterpret_cast<cute::uint128_t*>(target + StateLayout{}(row, 0, 0)));
+      }
+      source_ += kTileRows * ValueDim;
     }
     cute::cp_async_fence();
   }
 
-  // sum_{I <= J} q_I^T z_IJ q_J for one J, where z_IJ is the [8, 8] block of the sum of keys.
-  template <class Query>
-  CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane, int J,
-                               std::uint32_t const (&native)[kMmaRows][2],
+  // sum_{I <= J} q_I^T z_IJ q_J, where z_IJ is the [8, 8] block of the sum of keys: z_IJ q_J on the
+  // tensor cores, with z^T as the B operand straight from global memory, where its pairs lie.
+  template <class Query, class Pair>
+  CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane, Pair const& pair,
                                float (&normalizer)[kMmaRows][2]) const {
-    float product[kMmaRows][4] = {};  // [row, b]
+    Element const* source = key_sum_ + 2 * lane;  // a = lane / 4, b = 2 (lane % 4)
 #pragma unroll 1
-    for (int I = 0; I <= J; I += 2) {
-      // Rows of z_IJ and z_{I+1}J as the B operand; beyond the diagonal there is nothing to add.
-      int const block = lane / 8 % 2 == 0 || I == J ? I : I + 1;
-      Element const* row = shared_.key_sum + 64 * (J * (J + 1) / 2 + block) + lane % 8 * 8;
-      std::uint32_t b[2];
-      cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(row), b[0], b[1]);
-      b[1] = I == J ? 0 : b[1];
+    for (int I = 0; I < kBlocks; ++I) {
+      std::uint32_t b[kBlocks];  // one for each J
+#pragma unroll
+      for (int J = 0; J < kBlocks; ++J) {
+        b[J] = J < I ? 0
+                     : *reinterpret_cast<std::uint32_t const*>(source +
+                                                               kTileRows * (J * (J + 1) / 2 + I));
+      }
+      float product[kMmaRows][4] = {};  // [row, a]
+#pragma unroll
+      for (int J = 0; J < kBlocks; J += 2) {
+        if (J + 1 < I) {
+          continue;
+        }
+#pragma unroll
+        for (int m = 0; m < kMmaRows; ++m) {
+          std::uint32_t a[4];
+          load_mma_a(query, first_row + 16 * m, 8 * J, lane, a);
+          float (&c)[4] = product[m];
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[J],
+                                           b[J + 1], c[0], c[1], c[2], c[3]);
+        }
+      }
+      Element const* outer = &query(first_row + lane / 4, 8 * I, 0);
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
-        std::uint32_t a[4];
-        load_mma_a(query, first_row + 16 * m, 8 * I, lane, a);
-        float (&c)[4] = product[m];
-        MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1],
-                                         c[0], c[1], c[2], c[3]);
-      }
-    }
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        normalizer[m][half] +=
-            product[m][2 * half] * detail::unpack_lo<Element>(native[m][half]) +
-            product[m][2 * half + 1] * detail::unpack_hi<Element>(native[m][half]);
+        for (int upper = 0; upper < 2; ++upper) {
+          std::uint32_t const factors = pair(outer, m, upper, 2 * (lane % 4));
+          normalizer[m][upper] += product[m][2 * upper] * detail::unpack_lo<Element>(factors) +
+                                  product[m][2 * upper + 1] * detail::unpack_hi<Element>(factors);
+        }
       }
     }
   }
 
   SharedStorage& shared_;
-  TileLoader<Element, kThreads, kTileRows, ValueDim, StateLayout> loader_;
+  Element const* source_;
+  int offset_;
+  Element const* key_sum_;
 };
 
 }  // namespace retention::collective

@@ -1,5 +1,9 @@
 // The causal mainloop inside a chunk: o_i += sum_{j <= i} w_ij v_j and n_i += sum_{j <= i} w_ij,
-// with w_ij = (scale q_i . k_j)^2 exp(g_i - g_j) for cumulative log gates g.
+// with w_ij = f (q_i . k_j)^2 exp(g_i - g_j) for cumulative log gates g.
+//
+// Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
+// its A operand. Wavefronts of shared memory per mma, at d = dv: 1.0 for 64 rows, 32 keys and 64
+// columns; 1.25 for 32 rows, 64 keys and 128 columns.
 
 #pragma once
 
@@ -11,15 +15,41 @@
 
 namespace retention::collective {
 
+/// A tile of rows: row r stands for head r % group of its token r / group.
+struct TileRows {
+  int group;
+  int first_token;  // in the chunk
+  int tokens;
+  int reciprocal;  // 2^16 / group, rounded up
+
+  TileRows() = default;
+
+  CUTE_DEVICE TileRows(int group_, int first_token_, int tokens_)
+      : group(group_),
+        first_token(first_token_),
+        tokens(tokens_),
+        reciprocal((65535 + group_) / group_) {}
+
+  CUTE_DEVICE int count() const { return tokens * group; }  // rows that stand for something
+  CUTE_DEVICE int end_token() const { return first_token + tokens; }
+  /// r / group for r < 256: the error of the product, below r / 2^16, is smaller than 1 / group.
+  CUTE_DEVICE int tile_token(int row) const { return row * reciprocal >> 16; }
+  CUTE_DEVICE int head(int row) const { return row - tile_token(row) * group; }
+  /// In the chunk. A row attends to no later token than its own.
+  CUTE_DEVICE int token(int row) const { return first_token + tile_token(row); }
+};
+
 template <class Element_, int HeadDim, int ValueDim, class Tiling_>
 struct IntraChunk {
   using Element = Element_;
   using Tiling = Tiling_;
 
   static constexpr int kStages = 2;
-  static constexpr int kTileKeys = 64;
+  static constexpr int kTileKeys = 32;
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
+  // Of these, how many have scores at one time: together with the outputs that registers can hold.
+  static constexpr int kScoreRows = kMmaRows;
 
   using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kStages>;     // [key, d, stage]
@@ -28,143 +58,233 @@ struct IntraChunk {
   struct SharedStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    float gate[kStages][kTileKeys];
+    alignas(16) float gate[kStages][kTileKeys];
   };
 
-  using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
+  /// What the loop needs beside its registers, all of which outputs and scores take: it stays in
+  /// shared memory, out of reach of whoever moves code out of loops.
+  struct Work {
+    Element const* key;  // of the chunk's first token, as value and gate
+    Element const* value;
+    float const* gate;  // null for none
+    std::int64_t key_stride;
+    std::int64_t value_stride;
+    std::int64_t gate_stride;
+    TileRows rows;
+    bool gated;  // or rows have an exponent
+  };
 
-  /// Keys, values and gates start at the first token of the chunk; `keys` of them matter.
-  CUTE_DEVICE IntraChunk(SharedStorage& shared, Element const* key, std::int64_t key_stride,
-                         Element const* value, std::int64_t value_stride, float const* gate,
-                         std::int64_t gate_stride, int keys, int thread)
-      : shared_(shared),
-        key_loader_(key, key_stride, thread),
-        value_loader_(value, value_stride, thread),
-        gate_(gate == nullptr ? nullptr : gate + thread * gate_stride),
-        gate_stride_(gate_stride),
-        keys_(keys),
-        thread_(thread) {
-    if (gate == nullptr && thread < kTileKeys) {
+  /// Starts the loads of the first tile.
+  CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
+    if (work.gate == nullptr && threadIdx.x < kTileKeys) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
-        shared.gate[stage][thread] = 0.0f;
+        shared.gate[stage][threadIdx.x] = 0.0f;
       }
     }
-    load(0, keys);
+    load(shared, work, 0, 0);
   }
 
-  /// `row_token` and `row_gate` give, in shared memory, the position in the chunk of each row's
-  /// token and its cumulative log gate; rows are in the order of their tokens.
+  /// Of the tile of rows: `query` and, by `log2_gate`, the gate of each row, both in shared memory
+  /// as `work` is.
   template <class Output>
-  CUTE_DEVICE void operator()(Element* query_smem, int const* row_token, float const* row_gate,
-                              float scale, int warp, int lane, Output& output,
+  CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
+                              float const* row_gate, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
-    int const first_row = warp / Tiling::kColumnWarps * Tiling::kWarpRows;
-    int const first_column = warp % Tiling::kColumnWarps * Tiling::kValueTile;
-    cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(query_smem), QueryLayout{});
-    cute::Tensor key = cute::make_tensor(cute::make_smem_ptr(shared_.key), KeyLayout{});
-
     int stage = 0;
 #pragma unroll 1
-    for (int first_key = 0; first_key < keys_; first_key += kTileKeys, stage ^= 1) {
+    for (int first_key = 0; first_key < work.rows.end_token(); first_key += kTileKeys, stage ^= 1) {
       cute::cp_async_wait<0>();
       __syncthreads();
-      load(stage ^ 1, keys_ - first_key - kTileKeys);
-      int const last_token = row_token[first_row + Tiling::kWarpRows - 1];
-#pragma unroll 1
-      for (int block = 0; block < kTileKeys; block += 16) {
-        if (first_key + block > last_token) {
-          break;  // no row of this warp attends that far
-        }
-        float score[kMmaRows][2][4] = {};  // [row, key]
+      load(shared, work, stage ^ 1, first_key + kTileKeys);
+      int const thread = this_thread();
+      int const lane = thread % 32;
+      int const first_row = thread / 32 * Tiling::kWarpRows;
+      TileRows const& rows = work.rows;
+      if (first_row >= rows.count() ||
+          first_key > rows.token(cute::min(first_row + Tiling::kWarpRows, rows.count()) - 1)) {
+        continue;  // no row of this warp attends that far
+      }
+      std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
 #pragma unroll
-        for (int k = 0; k < HeadDim; k += 16) {
-          std::uint32_t b[4];
-          // (keys 0-7, low d), (keys 0-7, high d), (keys 8-15, low d), (keys 8-15, high d)
-          cute::SM75_U32x4_LDSM_N::copy(
-              *reinterpret_cast<cute::uint128_t const*>(
-                  &key(block + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * 8, stage)),
-              b[0], b[1], b[2], b[3]);
+      for (int m = 0; m < kMmaRows; m += kScoreRows) {
+        float score[kScoreRows][kTileKeys / 8][4] = {};
+        multiply(shared, query, first_row + 16 * m, stage, lane, score);
+        weigh(shared, work, row_gate, first_row, m, stage, first_key, lane, score);
 #pragma unroll
-          for (int m = 0; m < kMmaRows; ++m) {
-            std::uint32_t a[4];
-            load_mma_a(query, first_row + 16 * m, k, lane, a);
+        for (int i = 0; i < kScoreRows; ++i) {
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              float (&c)[4] = score[m][n];
-              MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3],
-                                               b[2 * n], b[2 * n + 1], c[0], c[1], c[2], c[3]);
-            }
+          for (int n = 0; n < kTileKeys / 8; ++n) {
+            float const(&w)[4] = score[i][n];
+            normalizer[m + i][0] += w[0] + w[1];
+            normalizer[m + i][1] += w[2] + w[3];
+            a[m + i][n / 2][n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
+            a[m + i][n / 2][n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
           }
         }
+      }
 
-        cute::Tensor b =
-            cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<Tiling::kValueTile / 8>>{});
-        load_rows_transposed(shared_.value, ValueLayout{}, block, first_column, stage, lane, b);
-        float2 gate[2];
+      int const value_lane = this_thread() % 32;
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          gate[n] = *reinterpret_cast<float2 const*>(
-              &shared_.gate[stage][block + 8 * n + 2 * (lane % 4)]);
-        }
+      for (int k = 0; k < kTileKeys / 16; ++k) {
+        cute::Tensor b =
+            cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
+        load_rows_transposed(shared.value, ValueLayout{}, 16 * k, 0, stage, value_lane, b);
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
-          cute::Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
-          cute::Tensor a_pairs = cute::recast<std::uint32_t>(a);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            int const row = first_row + 16 * m + 8 * half + lane / 4;
-            int const token = row_token[row];
-            float const gate_i = row_gate[row];
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              int const j = first_key + block + 8 * n + 2 * (lane % 4);
-              float const lo =
-                  weight(scale * score[m][n][2 * half], gate_i - gate[n].x, j <= token);
-              float const hi =
-                  weight(scale * score[m][n][2 * half + 1], gate_i - gate[n].y, j + 1 <= token);
-              normalizer[m][half] += lo + hi;
-              a_pairs(2 * n + half) = detail::pack<Element>(lo, hi);
-            }
-          }
-#pragma unroll
-          for (int n = 0; n < Tiling::kValueTile / 8; ++n) {
-            cute::gemm(MmaAtom{}, a, b(cute::_, n), output(cute::_, m, n));
+          for (int n = 0; n < ValueDim / 8; ++n) {
+            auto const values = cute::recast<std::uint32_t>(b(cute::_, n));
+            float* c = &output(0, m, n);
+            MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][k][0], a[m][k][1],
+                                             a[m][k][2], a[m][k][3], values(0), values(1), c[0],
+                                             c[1], c[2], c[3]);
           }
         }
       }
     }
+  }
+
+  /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
+  /// token's own gate does not weigh its own key.
+  CUTE_DEVICE static float log2_gate(float gate) {
+    constexpr float kLog2E = 1.44269504088896340736f;
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(gate, kLog2E);
+#else
+    return gate * kLog2E;
+#endif
+  }
+
+  /// 2^x; what is below 2^-126 is 0.
+  CUTE_DEVICE static float exp2(float x) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return exp2f(x);
+#endif
   }
 
  private:
-  // Not the exponential of a positive difference, and no large negative number either: what a row
-  // does not attend to is exactly zero.
-  CUTE_DEVICE static float weight(float product, float gate, bool attends) {
-    float const w = product * product * detail::exp_nonpositive(cute::min(gate, 0.0f));
-    return attends ? w : 0.0f;
+  /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
+  /// the swizzle flips bits of the column, and so does this.
+  template <class Layout>
+  CUTE_HOST_DEVICE static constexpr int advance(int offset, int columns) {
+    return (offset ^ columns % 64) + Layout{}(0, columns / 64 * 64, 0);
   }
 
-  // `left` keys remain, those of this tile included.
-  CUTE_DEVICE void load(int stage, int left) {
+  // Computed anew, for registers are short: what follows from it need not be kept. The mask tells
+  // the compiler that it is not negative.
+  CUTE_DEVICE static int this_thread() {
+    return detail::recomputed(static_cast<int>(threadIdx.x)) & (kThreads - 1);
+  }
+
+  // score += Q K^T for the rows of the tile from `first_row` on.
+  CUTE_DEVICE static void multiply(SharedStorage const& shared, Element const* query, int first_row,
+                                   int stage, int lane,
+                                   float (&score)[kScoreRows][kTileKeys / 8][4]) {
+    // Rows a multiple of 8 apart lie a constant apart, and columns 16 apart differ in a few bits of
+    // the offset (see `advance`): one offset serves all of a tile.
+    int const query_offset = QueryLayout{}(first_row + lane % 16, lane / 16 * 8, 0);
+    int const key_offset = KeyLayout{}(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8, 0);
+#pragma unroll
+    for (int k = 0; k < HeadDim; k += 16) {
+      std::uint32_t b[kTileKeys / 16][4];
+      Element const* keys =
+          shared.key + advance<KeyLayout>(key_offset, k) + KeyLayout{}(0, 0, 1) * stage;
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 16; ++n) {
+        // (keys 0-7, low d), (keys 0-7, high d), (keys 8-15, low d), (keys 8-15, high d)
+        cute::SM75_U32x4_LDSM_N::copy(
+            *reinterpret_cast<cute::uint128_t const*>(keys + KeyLayout{}(16 * n, 0, 0)), b[n][0],
+            b[n][1], b[n][2], b[n][3]);
+      }
+      Element const* queries = query + advance<QueryLayout>(query_offset, k);
+#pragma unroll
+      for (int m = 0; m < kScoreRows; ++m) {
+        std::uint32_t a[4];
+        cute::SM75_U32x4_LDSM_N::copy(
+            *reinterpret_cast<cute::uint128_t const*>(queries + QueryLayout{}(16 * m, 0, 0)), a[0],
+            a[1], a[2], a[3]);
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n) {
+          float (&c)[4] = score[m][n];
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3],
+                                           b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
+    }
+  }
+
+  // Scores to weights, in place, for the mma tiles of the warp from `first` on. The branches end
+  // with a meeting point and so remain branches: run together, these steps and the products before
+  // and after them would need more registers than there are.
+  CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
+                                float const* row_gates, int warp_row, int first, int stage,
+                                int first_key, int lane,
+                                float (&weight)[kScoreRows][kTileKeys / 8][4]) {
+    int const quad = lane % 4;
+    int const first_row = warp_row + 16 * first + lane / 4;
+    for_each(weight, [&](float& w, int, int, int, int) { w *= w; });
+    if (work.gated) {
+      float key_gate[kTileKeys / 8][2];
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        float2 const gate = *reinterpret_cast<float2 const*>(&shared.gate[stage][8 * n + 2 * quad]);
+        key_gate[n][0] = log2_gate(gate.x);
+        key_gate[n][1] = log2_gate(gate.y);
+      }
+      for_each(weight, [&](float& w, int m, int n, int upper, int c) {
+        w *= exp2(row_gates[first_row + 16 * m + 8 * upper] - key_gate[n][c]);
+      });
+      __syncwarp();
+    }
+    if (first_key + kTileKeys - 1 > work.rows.token(warp_row)) {
+      // Not a product with zero: the exponential of a difference that is no decay may be huge.
+      for_each(weight, [&](float& w, int m, int n, int upper, int c) {
+        int const last = work.rows.token(first_row + 16 * m + 8 * upper) - first_key - 2 * quad;
+        w = 8 * n + c <= last ? w : 0.0f;
+      });
+      __syncwarp();
+    }
+  }
+
+  template <class Visit>
+  CUTE_DEVICE static void for_each(float (&weight)[kScoreRows][kTileKeys / 8][4], Visit visit) {
+#pragma unroll
+    for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n) {
+          visit(weight[m][n][i], m, n, i / 2, i % 2);
+        }
+      }
+    }
+  }
+
+  // The copy of the tile of keys that starts with `first_key`.
+  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, int stage, int first_key) {
+    int const left = work.rows.end_token() - first_key;
     if (left > 0) {
-      key_loader_.load(shared_.key, stage, left);
-      value_loader_.load(shared_.value, stage, left);
-      if (gate_ != nullptr && thread_ < kTileKeys) {
-        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*gate_, shared_.gate[stage][thread_],
-                                                           thread_ < left);
-        gate_ += kTileKeys * gate_stride_;
+      int const thread = this_thread();
+      TileLoader<Element, kThreads, kTileKeys, HeadDim, KeyLayout>(
+          work.key + first_key * work.key_stride, work.key_stride, thread)
+          .load(shared.key, stage, left);
+      TileLoader<Element, kThreads, kTileKeys, ValueDim, ValueLayout>(
+          work.value + first_key * work.value_stride, work.value_stride, thread)
+          .load(shared.value, stage, left);
+      if (work.gate != nullptr && thread < kTileKeys) {
+        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
+            work.gate[(first_key + cute::min(thread, left - 1)) * work.gate_stride],
+            shared.gate[stage][thread], thread < left);
       }
     }
     cute::cp_async_fence();
   }
-
-  SharedStorage& shared_;
-  TileLoader<Element, kThreads, kTileKeys, HeadDim, KeyLayout> key_loader_;
-  TileLoader<Element, kThreads, kTileKeys, ValueDim, ValueLayout> value_loader_;
-  float const* gate_;
-  std::int64_t gate_stride_;
-  int keys_;
-  int thread_;
 };
 
 }  // namespace retention::collective

@@ -1,14 +1,19 @@
 // The output of every query of a chunk: what the state before the chunk gives it and what the
 // tokens of the chunk up to its own do, in one set of accumulators, and normalised.
 //
-//     n_i = scale^2 exp(g_i) phi_q(q_i) S_c + sum_{s < j <= i} w_ij v_j,   z_i the same with v = 1
-//     o_i = n_i / z_i                                                      0 / 0 = 0
+//     n_i = exp(g_i) phi_q(q_i) S_c + sum_{s < j <= i} w_ij v_j,   z_i the same with v = 1
+//     o_i = n_i / z_i                                              0 where there is no weight
+//
+// with w_ij = (q_i . k_j)^2 exp(g_i - g_j). The output does not depend on a query's magnitude; the
+// normaliser z_i is that of the query rescaled by a power of two to magnitude [1/2, 1).
 //
 // A tile of rows holds consecutive tokens, and of each token all the query heads that read one key
-// head: they share the state, the keys and the values that the block loads.
+// head: they share the state, the keys and the values that the block loads. With a chunk as long as
+// the sequence nothing comes from a state: that is the quadratic form.
 
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 #include "retention/collective/expand_apply.hpp"
@@ -36,10 +41,26 @@ struct Output {
   static constexpr int kRows = Tiling::kRows;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   static constexpr int kThreads = 32 * Tiling::kWarps;
+  static constexpr int kMinBlocks = 2;
+  // fp16 has too few exponents for the keys of a head and their sums: see `Exponents`.
+  static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
+  // Queries are rescaled to magnitude [2^(kQueryExponent - 1), 2^kQueryExponent): in fp16 as large
+  // as phi allows, so that products of small elements are not lost.
+  static constexpr int kQueryExponent = kHasExponents ? 7 : 0;
+
+  static_assert(kRows <= 256, "TileRows divides exactly up to there");
 
   using Apply = collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling>;
   using Intra = collective::IntraChunk<Element, kHeadDim, kValueDim, Tiling>;
+  using Rows = collective::TileRows;
   using QueryLayout = typename Apply::QueryLayout;
+
+  /// Where a block's rows are.
+  struct Tile {
+    int sequence;
+    int chunk;  // of the sequence
+    int index;  // in the chunk
+  };
 
   struct SharedStorage {
     alignas(128) Element query[cute::cosize_v<QueryLayout>];
@@ -47,10 +68,13 @@ struct Output {
       typename Apply::SharedStorage apply;
       typename Intra::SharedStorage intra;
     };
-    int row_token[kRows];   // position in the chunk
-    float row_gate[kRows];  // cumulative log gate since the chunk's start
+    // Kept here for the loop inside the chunk and the epilogue: registers are short.
+    Tile tile;
+    typename Intra::Work work;
+    float row_gate[kRows];  // cumulative log2 gate since the chunk's start, less weight_exponent
   };
 
+  /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {
     Element const* query;     // [b, t, hq, d]
     Element const* key;       // [b, t, h, d]
@@ -66,149 +90,339 @@ struct Output {
     TokenStride gate_stride;
     TokenStride output_stride;
     TokenStride normalizer_stride;
-    Sequences sequences;
-    int heads;       // key heads, h
-    int group;       // query heads that share a key head, hq / h
-    int max_chunks;  // of any sequence, at least
-    float scale;
+    Exponents exponents;  // all null unless kHasExponents
+    Sequences sequences;  // chunks of a multiple of 64 tokens
+    int heads;            // key heads, h
+    int group;            // query heads that share a key head, hq / h; at most kRows
     bool initial_states;  // whether the state before a sequence's first chunk is not zero
   };
 
-  /// Tokens in a tile of rows.
-  CUTE_HOST_DEVICE static int tile_tokens(int group, int chunk_size) {
-    return cute::min(kRows / group, chunk_size);
-  }
-  /// Tiles of one chunk.
-  CUTE_HOST_DEVICE static int chunk_tiles(int group, int chunk_size) {
-    return cute::ceil_div(chunk_size, tile_tokens(group, chunk_size));
+  /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
+  CUTE_HOST static dim3 grid(Params const& params) {
+    std::int64_t const tiles =
+        is_quadratic(params.sequences)
+            ? tiles_of(params).num_slots()
+            : params.sequences.num_slots() * chunk_tiles(params.group, params.sequences.chunk_size);
+    return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(params.heads), 1);
   }
 
-  /// blockIdx = (tile and chunk, tile fastest; key head; sequence)
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = threadIdx.x;
-    int const warp = thread / 32;
     int const lane = thread % 32;
     int const head = blockIdx.y;
-    Sequence const sequence = params.sequences.get(blockIdx.z);
-    int const chunk_size = params.sequences.chunk_size;
-    int const tile_size = tile_tokens(params.group, chunk_size);
-    int const tiles = cute::ceil_div(chunk_size, tile_size);
-    int const chunk = static_cast<int>(blockIdx.x) / tiles;
-    int const first_token = chunk * chunk_size;
-    int const chunk_tokens = cute::min(chunk_size, sequence.length - first_token);
-    int const first_query = static_cast<int>(blockIdx.x) % tiles * tile_size;
-    int const queries = cute::min(tile_size, chunk_tokens - first_query);
-    if (queries <= 0) {
+
+    Tile const tile = find_tile(params, blockIdx.x);
+    Sequence const sequence = params.sequences.get(tile.sequence);
+    Rows const rows = rows_of(params, tile, sequence);
+    if (rows.tokens <= 0) {
       return;  // the same for the whole block
     }
+    int const first_token = tile.chunk * params.sequences.chunk_size;
 
     auto const at = [&](TokenStride const& stride, int h) {
       return stride.at(sequence, first_token, h);
     };
     float const* gate =
         params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head);
-    load_queries(params, shared, params.query + at(params.query_stride, head * params.group), gate,
-                 first_query, queries, thread);
-
+    // Accumulators hold weights over 2^weight_exponent: keys are below 2^x, and so weights below
+    // d^2.
+    int weight_exponent = 0;
+    if constexpr (kHasExponents) {
+      std::int64_t const sequence_head =
+          static_cast<std::int64_t>(tile.sequence) * params.heads + head;
+      weight_exponent = 2 * (exponent(params.exponents.key, sequence_head) + kQueryExponent);
+    }
+    typename Intra::Work const work{params.key + at(params.key_stride, head),
+                                    params.value + at(params.value_stride, head),
+                                    gate,
+                                    params.key_stride.token,
+                                    params.value_stride.token,
+                                    params.gate_stride.token,
+                                    rows,
+                                    gate != nullptr || kHasExponents};
+    if (thread == 0) {
+      shared.tile = tile;
+      shared.work = work;
+    }
+    Element const* query = params.query + at(params.query_stride, head * params.group);
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    bool const active = first_row < rows.count();
     float normalizer[kMmaRows][2] = {};
-    cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling>{});
+    cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
     cute::clear(output);
 
-    if (chunk > 0 || params.initial_states) {
-      std::int64_t const slot_head =
-          (sequence.first_slot + chunk) * static_cast<std::int64_t>(params.heads) + head;
-      Apply apply(shared.apply, params.states + slot_head * Apply::kStateDim * kValueDim,
-                  params.key_sums + slot_head * Apply::kStateDim, thread);
-      apply(shared.query, warp, lane, output, normalizer);
-      __syncthreads();  // the keys come where the state was
-      scale_rows(params, shared, warp, lane, output, normalizer);
+    bool const has_state = tile.chunk > 0 || params.initial_states;
+    std::int64_t const slot_head =
+        (sequence.first_slot + tile.chunk) * static_cast<std::int64_t>(params.heads) + head;
+    Apply apply(shared.apply, params.states + slot_head * Apply::kStateDim * kValueDim,
+                params.key_sums + slot_head * Apply::kStateDim, thread);
+    if (has_state) {
+      apply.prefetch();
     }
-    Intra intra(shared.intra, params.key + at(params.key_stride, head), params.key_stride.token,
-                params.value + at(params.value_stride, head), params.value_stride.token, gate,
-                params.gate_stride.token, first_query + queries, thread);
-    intra(shared.query, shared.row_token, shared.row_gate, params.scale, warp, lane, output,
-          normalizer);
-    store(params, sequence, first_token + first_query, queries, head, warp, lane, output,
-          normalizer);
+    load_queries(params, shared, query, gate, weight_exponent, rows, thread);
+    if (has_state) {
+      apply(shared.query, first_row, active, lane, output, normalizer);
+      __syncthreads();  // the keys come where the state was
+      float state_scale = 1.0f, key_sum_scale = 1.0f;
+      if constexpr (kHasExponents) {
+        state_scale = power_of_two(exponent(params.exponents.state, slot_head) - weight_exponent);
+        key_sum_scale =
+            power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
+      }
+      scale_rows(shared.row_gate + first_row + lane / 4, weight_exponent, state_scale,
+                 key_sum_scale, output, normalizer);
+    }
+    Intra::prefetch(shared.intra, work);
+    Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
+    if (active) {
+      store(params, shared.tile, output, normalizer);
+    }
   }
 
  private:
-  // Row r of the tile is head r % group of token r / group; rows that stand for nothing are zero.
-  CUTE_DEVICE static void load_queries(Params const& params, SharedStorage& shared,
-                                       Element const* query, float const* gate, int first_query,
-                                       int queries, int thread) {
-    cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
-    constexpr int kPieces = kHeadDim / 8;
-#pragma unroll 1
-    for (int i = thread; i < kRows * kPieces; i += kThreads) {
-      int const row = i / kPieces;
-      int const column = i % kPieces * 8;
-      int const token = first_query + row / params.group;
-      Element const* source = query + token * params.query_stride.token +
-                              row % params.group * params.query_stride.head + column;
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<cute::uint128_t const*>(source),
-          *reinterpret_cast<cute::uint128_t*>(&tile(row, column, 0)), row < queries * params.group);
+  CUTE_DEVICE static Rows rows_of(Params const& params, Tile const& tile,
+                                  Sequence const& sequence) {
+    int const chunk_size = params.sequences.chunk_size;
+    int const tile_size = tile_tokens(params.group, chunk_size);
+    int const first_query = tile.index * tile_size;
+    std::int64_t const left =
+        sequence.length - static_cast<std::int64_t>(tile.chunk) * chunk_size - first_query;
+    int const tokens = cute::min(tile_size, chunk_size - first_query);
+    int const queries = left < tokens ? static_cast<int>(left) : tokens;
+    return {params.group, first_query, queries};
+  }
+
+  // One chunk a sequence.
+  CUTE_HOST_DEVICE static bool is_quadratic(Sequences const& sequences) {
+    return sequences.chunk_size >= sequences.length;
+  }
+  CUTE_HOST_DEVICE static int tile_tokens(int group, int chunk_size) {
+    return cute::min(kRows / group, chunk_size);
+  }
+  CUTE_HOST_DEVICE static int chunk_tiles(int group, int chunk_size) {
+    return cute::ceil_div(chunk_size, tile_tokens(group, chunk_size));
+  }
+  /// The sequences cut into tiles. In a long chunk cut into fixed tiles, packed sequences would
+  /// each have as many tiles as the longest could need.
+  CUTE_HOST_DEVICE static Sequences tiles_of(Params const& params) {
+    Sequences const& sequences = params.sequences;
+    return {sequences.cu_seqlens, sequences.length, tile_tokens(params.group, sequences.chunk_size),
+            sequences.count};
+  }
+
+  // The tiles of a chunk are neighbours, for they share its state, its keys and its values. Where
+  // chunks are long the last tiles have the most work, and come first.
+  CUTE_DEVICE static Tile find_tile(Params const& params, int block) {
+    Sequences const& sequences = params.sequences;
+    if (is_quadratic(sequences)) {
+      Sequences const tiles = tiles_of(params);
+      if (!sequences.packed()) {
+        return {block % sequences.count, 0, tiles.max_chunks() - 1 - block / sequences.count};
+      }
+      Chunk const tile = tiles.find(static_cast<int>(tiles.num_slots()) - 1 - block);
+      return {tile.sequence, 0, tile.index};
     }
-    for (int row = thread; row < kRows; row += kThreads) {
-      int const token = first_query + cute::min(row / params.group, queries - 1);
-      shared.row_token[row] = token;
-      shared.row_gate[row] = gate == nullptr ? 0.0f : gate[token * params.gate_stride.token];
+    int const tiles = chunk_tiles(params.group, sequences.chunk_size);
+    Chunk const chunk = sequences.find(block / tiles);
+    return {chunk.sequence, chunk.index, tiles - 1 - block % tiles};
+  }
+
+  CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
+    return exponents == nullptr ? 0 : exponents[index];
+  }
+
+  // 2^n for n >= -149, and the largest power of two where that is not finite.
+  CUTE_DEVICE static float power_of_two(int n) {
+    n = cute::min(n, 127);
+    return bits_to_float(n >= -126 ? static_cast<std::uint32_t>(n + 127) << 23
+                                   : 1u << cute::max(n + 149, 0));
+  }
+  CUTE_DEVICE static float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
+
+  // The larger magnitude of each half.
+  CUTE_DEVICE static std::uint32_t larger(std::uint32_t x, std::uint32_t y) {
+    x &= 0x7fff7fff;
+    y &= 0x7fff7fff;
+#if defined(__CUDA_ARCH__)
+    std::uint32_t bits;
+    if constexpr (cute::is_same_v<Element, cute::bfloat16_t>) {
+      asm("max.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(x), "r"(y));
+    } else {
+      asm("max.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(x), "r"(y));
+    }
+    return bits;
+#else
+    return cute::max(x & 0xffff, y & 0xffff) | cute::max(x >> 16, y >> 16) << 16;
+#endif
+  }
+
+  // Multiplies eight elements of a row by the power of two that gives the row its magnitude; the
+  // lanes of a row are neighbours.
+  CUTE_DEVICE static void rescale(std::uint32_t (&x)[4]) {
+    std::uint32_t both = larger(larger(x[0], x[1]), larger(x[2], x[3]));
+#pragma unroll
+    for (int distance = 1; distance < kPieces; distance *= 2) {
+      both = larger(both, __shfl_xor_sync(0xffffffffu, both, distance));
+    }
+    float const magnitude = detail::unpack_lo<Element>(larger(both, both >> 16));
+    // magnitude = 2^e times [1/2, 1); a zero row gets an exponent as well, and stays zero.
+    int const e = static_cast<int>(__float_as_uint(magnitude) >> 23) - 126;
+    if constexpr (kHasExponents) {
+      // Elements down to 2^-24 take more than one factor.
+      int const n = kQueryExponent - cute::max(cute::min(e, 16), -23);
+      int const first = cute::min(n, 15);
+      std::uint32_t const factor = half_power_of_two(first);
+      std::uint32_t const rest = half_power_of_two(n - first);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = detail::multiply<Element>(detail::multiply<Element>(x[i], factor), rest);
+      }
+    } else {
+      int const n = -cute::max(cute::min(e, 126), -126);
+      std::uint32_t const factor = detail::broadcast_lo(static_cast<std::uint32_t>(n + 127) << 7);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i] = detail::multiply<Element>(x[i], factor);
+      }
     }
   }
 
+  CUTE_DEVICE static std::uint32_t half_power_of_two(int n) {
+    return detail::broadcast_lo(static_cast<std::uint32_t>(n + 15) << 10);
+  }
+
+  static constexpr int kPieces = kHeadDim / 8;  // of 16 bytes in a row of queries, a lane each
+
+  // Rows that stand for nothing are zero.
+  CUTE_DEVICE static void load_queries(Params const& params, SharedStorage& shared,
+                                       Element const* query, float const* gate, int weight_exponent,
+                                       Rows const& rows, int thread) {
+    cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
+    constexpr int kStepRows = kThreads / kPieces;
+    constexpr int kBatch = kRows / kStepRows < 8 ? kRows / kStepRows : 8;  // loads in flight
+    static_assert(kRows % (kBatch * kStepRows) == 0, "whole batches");
+    int const column = thread % kPieces * 8;
+#pragma unroll 1
+    for (int start = 0; start < kRows; start += kBatch * kStepRows) {
+      int const first = start + thread / kPieces;
+      std::uint32_t x[kBatch][4] = {};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int const row = first + i * kStepRows;
+        if (row < rows.count()) {
+          uint4 const bits =
+              *reinterpret_cast<uint4 const*>(query + rows.token(row) * params.query_stride.token +
+                                              rows.head(row) * params.query_stride.head + column);
+          x[i][0] = bits.x;
+          x[i][1] = bits.y;
+          x[i][2] = bits.z;
+          x[i][3] = bits.w;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        rescale(x[i]);
+        *reinterpret_cast<uint4*>(&tile(first + i * kStepRows, column, 0)) =
+            make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
+      }
+    }
+    for (int row = thread; row < kRows; row += kThreads) {
+      float const log_gate = gate == nullptr || row >= rows.count()
+                                 ? 0.0f
+                                 : gate[rows.token(row) * params.gate_stride.token];
+      shared.row_gate[row] = Intra::log2_gate(log_gate) - static_cast<float>(weight_exponent);
+    }
+  }
+
+  // `row_gate` is that of the lane's first row.
   template <class Tensor>
-  CUTE_DEVICE static void scale_rows(Params const& params, SharedStorage const& shared, int warp,
-                                     int lane, Tensor& output, float (&normalizer)[kMmaRows][2]) {
-    int const first_row = warp / Tiling::kColumnWarps * Tiling::kWarpRows + lane / 4;
+  CUTE_DEVICE static void scale_rows(float const* row_gate, int weight_exponent, float state_scale,
+                                     float key_sum_scale, Tensor& output,
+                                     float (&normalizer)[kMmaRows][2]) {
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float const factor =
-            params.scale * params.scale *
-            detail::exp_nonpositive(shared.row_gate[first_row + 16 * m + 8 * half]);
-        normalizer[m][half] *= factor;
+      for (int upper = 0; upper < 2; ++upper) {
+        float const decay =
+            Intra::exp2(row_gate[16 * m + 8 * upper] + static_cast<float>(weight_exponent));
+        normalizer[m][upper] *= decay * key_sum_scale;
+        float const factor = decay * state_scale;
 #pragma unroll
-        for (int n = 0; n < Tiling::kValueTile / 8; ++n) {
-          output(cute::make_coord(0, half), m, n) *= factor;
-          output(cute::make_coord(1, half), m, n) *= factor;
+        for (int n = 0; n < kValueDim / 8; ++n) {
+          output(cute::make_coord(0, upper), m, n) *= factor;
+          output(cute::make_coord(1, upper), m, n) *= factor;
+        }
+      }
+    }
+  }
+
+  // Rows and columns change places among the four lanes of a quad: lane t ends with x[t] of each.
+  CUTE_DEVICE static void transpose_quad(std::uint32_t (&x)[4], int lane) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2) {
+      bool const upper = (lane & bit) != 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if ((i & bit) == 0) {
+          std::uint32_t const received =
+              __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i | bit], bit);
+          (upper ? x[i] : x[i | bit]) = received;
         }
       }
     }
   }
 
   template <class Tensor>
-  CUTE_DEVICE static void store(Params const& params, Sequence const& sequence, int first_token,
-                                int queries, int head, int warp, int lane, Tensor const& output,
+  CUTE_DEVICE static void store(Params const& params, Tile const& tile, Tensor const& output,
                                 float const (&normalizer)[kMmaRows][2]) {
-    int const first_row = warp / Tiling::kColumnWarps * Tiling::kWarpRows + lane / 4;
-    int const first_column = warp % Tiling::kColumnWarps * Tiling::kValueTile;
+    int const thread = detail::recomputed(static_cast<int>(threadIdx.x));
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * Tiling::kWarpRows + lane / 4;
+    int const head = blockIdx.y;
+    Sequence const sequence = params.sequences.get(tile.sequence);
+    Rows const rows = rows_of(params, tile, sequence);
+    int const first_token = tile.chunk * params.sequences.chunk_size;
+    float unit = 1.0f;  // what a weight of 1 in the accumulators stands for
+    if constexpr (kHasExponents) {
+      unit = power_of_two(2 *
+                          exponent(params.exponents.key,
+                                   static_cast<std::int64_t>(tile.sequence) * params.heads + head));
+    }
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = normalizer[m][half];
+      for (int upper = 0; upper < 2; ++upper) {
+        float sum = normalizer[m][upper];
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        int const row = first_row + 16 * m + 8 * half;
-        if (row >= queries * params.group) {
-          continue;
-        }
-        int const token = first_token + row / params.group;
-        int const query_head = head * params.group + row % params.group;
-        float const inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-        Element* target = params.output + params.output_stride.at(sequence, token, query_head) +
-                          first_column + 2 * (lane % 4);
+        // Below the normal numbers a sum is made of terms that have lost their digits, here or in
+        // units of 1: then there is no weight.
+        float const scaled = sum > FLT_MIN ? sum * unit : cute::min(sum * unit, sum);
+        float const inverse = scaled > FLT_MIN ? 1.0f / sum : 0.0f;
+
+        int const row = first_row + 16 * m + 8 * upper;
+        bool const valid = row < rows.count();
+        int const token = first_token + rows.token(row);
+        int const query_head = head * params.group + rows.head(row);
+        Element* target =
+            params.output + params.output_stride.at(sequence, token, query_head) + 8 * (lane % 4);
 #pragma unroll
-        for (int n = 0; n < Tiling::kValueTile / 8; ++n) {
-          *reinterpret_cast<std::uint32_t*>(target + 8 * n) =
-              detail::pack<Element>(inverse * output(cute::make_coord(0, half), m, n),
-                                    inverse * output(cute::make_coord(1, half), m, n));
+        for (int first = 0; first < kValueDim / 8; first += 4) {
+          std::uint32_t x[4];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            x[n] =
+                detail::pack<Element>(inverse * output(cute::make_coord(0, upper), m, first + n),
+                                      inverse * output(cute::make_coord(1, upper), m, first + n));
+          }
+          transpose_quad(x, lane);
+          if (valid) {
+            *reinterpret_cast<uint4*>(target + 8 * first) = make_uint4(x[0], x[1], x[2], x[3]);
+          }
         }
-        if (first_column == 0 && lane % 4 == 0) {
-          params.normalizer[params.normalizer_stride.at(sequence, token, query_head)] = sum;
+        if (valid && lane % 4 == 0) {
+          params.normalizer[params.normalizer_stride.at(sequence, token, query_head)] = scaled;
         }
       }
     }
