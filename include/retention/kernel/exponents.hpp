@@ -24,17 +24,12 @@
 namespace retention::detail {
 
 constexpr float kLargestFloat = 0x1.fffffep127f;
-constexpr float kSmallestFloat = 0x1p-126f;
 
-/// Not below exp(x) and above it by a little; never 0, and infinity for NaN.
+/// Not below exp(x) and above it by a little, where the result is a normal number.
 CUTE_DEVICE float exp_above(float x) {
   constexpr float kLog2E = 1.44269504088896340736f;
   // The product's rounding error grows with |x|, exp2f's own is two units of the last place.
-  float const y = exp2f(x * kLog2E) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
-  if (y >= kSmallestFloat) {
-    return y;
-  }
-  return x < 0.0f ? kSmallestFloat : __uint_as_float(0x7f800000);
+  return exp2f(x * kLog2E) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
 }
 
 /// The smallest e with x < 2^e, for x >= 2^-127; at least -126, and 129 for what is not finite.
