@@ -39,8 +39,9 @@ inline std::uint16_t encode(ElementType element, double x) {
     return static_cast<std::uint16_t>(sign | infinity | 1);
   }
   double const magnitude = std::abs(x);
-  int exponent = magnitude == 0.0 || std::isinf(magnitude) ? 0 : std::ilogb(magnitude);
-  exponent = exponent < 1 - bias ? 1 - bias : exponent;
+  int const least = 1 - bias;
+  int exponent = magnitude == 0.0 || std::isinf(magnitude) ? least : std::ilogb(magnitude);
+  exponent = exponent < least ? least : exponent;
   // In units of the last place. A carry into the next power of two carries into the exponent.
   double const units = std::nearbyint(std::ldexp(magnitude, mantissa_bits - exponent));
   double const bits = units + std::ldexp(exponent + bias - 1, mantissa_bits);

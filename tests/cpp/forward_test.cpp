@@ -23,6 +23,8 @@ using retention::Configuration;
 using retention::device::ForwardArguments;
 using retention::device::Strides;
 using retention::test::Array;
+using retention::test::decode;
+using retention::test::encode;
 using retention::test::Inputs;
 using retention::test::State;
 using retention::test::Sum;

@@ -21,12 +21,16 @@ namespace retention::device {
 
 template <class Element, int HeadDim, int ValueDim>
 struct ForwardKernels {
-  using ChunkStates =
-      kernel::ChunkStates<kernel::ChunkStatesTraits<Element, HeadDim, ValueDim>>;
+  using Ranges = kernel::ChunkRanges<cute::half_t>;
+  using ChunkStates = kernel::ChunkStates<kernel::ChunkStatesTraits<Element, HeadDim, ValueDim>>;
   using Carry = kernel::Carry<kernel::CarryTraits<Element, HeadDim, ValueDim>>;
   using Output = kernel::Output<kernel::OutputTraits<Element, HeadDim, ValueDim>>;
 
   static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
+  static_assert(sizeof(kernel::ChunkRange) == 4 * sizeof(float) &&
+                    sizeof(kernel::StateRange) == 2 * sizeof(float) &&
+                    kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts,
+                "the plan reserves memory for them");
 
   /// `launcher.launch<Kernel>(params)` runs one kernel after those launched before, and returns a
   /// Status: CudaLauncher, or one of the caller's own.
@@ -39,7 +43,7 @@ struct ForwardKernels {
     }
     if constexpr (kScaled) {
       if (status) {
-        status = launcher.template launch<kernel::ChunkRanges<Element>>(call.ranges());
+        status = launcher.template launch<Ranges>(call.ranges());
       }
       if (status) {
         status = launcher.template launch<kernel::ChooseExponents>(call.choose());
@@ -75,8 +79,9 @@ struct ForwardKernels {
           sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
           gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
           gate(plan_.gate.template in<float>(workspace_)),
-          exponents{} {
-    }
+          exponents{plan_.key_exponents.template in<int>(workspace_),
+                    plan_.state_exponents.template in<int>(workspace_),
+                    plan_.key_sum_exponents.template in<int>(workspace_)} {}
 
     static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
 
@@ -86,6 +91,38 @@ struct ForwardKernels {
       p.gate = gate;
       p.log_gate_stride = stride(a.log_gate_strides);
       p.gate_stride = gate_stride;
+      p.sequences = sequences;
+      p.heads = a.heads;
+      return p;
+    }
+
+    Ranges::Params ranges() const {
+      Ranges::Params p{};
+      p.key = static_cast<cute::half_t const*>(a.key);
+      p.value = static_cast<cute::half_t const*>(a.value);
+      p.gate = gate;
+      p.key_stride = stride(a.key_strides);
+      p.value_stride = stride(a.value_strides);
+      p.gate_stride = gate_stride;
+      p.initial_state = a.initial_state;
+      p.initial_key_sum = a.initial_key_sum;
+      p.ranges = plan.chunk_ranges.template in<kernel::ChunkRange>(workspace);
+      p.initial_ranges = plan.initial_ranges.template in<kernel::StateRange>(workspace);
+      p.sequences = sequences;
+      p.heads = a.heads;
+      p.head_dim = HeadDim;
+      p.value_dim = ValueDim;
+      p.state_dim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
+      return p;
+    }
+
+    kernel::ChooseExponents::Params choose() const {
+      kernel::ChooseExponents::Params p{};
+      p.ranges = plan.chunk_ranges.template in<kernel::ChunkRange>(workspace);
+      p.initial_ranges = plan.initial_ranges.template in<kernel::StateRange>(workspace);
+      p.key = plan.key_exponents.template in<int>(workspace);
+      p.state = plan.state_exponents.template in<int>(workspace);
+      p.key_sum = plan.key_sum_exponents.template in<int>(workspace);
       p.sequences = sequences;
       p.heads = a.heads;
       return p;
@@ -107,9 +144,28 @@ struct ForwardKernels {
           plan.segmented ? plan.segment_state.template in<float>(workspace) : a.final_state;
       p.final_key_sum =
           plan.segmented ? plan.segment_key_sum.template in<float>(workspace) : a.final_key_sum;
+      p.sequence_ends = a.final_state != nullptr;
       p.exponents = exponents;
       p.sequences = sequences;
       p.heads = a.heads;
+      p.segment_tokens = a.segment_tokens;
+      return p;
+    }
+
+    typename Carry::Params carry() const {
+      typename Carry::Params p{};
+      p.states = plan.states.template in<Element>(workspace);
+      p.key_sums = plan.key_sums.template in<Element>(workspace);
+      p.final_state = plan.segment_state.template in<float>(workspace);
+      p.final_key_sum = plan.segment_key_sum.template in<float>(workspace);
+      p.gate = gate;
+      p.gate_stride = gate_stride;
+      p.exponents = exponents;
+      p.sequence_final_state = a.final_state;
+      p.sequence_final_key_sum = a.final_key_sum;
+      p.sequences = sequences;
+      p.heads = a.heads;
+      p.segment_tokens = a.segment_tokens;
       return p;
     }
 

@@ -26,6 +26,7 @@ struct Region {
 struct ForwardPlan {
   static constexpr int kTokenMultiple = 64;  // of chunks: the tile of the kernels
   static constexpr std::size_t kAlignment = 256;
+  static constexpr int kStateParts = 32;  // that an initial state's range is found in
 
   ForwardArguments arguments;  // with chunk_size and segment_tokens filled in
   bool reads_states = false;   // whether queries read a state
@@ -40,6 +41,12 @@ struct ForwardPlan {
   Region key_sums;         // [slots, h, D]
   Region segment_state;    // [items, h, D, dv] fp32, of each segment alone
   Region segment_key_sum;  // [items, h, D]
+  // fp16 only, see kernel/exponents.hpp.
+  Region chunk_ranges;       // [slots, h]
+  Region initial_ranges;     // [n, h, kStateParts]
+  Region key_exponents;      // [n, h]
+  Region state_exponents;    // [slots, h]
+  Region key_sum_exponents;  // [slots, h]
   std::size_t workspace_bytes = 0;
 
   /// For arguments that can be implemented.
@@ -78,6 +85,15 @@ struct ForwardPlan {
     if (plan.segmented) {
       plan.segment_state = plan.take(plan.items * heads * D * a.value_dim, sizeof(float));
       plan.segment_key_sum = plan.take(plan.items * heads * D, sizeof(float));
+    }
+    if (a.element == ElementType::kFloat16) {
+      plan.chunk_ranges = plan.take(plan.slots * heads, 4 * sizeof(float));
+      plan.key_exponents = plan.take(a.sequences * heads, sizeof(int));
+      plan.state_exponents = plan.take(plan.slots * heads, sizeof(int));
+      plan.key_sum_exponents = plan.take(plan.slots * heads, sizeof(int));
+      if (a.initial_state != nullptr) {
+        plan.initial_ranges = plan.take(a.sequences * heads * kStateParts, 2 * sizeof(float));
+      }
     }
     return plan;
   }
