@@ -37,28 +37,31 @@ struct ForwardKernels {
   template <class Launcher>
   static Status run(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
     Call const call(plan, workspace);
-    Status status;
     if (plan.arguments.log_gate != nullptr) {
-      status = launcher.template launch<kernel::Gates>(call.gates());
+      if (Status status = launcher.template launch<kernel::Gates>(call.gates()); !status) {
+        return status;
+      }
     }
     if constexpr (kScaled) {
-      if (status) {
-        status = launcher.template launch<Ranges>(call.ranges());
+      if (Status status = launcher.template launch<Ranges>(call.ranges()); !status) {
+        return status;
       }
-      if (status) {
-        status = launcher.template launch<kernel::ChooseExponents>(call.choose());
+      if (Status status = launcher.template launch<kernel::ChooseExponents>(call.choose());
+          !status) {
+        return status;
       }
     }
-    if (status && plan.makes_states) {
-      status = launcher.template launch<ChunkStates>(call.states());
+    if (plan.makes_states) {
+      if (Status status = launcher.template launch<ChunkStates>(call.states()); !status) {
+        return status;
+      }
     }
-    if (status && plan.segmented) {
-      status = launcher.template launch<Carry>(call.carry());
+    if (plan.segmented) {
+      if (Status status = launcher.template launch<Carry>(call.carry()); !status) {
+        return status;
+      }
     }
-    if (status) {
-      status = launcher.template launch<Output>(call.output());
-    }
-    return status;
+    return launcher.template launch<Output>(call.output());
   }
 
  private:

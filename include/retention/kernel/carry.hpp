@@ -31,7 +31,7 @@ struct Carry {
   using Element = typename Traits::Element;
 
   static constexpr int kThreads = 256;
-  static constexpr int kMinBlocks = 3;
+  static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kPiece = 8;     // elements of a thread, 16 bytes
   static constexpr int kUnrolled = 4;  // chunks in flight
