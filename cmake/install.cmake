@@ -2,13 +2,13 @@
 # by src/CMakeLists.txt, which knows what was compiled.
 
 include(CMakePackageConfigHelpers)
-if(SKBUILD)
-  # In the wheel, the Python module looks for the library there.
+if(RETENTION_PYTHON)
+  # The Python module looks for the library there.
   set(CMAKE_INSTALL_LIBDIR lib)
   set(CMAKE_INSTALL_INCLUDEDIR include)
 else()
   include(GNUInstallDirs)
-  # Not in the wheel, where the links to a name with a version would become copies.
+  # Not in a wheel, where the links to a name with a version would become copies.
   set_target_properties(retention_library PROPERTIES SOVERSION
                         ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
 endif()

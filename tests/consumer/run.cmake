@@ -19,7 +19,8 @@ if(INSTALL)
   # What is installed can be moved, and names no folder of the build.
   file(RENAME "${FOLDER}/staged" "${FOLDER}/prefix")
   list(APPEND options "-DCMAKE_PREFIX_PATH=${FOLDER}/prefix")
-  cmake_path(SET source NORMALIZE "${CMAKE_CURRENT_LIST_DIR}/../..")
+  cmake_path(GET CMAKE_CURRENT_LIST_DIR PARENT_PATH source)
+  cmake_path(GET source PARENT_PATH source)
   file(GLOB_RECURSE scripts "${FOLDER}/prefix/*.cmake")
   foreach(script IN LISTS scripts)
     file(READ "${script}" text)
@@ -37,7 +38,8 @@ if(INSTALL)
     message(FATAL_ERROR "installed headers: expected\n${expected}\ngot\n${installed}")
   endif()
 else()
-  list(APPEND options "-DRETENTION_SOURCE_DIR=${RETENTION}" -DRETENTION_CUDA=OFF)
+  # As in another project's wheel, where this project's Python module has no place.
+  list(APPEND options "-DRETENTION_SOURCE_DIR=${RETENTION}" -DRETENTION_CUDA=OFF -DSKBUILD=ON)
 endif()
 
 execute_process(

@@ -18,10 +18,8 @@ PACKAGE = INSTALLED / "lib" / "cmake" / "retention"
 
 
 def test_one_library_all_headers_one_cmake_package():
-    libraries = [
-        path for path in INSTALLED.rglob("*retention*") if path.suffix in (".so", ".dylib")
-    ]
-    assert [path.parent for path in libraries] == [INSTALLED / "lib"]
+    binaries = [x for x in INSTALLED.rglob("*") if re.search(r"\.(so|dylib|a)(\.|$)", x.name)]
+    assert sorted(path.parent for path in binaries) == [INSTALLED, INSTALLED / "lib"]
     headers = {
         path.relative_to(ROOT) for path in (ROOT / "include").rglob("*") if path.suffix == ".hpp"
     }
@@ -40,7 +38,7 @@ def test_one_library_all_headers_one_cmake_package():
 def test_every_file_of_the_installation_belongs_to_the_package():
     """Nothing is left in site-packages beside the package's folder, and no build tool in it."""
     files = importlib.metadata.files("retention")
-    folders = {file.parts[0] for file in files if ".." not in file.parts}
+    folders = {file.parts[0] for file in files if not {"..", "__pycache__"} & set(file.parts)}
     assert {x for x in folders if not x.endswith((".dist-info", ".pth", ".py"))} <= {"retention"}
     assert not [file for file in files if file.name == "build_backend.py"]
 
