@@ -83,7 +83,8 @@ find_package_handle_standard_args(
 
 if(CUTLASS_FOUND)
   if(NOT TARGET nvidia::cutlass::cutlass)
-    add_library(nvidia::cutlass::cutlass INTERFACE IMPORTED)
+    # Global, for who links retention::kernels in a folder above this one.
+    add_library(nvidia::cutlass::cutlass INTERFACE IMPORTED GLOBAL)
     set_target_properties(nvidia::cutlass::cutlass PROPERTIES INTERFACE_INCLUDE_DIRECTORIES
                                                               "${CUTLASS_INCLUDE_DIR}")
   endif()

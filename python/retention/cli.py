@@ -38,6 +38,15 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+class _CMakeDir(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+        from retention import _C
+
+        # Beside the compiled module, which an editable installation keeps apart from the sources.
+        print(Path(_C.__file__).parent / "lib" / "cmake" / "retention")
+        parser.exit()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0, 2 for a usage error, 130 if interrupted."""
     options = _parser().parse_args(arguments)
@@ -75,6 +84,8 @@ def _importable(name: str) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="retention", description="Power retention: train, generate, inspect.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    where = "print the folder of the CMake package, for -Dretention_DIR=, and exit"
+    parser.add_argument("--cmake-dir", action=_CMakeDir, nargs=0, help=where)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)

@@ -1,0 +1,106 @@
+// retention::retention as a program sees it that knows nothing of CUDA: what was compiled in, what
+// would be accepted, how much memory it would take.
+
+#include <cstdint>
+#include <cstdio>
+#include <retention/device/build_info.hpp>
+#include <retention/device/forward.hpp>
+#include <retention/symmetric_power.hpp>
+#include <string>
+#include <vector>
+
+namespace device = retention::device;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, char const* what) {
+  if (!condition) {
+    std::printf("not as expected: %s\n", what);
+    ++failures;
+  }
+}
+
+// Nothing here is read or written: any aligned address that is not null will do.
+template <class T>
+T* some_address() {
+  return reinterpret_cast<T*>(std::uintptr_t{1} << 20);
+}
+
+device::ForwardArguments arguments_for(retention::Configuration const& configuration) {
+  device::ForwardArguments a;
+  a.element = configuration.element;
+  a.degree = configuration.degree;
+  a.head_dim = configuration.head_dim;
+  a.value_dim = configuration.value_dim;
+  a.sequences = 2;
+  a.tokens = 4096;
+  a.heads = 2;
+  a.query_heads = 8;
+  a.query = a.key = a.value = some_address<void>();
+  a.output = some_address<void>();
+  a.normalizer = some_address<float>();
+  a.query_strides = device::Strides::contiguous(a.tokens, a.query_heads, a.head_dim);
+  a.key_strides = device::Strides::contiguous(a.tokens, a.heads, a.head_dim);
+  a.value_strides = device::Strides::contiguous(a.tokens, a.heads, a.value_dim);
+  a.output_strides = device::Strides::contiguous(a.tokens, a.query_heads, a.value_dim);
+  a.chunk_size = 512;
+  return a;
+}
+
+bool says(device::Status const& status, char const* text) {
+  std::printf("  refused: %s\n", status.message().c_str());
+  return !status && status.message().find(text) != std::string::npos;
+}
+
+}  // namespace
+
+int main() {
+  std::vector<retention::Configuration> const compiled = device::compiled_configurations();
+  std::string names;
+  for (auto const& configuration : compiled) {
+    names += (names.empty() ? "" : " ") + retention::to_string(configuration);
+  }
+  std::printf("configurations: [%s]\nCUDA toolkit: '%s'\n", names.c_str(),
+              device::toolkit_version().c_str());
+  expect(device::toolkit_version().empty() == compiled.empty(), "kernels exactly where CUDA is");
+  expect(device::architectures().empty() == compiled.empty(), "architectures where CUDA is");
+
+  for (auto const& configuration : retention::kConfigurations) {
+    device::ForwardArguments a = arguments_for(configuration);
+    bool in_library = false;
+    for (auto const& other : compiled) {
+      in_library = in_library || other == configuration;
+    }
+    device::Status const status = device::can_implement(a);
+    expect(status.ok() == in_library, "what is compiled, and that alone, is accepted");
+    expect(status.message().empty() == status.ok(), "an error has a message");
+
+    // A state of each chunk, in the element type, is the least that is kept.
+    std::size_t const rows =
+        static_cast<std::size_t>(retention::state_dim(a.head_dim, a.degree)) * 2 * 2 * (4096 / 512);
+    std::size_t const bytes = device::workspace_size(a);
+    expect(bytes >= rows * static_cast<std::size_t>(a.value_dim) * 2, "workspace_size");
+    a.final_state = a.final_key_sum = some_address<float>();
+    a.log_gate = some_address<float>();
+    expect(device::workspace_size(a) > bytes, "workspace_size with gates");
+    std::printf("%s: %s, workspace %zu bytes\n", retention::to_string(configuration).c_str(),
+                status ? "accepted" : status.message().c_str(), bytes);
+  }
+
+  device::ForwardArguments a = arguments_for(retention::kConfigurations[0]);
+  a.head_dim = 48;
+  expect(says(device::can_implement(a), "no kernel for bf16_d48"), "another head_dim");
+  a = arguments_for(compiled.empty() ? retention::kConfigurations[0] : compiled[0]);
+  a.query_heads = 3;
+  char const* const why = compiled.empty() ? "without CUDA kernels" : "query_heads: got 3";
+  expect(says(device::can_implement(a), why), "query_heads");
+  expect(says(device::run(a, nullptr, nullptr), why), "run refuses what can_implement refuses");
+  expect(device::workspace_size(a) == 0, "workspace_size of sizes that make no sense");
+
+  if (failures == 0) {
+    std::printf("all as expected\n");
+  }
+  return failures == 0 ? 0 : 1;
+}
