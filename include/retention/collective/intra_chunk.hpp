@@ -91,9 +91,10 @@ struct IntraChunk {
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               float const* row_gate, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
-    int stage = 0;
+    int first_key = 0;
 #pragma unroll 1
-    for (int first_key = 0; first_key < work.rows.end_token(); first_key += kTileKeys, stage ^= 1) {
+    do {
+      int const stage = first_key / kTileKeys % kStages;
       cute::cp_async_wait<0>();
       __syncthreads();
       load(shared, work, stage ^ 1, first_key + kTileKeys);
@@ -142,7 +143,7 @@ struct IntraChunk {
           }
         }
       }
-    }
+    } while ((first_key += kTileKeys) < work.rows.end_token());
   }
 
   /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
