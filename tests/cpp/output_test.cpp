@@ -307,7 +307,7 @@ void run_all_cases(std::uint64_t seed) {
       make_case("steep gates",
                 [](Case& c) { c.log_gate = 60.0f, c.steady = true, c.initial = true; }),
       make_case("rising gates",
-                [](Case& c) { c.log_gate = 2.0f, c.rising = true, c.chunk_size = 128; }),
+                [](Case& c) { c.log_gate = 0.25f, c.rising = true, c.chunk_size = 128; }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
       make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
       make_case("keys of 100, small queries, large values",

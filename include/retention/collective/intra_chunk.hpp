@@ -49,7 +49,7 @@ struct IntraChunk {
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   // Of these, how many have scores at one time: together with the outputs that registers can hold.
-  static constexpr int kScoreRows = kMmaRows;
+  static constexpr int kScoreRows = ValueDim == 64 ? 2 : kMmaRows;
 
   using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kStages>;     // [key, d, stage]
