@@ -168,18 +168,29 @@ struct IntraChunk {
 #endif
   }
 
+  /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the
+  /// compiler that it is not negative.
+  CUTE_DEVICE static int this_thread() {
+#if defined(__CUDA_ARCH__)
+    int thread;
+    if constexpr (ValueDim == 64) {
+      // Which of the two spills nothing was found by trying.
+      thread = detail::recomputed(static_cast<int>(threadIdx.x));
+    } else {
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    }
+    return thread & (kThreads - 1);
+#else
+    return static_cast<int>(threadIdx.x) & (kThreads - 1);
+#endif
+  }
+
  private:
   /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
   /// the swizzle flips bits of the column, and so does this.
   template <class Layout>
   CUTE_HOST_DEVICE static constexpr int advance(int offset, int columns) {
     return (offset ^ columns % 64) + Layout{}(0, columns / 64 * 64, 0);
-  }
-
-  // Computed anew, for registers are short: what follows from it need not be kept. The mask tells
-  // the compiler that it is not negative.
-  CUTE_DEVICE static int this_thread() {
-    return detail::recomputed(static_cast<int>(threadIdx.x)) & (kThreads - 1);
   }
 
   // score += Q K^T for the rows of the tile from `first_row` on.

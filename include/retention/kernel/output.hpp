@@ -378,7 +378,7 @@ struct Output {
   template <class Tensor>
   CUTE_DEVICE static void store(Params const& params, Tile const& tile, Rows const& rows,
                                 Tensor const& output, float const (&normalizer)[kMmaRows][2]) {
-    int const thread = detail::recomputed(static_cast<int>(threadIdx.x));
+    int const thread = Intra::this_thread();
     int const lane = thread % 32;
     int const first_row = thread / 32 * Tiling::kWarpRows + lane / 4;
     int const head = blockIdx.y;
