@@ -49,7 +49,7 @@ struct IntraChunk {
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   // Of these, how many have scores at one time: together with the outputs that registers can hold.
-  static constexpr int kScoreRows = kMmaRows;
+  static constexpr int kScoreRows = ValueDim == 64 ? 2 : kMmaRows;
 
   using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kStages>;     // [key, d, stage]
@@ -91,9 +91,10 @@ struct IntraChunk {
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               float const* row_gate, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
-    int stage = 0;
+    int first_key = 0;
 #pragma unroll 1
-    for (int first_key = 0; first_key < work.rows.end_token(); first_key += kTileKeys, stage ^= 1) {
+    do {
+      int const stage = first_key / kTileKeys % kStages;
       cute::cp_async_wait<0>();
       __syncthreads();
       load(shared, work, stage ^ 1, first_key + kTileKeys);
@@ -142,7 +143,7 @@ struct IntraChunk {
           }
         }
       }
-    }
+    } while ((first_key += kTileKeys) < work.rows.end_token());
   }
 
   /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
@@ -167,18 +168,29 @@ struct IntraChunk {
 #endif
   }
 
+  /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the
+  /// compiler that it is not negative.
+  CUTE_DEVICE static int this_thread() {
+#if defined(__CUDA_ARCH__)
+    int thread;
+    if constexpr (ValueDim == 64) {
+      // Which of the two spills nothing was found by trying.
+      thread = detail::recomputed(static_cast<int>(threadIdx.x));
+    } else {
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    }
+    return thread & (kThreads - 1);
+#else
+    return static_cast<int>(threadIdx.x) & (kThreads - 1);
+#endif
+  }
+
  private:
   /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
   /// the swizzle flips bits of the column, and so does this.
   template <class Layout>
   CUTE_HOST_DEVICE static constexpr int advance(int offset, int columns) {
     return (offset ^ columns % 64) + Layout{}(0, columns / 64 * 64, 0);
-  }
-
-  // Computed anew, for registers are short: what follows from it need not be kept. The mask tells
-  // the compiler that it is not negative.
-  CUTE_DEVICE static int this_thread() {
-    return detail::recomputed(static_cast<int>(threadIdx.x)) & (kThreads - 1);
   }
 
   // score += Q K^T for the rows of the tile from `first_row` on.

@@ -159,6 +159,8 @@ struct Output {
                 params.key_sums + slot_head * Apply::kStateDim, thread);
     if (has_state) {
       apply.prefetch();
+    } else {
+      Intra::prefetch(shared.intra, work);
     }
     load_queries(params, shared, query, gate, weight_exponent, rows, thread);
     if (has_state) {
@@ -172,11 +174,11 @@ struct Output {
       }
       scale_rows(shared.row_gate + first_row + lane / 4, weight_exponent, state_scale,
                  key_sum_scale, output, normalizer);
+      Intra::prefetch(shared.intra, shared.work);
     }
-    Intra::prefetch(shared.intra, work);
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
     if (active) {
-      store(params, shared.tile, output, normalizer);
+      store(params, shared.tile, shared.work.rows, output, normalizer);
     }
   }
 
@@ -374,14 +376,13 @@ struct Output {
   }
 
   template <class Tensor>
-  CUTE_DEVICE static void store(Params const& params, Tile const& tile, Tensor const& output,
-                                float const (&normalizer)[kMmaRows][2]) {
-    int const thread = detail::recomputed(static_cast<int>(threadIdx.x));
+  CUTE_DEVICE static void store(Params const& params, Tile const& tile, Rows const& rows,
+                                Tensor const& output, float const (&normalizer)[kMmaRows][2]) {
+    int const thread = Intra::this_thread();
     int const lane = thread % 32;
     int const first_row = thread / 32 * Tiling::kWarpRows + lane / 4;
     int const head = blockIdx.y;
     Sequence const sequence = params.sequences.get(tile.sequence);
-    Rows const rows = rows_of(params, tile, sequence);
     int const first_token = tile.chunk * params.sequences.chunk_size;
     float unit = 1.0f;  // what a weight of 1 in the accumulators stands for
     if constexpr (kHasExponents) {
