@@ -172,18 +172,19 @@ std::size_t forward_workspace_size(nb::tuple const& sizes, nb::tuple const& poin
 void forward(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
              std::uintptr_t stream) {
   auto const arguments = read_forward(sizes, pointers);
-  if (auto const refused = retention::device::can_implement(arguments); !refused) {
-    raise_value_error(refused.message());
-  }
   retention::device::Status status;
   {
     nb::gil_scoped_release const released;
     status = retention::device::run(arguments, reinterpret_cast<void*>(workspace),
                                     reinterpret_cast<CUstream_st*>(stream));
   }
-  if (!status) {
-    throw std::runtime_error(status.message());
+  if (status) {
+    return;
   }
+  if (!retention::device::can_implement(arguments)) {
+    raise_value_error(status.message());
+  }
+  throw std::runtime_error(status.message());
 }
 
 template <std::size_t N>
@@ -285,8 +286,8 @@ Arguments and errors as in forward_can_implement.)");
 256-byte aligned, and `stream` that of a cudaStream_t. It neither allocates nor
 synchronises.
 
-Raises ValueError for what forward_can_implement refuses, and RuntimeError where
-the launch fails.)");
+Raises ValueError for what forward_can_implement refuses, and RuntimeError for the
+workspace or where CUDA fails.)");
 
   module.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, object]"),
              R"(How this module was compiled, as a dict:

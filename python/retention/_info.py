@@ -73,7 +73,7 @@ def _path(kind: str, index: int | None, build: dict[str, Any]) -> dict[str, str]
     if reason is not None:
         return {"path": "pytorch", "reason": reason}
     code = _kernels.code_for(torch.cuda.get_device_capability(index), build["cuda_architectures"])
-    count = len(build["kernels"])
+    count = sum(name.startswith("forward_") for name in build["kernels"])
     return {
         "path": "kernels",
         "reason": f"{count} configurations for {code}; other calls take the PyTorch path",

@@ -23,11 +23,20 @@ _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
 _TOKEN_MULTIPLE = 64  # of chunks
 _LEAST_CAPABILITY = (8, 0)
 
-# The public functions of these take microseconds each. A build of PyTorch without CUDA has neither
-# the first two nor a use for them.
-_current_device = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_empty_strided = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor on the current device."""
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+# The public functions of these take microseconds each. A PyTorch without CUDA has no use for them.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_current_stream = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda device: torch.cuda.current_stream(device).cuda_stream,
+)
+_allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
 
 
 # ---- which calls the kernels take ---------------------------------------------------------------
@@ -92,7 +101,7 @@ def chunk_tokens(t: int, chunk_size: int | None, switch_over: int | None) -> int
 
 
 class Layout(NamedTuple):
-    """Of a contiguous tensor. No strides are zero, as in those that PyTorch makes."""
+    """Of a contiguous tensor, to be allocated. Strides are never 0, as in those PyTorch makes."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -104,12 +113,6 @@ class Layout(NamedTuple):
         for size in reversed(shape[1:]):
             strides.append(strides[-1] * max(1, size))
         return cls(shape, tuple(reversed(strides)), dtype)
-
-    def allocate(self) -> Tensor:
-        """Uninitialised, on the current device."""
-        if _empty_strided is not None:
-            return _empty_strided(*self)
-        return torch.empty(self.shape, dtype=self.dtype, device="cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,12 +266,12 @@ def forward(
     if plan.copies or (q | k | v | state_in | keys_in) & 15:
         return _forward_copies(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
 
-    out, norm = plan.out.allocate(), plan.norm.allocate()
-    state, keys = plan.state.allocate(), plan.keys.allocate()
+    out, norm = _allocate(*plan.out), _allocate(*plan.norm)
+    state, keys = _allocate(*plan.state), _allocate(*plan.keys)
     if plan.has_state:
         state_out, keys_out = state.data_ptr(), keys.data_ptr()
     # Freed when this returns, before the work is done: reused by later work on this stream only.
-    workspace = None if plan.workspace is None else plan.workspace.allocate()
+    workspace = None if plan.workspace is None else _allocate(*plan.workspace)
     _C.forward(
         plan.sizes,
         (
