@@ -207,6 +207,7 @@ def test_workspace_sizes():
         ((9, 0), ["sm_80", "sm_90", "compute_90"], "sm_90"),
         ((8, 6), ["sm_80", "sm_90", "compute_90"], "sm_80"),
         ((8, 9), ["sm_80", "sm_86"], "sm_86"),
+        ((8, 9), ["sm_80", "compute_86"], "sm_80"),
         ((8, 0), ["sm_86", "compute_90"], None),
         ((10, 0), ["sm_80", "sm_90", "compute_90"], "compute_90"),
         ((12, 0), ["sm_80", "sm_90"], None),
@@ -278,13 +279,15 @@ def device(monkeypatch):
     monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
     monkeypatch.setattr(_kernels, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(_kernels, "_current_stream", lambda device: 77)
-    monkeypatch.setattr(
-        _kernels,
-        "_allocate",
-        lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype),
-    )
+    allocated = []
+
+    def allocate(shape, strides, dtype):
+        allocated.append(torch.empty_strided(shape, strides, dtype=dtype))
+        return allocated[-1]
+
+    monkeypatch.setattr(_kernels, "_allocate", allocate)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return SimpleNamespace(calls=calls, binding=binding)
+    return SimpleNamespace(calls=calls, binding=binding, allocated=allocated)
 
 
 def lowered(case, dtype=torch.bfloat16, device="cpu", sequences=None):
@@ -360,6 +363,21 @@ def test_without_gate_states_and_workspace(device):
     assert (state.numel(), keys.numel()) == (0, 0)
 
 
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("gate", [None, -1.0])
+@pytest.mark.parametrize("bounds", [None, [0, 30, 100]], ids=str)
+def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate, bounds):
+    case = Case(t=100, b=1, d=64, dv=32, gate=gate, state=state)
+    inputs = lowered(case, sequences=bounds and 2)
+    cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32)
+    _ops._forward_cuda(*operands(inputs, cu_seqlens, chunk=64, switch_over=0, final=final))
+    ((sizes, pointers, workspace, _),) = device.calls
+    (allocated,) = [x for x in device.allocated if x.dtype == torch.uint8]
+    assert allocated.data_ptr() == workspace
+    assert allocated.shape == (_C.forward_workspace_size(sizes, pointers),)
+
+
 def test_packed_sequences_are_counted_not_read(device):
     # Values that the PyTorch path would refuse: nobody looks at them here.
     cu_seqlens = torch.tensor([3, 900, -7, 2, 1, 0, 5, 6], dtype=torch.int32)[::2]
@@ -403,6 +421,7 @@ LAYOUTS = {
     "every other token": (lambda x: x.repeat_interleave(2, dim=1)[:, ::2], True),
     "odd rows": (lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[3]], False),
     "channels first": (lambda x: x.mT.contiguous().mT, False),
+    "every other channel": (lambda x: x.repeat_interleave(2, dim=3)[..., ::2], False),
     "two bytes off": (misaligned, False),
 }
 
