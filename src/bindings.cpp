@@ -4,10 +4,13 @@
 #include <nanobind/stl/string.h>
 
 #include <climits>
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <retention/device/build_info.hpp>
 #include <retention/device/forward.hpp>
 #include <retention/symmetric_power.hpp>
+#include <stdexcept>
 #include <string>
 
 namespace nb = nanobind;
@@ -60,6 +63,139 @@ nb::tuple symmetric_power_row(std::int64_t row, std::int64_t head_dim, std::int6
   return nb::make_tuple(nb::tuple(factors), retention::row_multiplicity(row, d, p));
 }
 
+// ForwardArguments as two tuples of integers in these orders: the sizes, which a caller keeps from
+// call to call, and the addresses, 0 for null. The output is contiguous.
+constexpr char const* kForwardSizes[] = {
+    "element",        "degree",        "head_dim",    "value_dim",   "sequences",  "tokens",
+    "heads",          "query_heads",   "query_batch", "query_token", "query_head", "key_batch",
+    "key_token",      "key_head",      "value_batch", "value_token", "value_head", "log_gate_batch",
+    "log_gate_token", "log_gate_head", "chunk_size",
+};
+constexpr char const* kForwardPointers[] = {
+    "query",           "key",    "value",      "log_gate",    "cu_seqlens",    "initial_state",
+    "initial_key_sum", "output", "normalizer", "final_state", "final_key_sum",
+};
+
+/// Takes the integers of a tuple one after the other.
+class Reader {
+ public:
+  template <std::size_t N>
+  Reader(nb::tuple const& values, char const* const (&names)[N], char const* argument)
+      : values_(values), names_(names) {
+    if (values.size() != N) {
+      raise_value_error(std::string(argument) + ": expected " + std::to_string(N) +
+                        " integers, got " + std::to_string(values.size()));
+    }
+  }
+
+  std::int64_t integer() {
+    PyObject* const value = PyTuple_GetItem(values_.ptr(), position_++);  // borrowed
+    long long const number = PyLong_AsLongLong(value);
+    if (number == -1 && PyErr_Occurred() != nullptr) {
+      throw nb::python_error();
+    }
+    return number;
+  }
+
+  int size() {
+    std::int64_t const number = integer();
+    if (number < INT_MIN || number > INT_MAX) {
+      raise_value_error(std::string(names_[position_ - 1]) + ": expected a 32-bit integer, got " +
+                        std::to_string(number));
+    }
+    return static_cast<int>(number);
+  }
+
+  retention::device::Strides strides() {
+    std::int64_t const batch = integer();
+    std::int64_t const token = integer();
+    return {batch, token, integer()};
+  }
+
+  template <class T>
+  T* pointer() {
+    return reinterpret_cast<T*>(static_cast<std::uintptr_t>(integer()));
+  }
+
+ private:
+  nb::tuple const& values_;
+  char const* const* names_;
+  Py_ssize_t position_ = 0;
+};
+
+retention::device::ForwardArguments read_forward(nb::tuple const& sizes,
+                                                 nb::tuple const& pointers) {
+  retention::device::ForwardArguments a;
+  Reader size(sizes, kForwardSizes, "sizes");
+  int const element = size.size();
+  if (element != 0 && element != 1) {
+    raise_value_error("element: expected 0 (bf16) or 1 (fp16), got " + std::to_string(element));
+  }
+  a.element = element == 0 ? retention::ElementType::kBFloat16 : retention::ElementType::kFloat16;
+  a.degree = size.size();
+  a.head_dim = size.size();
+  a.value_dim = size.size();
+  a.sequences = size.size();
+  a.tokens = size.size();
+  a.heads = size.size();
+  a.query_heads = size.size();
+  a.query_strides = size.strides();
+  a.key_strides = size.strides();
+  a.value_strides = size.strides();
+  a.log_gate_strides = size.strides();
+  a.output_strides = retention::device::Strides::contiguous(a.tokens, a.query_heads, a.value_dim);
+  a.chunk_size = size.size();
+  Reader at(pointers, kForwardPointers, "pointers");
+  a.query = at.pointer<void>();
+  a.key = at.pointer<void>();
+  a.value = at.pointer<void>();
+  a.log_gate = at.pointer<float>();
+  a.cu_seqlens = at.pointer<int>();
+  a.initial_state = at.pointer<float>();
+  a.initial_key_sum = at.pointer<float>();
+  a.output = at.pointer<void>();
+  a.normalizer = at.pointer<float>();
+  a.final_state = at.pointer<float>();
+  a.final_key_sum = at.pointer<float>();
+  return a;
+}
+
+nb::object forward_can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {
+  auto const status = retention::device::can_implement(read_forward(sizes, pointers));
+  return status ? nb::object(nb::none()) : nb::cast(status.message());
+}
+
+std::size_t forward_workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
+  return retention::device::workspace_size(read_forward(sizes, pointers));
+}
+
+void forward(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
+             std::uintptr_t stream) {
+  auto const arguments = read_forward(sizes, pointers);
+  retention::device::Status status;
+  {
+    nb::gil_scoped_release const released;
+    status = retention::device::run(arguments, reinterpret_cast<void*>(workspace),
+                                    reinterpret_cast<CUstream_st*>(stream));
+  }
+  if (status) {
+    return;
+  }
+  if (!retention::device::can_implement(arguments)) {
+    raise_value_error(status.message());
+  }
+  throw std::runtime_error(status.message());
+}
+
+template <std::size_t N>
+nb::tuple to_tuple(char const* const (&names)[N]) {
+  nb::list list;
+  for (char const* name : names) {
+    list.append(name);
+  }
+  return nb::tuple(list);
+}
+
 nb::dict build_info() {
   std::string const cutlass = RETENTION_CUTLASS_VERSION;
   std::string const toolkit = retention::device::toolkit_version();
@@ -88,7 +224,8 @@ nb::dict build_info() {
 }  // namespace
 
 NB_MODULE(_C, module) {
-  module.doc() = "Compiled part of retention: the order of the state's rows, and the build.";
+  module.doc() =
+      "Compiled part of retention: the order of the state's rows, the kernels, and the build.";
 
   module.def(
       "block_width", &block_width, "degree"_a,
@@ -114,6 +251,43 @@ there are `degree`; that of an expanded key is the same times `multiplicity`.
 
 Raises ValueError for a `row` outside [0, state_dim(head_dim, degree)), and for
 what state_dim refuses.)");
+
+  module.attr("FORWARD_SIZES") = to_tuple(kForwardSizes);
+  module.attr("FORWARD_POINTERS") = to_tuple(kForwardPointers);
+
+  module.def("forward_can_implement", &forward_can_implement, "sizes"_a, "pointers"_a,
+             nb::sig("def forward_can_implement(sizes: tuple[int, ...], pointers: tuple[int, ...]) "
+                     "-> str | None"),
+             R"(Why forward refuses these arguments, or None if it takes them.
+
+They are the fields of the C++ ForwardArguments in the order of FORWARD_SIZES and
+FORWARD_POINTERS. `element` is 0 for bf16 and 1 for fp16; each `_batch`, `_token`
+and `_head` is a stride in elements; pointers are addresses, 0 for null, and
+nothing is read from them.
+
+Raises ValueError for a wrong count, OverflowError or ValueError for a number out
+of range, and TypeError for what is not an integer.)");
+
+  module.def("forward_workspace_size", &forward_workspace_size, "sizes"_a, "pointers"_a,
+             nb::sig("def forward_workspace_size(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> int"),
+             R"(Bytes of device memory that forward needs as its workspace on the current device;
+0 for sizes that make no sense. Of the pointers it matters which are 0.
+
+Arguments and errors as in forward_can_implement.)");
+
+  module.def("forward", &forward, "sizes"_a, "pointers"_a, "workspace"_a, "stream"_a,
+             nb::sig("def forward(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "workspace: int, stream: int) -> None"),
+             R"(Enqueue the forward kernels on a CUDA stream of the current device.
+
+`sizes` and `pointers` as in forward_can_implement; the output is contiguous.
+`workspace` is the address of forward_workspace_size(sizes, pointers) bytes,
+256-byte aligned, and `stream` that of a cudaStream_t. It neither allocates nor
+synchronises.
+
+Raises ValueError for what forward_can_implement refuses, and RuntimeError for the
+workspace or where CUDA fails.)");
 
   module.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, object]"),
              R"(How this module was compiled, as a dict:

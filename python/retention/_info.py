@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from retention import _C
+from retention import _C, _kernels
 
 _GIB = 1024**3
 
@@ -29,15 +29,16 @@ def info() -> dict[str, Any]:
         - ``devices``: a list with a dict for the CPU and one for each visible accelerator:
           ``device`` (as ``torch.device`` takes it), ``name``, ``memory`` (bytes, or None where
           unknown), ``compute_capability`` (such as "9.0", CUDA devices only, else None),
-          ``path`` (what ``power_retention`` runs there; "pytorch" is the chunked algorithm in
-          PyTorch operations) and ``reason`` (why that path).
+          ``path`` (what ``power_retention`` runs there: "kernels", the compiled ones, for the calls
+          that they cover, or "pytorch", the chunked algorithm in PyTorch operations) and ``reason``
+          (why that path).
     """
     build = _C.build_info()
     return {
         "version": build["version"],
         "torch": torch.__version__,
         "build": build,
-        "devices": [_cpu(), *_accelerators()],
+        "devices": [_cpu(build), *_accelerators(build)],
     }
 
 
@@ -67,17 +68,25 @@ def format_info(info: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def _path() -> dict[str, str]:
-    return {"path": "pytorch", "reason": "this build has no compiled kernels"}
+def _path(kind: str, index: int | None, build: dict[str, Any]) -> dict[str, str]:
+    reason = _kernels.device_reason(kind, index)
+    if reason is not None:
+        return {"path": "pytorch", "reason": reason}
+    code = _kernels.code_for(torch.cuda.get_device_capability(index), build["cuda_architectures"])
+    count = sum(name.startswith("forward_") for name in build["kernels"])
+    return {
+        "path": "kernels",
+        "reason": f"{count} configurations for {code}; other calls take the PyTorch path",
+    }
 
 
-def _cpu() -> dict[str, Any]:
+def _cpu(build: dict[str, Any]) -> dict[str, Any]:
     return {
         "device": "cpu",
         "name": _cpu_name(),
         "memory": _cpu_memory(),
         "compute_capability": None,
-        **_path(),
+        **_path("cpu", None, build),
     }
 
 
@@ -100,7 +109,7 @@ def _cpu_memory() -> int | None:
         return None
 
 
-def _accelerators() -> list[dict[str, Any]]:
+def _accelerators(build: dict[str, Any]) -> list[dict[str, Any]]:
     if not torch.accelerator.is_available():
         return []
     kind = torch.accelerator.current_accelerator().type
@@ -118,7 +127,7 @@ def _accelerators() -> list[dict[str, Any]]:
                 "name": getattr(properties, "name", kind),
                 "memory": getattr(properties, "total_memory", None),
                 "compute_capability": capability,
-                **_path(),
+                **_path(kind, index, build),
             }
         )
     return devices

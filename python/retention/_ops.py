@@ -1,20 +1,23 @@
 """The operators ``torch.ops.retention.forward`` and ``.backward``.
 
-Defined once with fakes and an autograd formula; a device adds a faster path by registering a kernel
-of its own for its dispatch key. Without one, the chunked PyTorch path runs.
+Defined once with fakes and an autograd formula. On CUDA devices the compiled kernels run the calls
+that they cover; the chunked PyTorch path runs all others. The logger ``retention`` says at level
+DEBUG which one each call took, and why.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
 from torch import Tensor
 
-from retention import _checks, _chunked
+from retention import _checks, _chunked, _kernels
 from retention._arguments import without_autocast
 from retention._symmetric_power import state_dim
 
+_logger = logging.getLogger("retention")
 _library = torch.library.Library("retention", "DEF")
 
 _library.define(
@@ -177,7 +180,31 @@ def _backward(
     return gradients
 
 
-_library.impl("forward", _forward, "CompositeExplicitAutograd")
+def _log_forward(Q: Tensor, V: Tensor, reason: str | None) -> None:
+    path = "kernels" if reason is None else f"PyTorch path ({reason})"
+    dtype = str(Q.dtype).removeprefix("torch.")
+    _logger.debug(
+        "forward on %s: %s; %s, Q %s, V %s", Q.device, path, dtype, [*Q.shape], [*V.shape]
+    )
+
+
+def _forward_cuda(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options):
+    plan = _kernels.plan_forward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options)
+    if _logger.isEnabledFor(logging.DEBUG):
+        _log_forward(Q, V, plan.reason)
+    if plan.reason is None:
+        return _kernels.forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    return _forward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options)
+
+
+def _forward_elsewhere(Q, K, V, *rest):
+    if _logger.isEnabledFor(logging.DEBUG):
+        _log_forward(Q, V, _kernels.device_reason(Q.device.type, Q.device.index))
+    return _forward(Q, K, V, *rest)
+
+
+_library.impl("forward", _forward_cuda, "CUDA")
+_library.impl("forward", _forward_elsewhere, "CompositeExplicitAutograd")
 _library.impl("backward", _backward, "CompositeExplicitAutograd")
 
 

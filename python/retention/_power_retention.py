@@ -39,7 +39,10 @@ def power_retention(
         z_T = exp(L_T) z_0 + sum_j exp(L_T - L_j) phi_k(k_j)
 
     whose rows are in the order of :func:`retention.expand`. The arithmetic is float32 (float64 for
-    float64 inputs) whatever the inputs' dtype.
+    float64 inputs) whatever the inputs' dtype. Compiled kernels for CUDA devices, where
+    :func:`retention.info` names them, take the products of bfloat16 and float16 inputs on tensor
+    cores, with sums and states in float32; all other calls run as PyTorch operations. The logger
+    ``retention`` says at level DEBUG which, and why.
 
     Args:
         Q: queries ``[b, t, hq, d]``, d a multiple of 8; float64, float32, bfloat16 or float16. Any
@@ -57,14 +60,16 @@ def power_retention(
         deg: the degree p, positive and even. Default 2.
         scale: multiplies the scores; finite and not 0. Default ``1 / sqrt(d)``. It cancels in the
             output, and is no part of the state.
-        chunk_size: tokens in a chunk, at least 1; t need not be a multiple. Default: chosen by
-            shape.
+        chunk_size: tokens in a chunk, at least 1; t need not be a multiple. Kernels round it up to
+            a multiple of 64. Default: chosen by shape.
         switch_over_seq_len: at or below this length the quadratic form is used. Default: the chunk
-            size, or where that is left to us, the length from which chunks are faster.
+            size, or where that is left to us, the length from which chunks are faster. Packed
+            sequences on a CUDA device are compared by their total.
         sum_of_keys: ``[n, h, D]``, in the dtype of ``initial_state``: required with it.
         cu_seqlens: int32 ``[n + 1]``: b is 1 and sequence i is tokens ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]``, each with a state of its own. A sequence of length 0 hands its
-            initial state through.
+            initial state through. Values on a CUDA device are not checked by the kernels, which
+            would have to wait for them: they are clamped to [0, t].
 
     Returns:
         ``O`` ``[b, t, hq, dv]`` in Q's dtype; with ``return_final_state``,

@@ -101,7 +101,7 @@ def run(
     loss = 0
     for x in results if states_in_sum else results[:1]:
         weight = torch.randint(-8, 9, x.shape, generator=generator, dtype=torch.float64) / 8
-        loss = loss + (x.double() * weight).sum()
+        loss = loss + (x.double() * weight.to(x.device)).sum()
     names = [name for name, x in leaves.items() if x is not None]
     gradients = torch.autograd.grad(loss, [leaves[name] for name in names], allow_unused=True)
     outcome = dict(zip(("out", "state", "sum_of_keys_out"), results, strict=True))

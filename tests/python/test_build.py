@@ -39,7 +39,9 @@ def test_build_info_is_complete_and_consistent():
         "kernels",
     }
     assert re.fullmatch(r"\w+ \d+(\.\d+)+", build["compiler"])
-    assert build["kernels"] == []
+    assert bool(build["kernels"]) is build["cuda"]
+    for name in build["kernels"]:
+        assert re.fullmatch(r"[a-z]+_(bf16|fp16)_d\d+_dv\d+_p2", name)
     if build["cuda"]:
         assert re.fullmatch(r"\d+\.\d+\.\d+", build["cuda_toolkit"])
         assert build["cuda_architectures"]
@@ -64,7 +66,8 @@ def test_info_lists_every_device_and_its_path():
         torch.device(device["device"])
         assert device["name"]
         assert device["memory"] is None or device["memory"] > 2**20
-        assert device["path"] == "pytorch"
+        kernels = device["device"].startswith("cuda") and info["build"]["kernels"]
+        assert device["path"] in (("kernels", "pytorch") if kernels else ("pytorch",))
         assert device["reason"]
 
 
@@ -120,7 +123,8 @@ def test_info_is_laid_out_in_aligned_lines():
 def test_types_are_shipped():
     assert (INSTALLED / "py.typed").exists()
     stub = (INSTALLED / "_C.pyi").read_text()
-    for name in ("block_width", "state_dim", "symmetric_power_row", "build_info"):
+    forward = ("forward", "forward_can_implement", "forward_workspace_size")
+    for name in ("block_width", "state_dim", "symmetric_power_row", "build_info", *forward):
         assert f"def {name}(" in stub
         assert getattr(_C, name).__doc__
 

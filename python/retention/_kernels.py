@@ -1,0 +1,301 @@
+"""The compiled CUDA kernels: which calls they take, and the way from tensors to them.
+
+A call of small tensors costs more on the host than on the device, so what can be decided once for
+calls of the same shapes is: checks, sizes and layouts, in a :class:`Plan`. What remains is to
+allocate the results and to pass addresses on. Nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retention import _C
+from retention._arguments import check_arguments
+from retention._symmetric_power import state_dim
+
+_ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
+_TOKEN_MULTIPLE = 64  # of chunks
+_LEAST_CAPABILITY = (8, 0)
+
+
+def _empty_strided(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor on the current device."""
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+# The public functions of these take microseconds each. A PyTorch without CUDA has no use for them.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_current_stream = getattr(
+    torch._C,
+    "_cuda_getCurrentRawStream",
+    lambda device: torch.cuda.current_stream(device).cuda_stream,
+)
+_allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
+
+
+# ---- which calls the kernels take ---------------------------------------------------------------
+
+
+@functools.cache
+def device_reason(kind: str, index: int | None) -> str | None:
+    """Why no call on this device takes the kernels; None where calls may."""
+    if kind != "cuda":
+        return f"no kernels for {kind} devices"
+    if torch.version.hip:
+        return "no kernels for ROCm"
+    build = _C.build_info()
+    if not build["kernels"]:
+        return "this build has no compiled kernels"
+    capability = torch.cuda.get_device_capability(index)
+    shown = f"compute capability {capability[0]}.{capability[1]}"
+    if capability < _LEAST_CAPABILITY:
+        return f"no kernels for {shown}: expected 8.0 or more"
+    if code_for(capability, build["cuda_architectures"]) is None:
+        compiled = ", ".join(build["cuda_architectures"])
+        return f"no kernels for {shown}: this build has {compiled}"
+    return None
+
+
+def code_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """What of ``sm_NN`` and ``compute_NN`` a device runs: its own machine code, else PTX."""
+    wanted = capability[0] * 10 + capability[1]
+    usable = {}
+    for architecture in architectures:
+        kind, number, suffix = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", architecture).groups()
+        number = int(number)
+        if suffix == "a":  # of this device alone
+            runs = number == wanted
+        elif kind == "sm" or suffix == "f":  # of the same major version, from the minor one up
+            runs = number // 10 == capability[0] and number <= wanted
+        else:
+            runs = number <= wanted
+        if runs:
+            usable[kind == "sm", number] = architecture
+    return usable[max(usable)] if usable else None
+
+
+# ---- from tensors to the kernels ----------------------------------------------------------------
+
+
+def chunk_tokens(t: int, chunk_size: int | None, switch_over: int | None) -> int:
+    """What to ask of the kernels: a multiple of 64, from t up for the quadratic form; 0: any.
+
+    ``t`` counts all packed sequences: their lengths are on the device. One that is no longer than a
+    chunk has the quadratic form anyway.
+    """
+    if switch_over is None:
+        switch_over = chunk_size
+    if switch_over is None:
+        return 0
+    if t > switch_over:
+        if chunk_size is None:
+            return 0
+        t = min(t, max(1, chunk_size))
+    return -(-t // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+
+
+class Layout(NamedTuple):
+    """Of a contiguous tensor, to be allocated. Strides are never 0, as in those PyTorch makes."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.append(strides[-1] * max(1, size))
+        return cls(shape, tuple(reversed(strides)), dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that the shapes, strides, dtypes, devices and options of a call decide."""
+
+    reason: str | None  # why the PyTorch path is taken; where None, all that follows is set
+    options: tuple[int | None, ...] = ()  # deg, chunk_size, switch_over_seq_len, return_final_state
+    device: int = -1
+    sizes: tuple[int, ...] = ()  # in the order of _C.FORWARD_SIZES
+    copies: bool = False  # whether there are tensors that the kernels cannot read as they lie
+    has_state: bool = False  # whether the final state is wanted
+    out: Layout | None = None
+    norm: Layout | None = None
+    state: Layout | None = None
+    keys: Layout | None = None
+    workspace: Layout | None = None  # None: not needed
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 4096
+
+
+def plan_forward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *options: int | None,
+) -> Plan:
+    """How a call of ``retention::forward`` is carried out on a CUDA device.
+
+    Raises:
+        TypeError, ValueError: the arguments do not fit each other. The kernels read memory by these
+            shapes, so that this is seen to for every call, at a microsecond for a known one.
+    """
+    key = (
+        *(Q.shape, Q.stride(), Q.dtype, Q.get_device()),
+        *(K.shape, K.stride(), K.dtype, K.get_device()),
+        *(V.shape, V.stride(), V.dtype, V.get_device()),
+        None if log_G is None else _signature(log_G),
+        None if initial_state is None else _signature(initial_state),
+        None if sum_of_keys is None else _signature(sum_of_keys),
+        None if cu_seqlens is None else _signature(cu_seqlens),
+        options,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+        check_arguments(*tensors, options[0], None)
+        plan = _plans[key] = _make_plan(*tensors, *options)
+    return plan
+
+
+def _signature(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.get_device()
+
+
+def _make_plan(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+    return_final_state: bool,
+) -> Plan:
+    b, t, hq, d = Q.shape
+    h, dv = V.shape[2:]
+    reason = device_reason(Q.device.type, Q.get_device())
+    if reason is None and Q.dtype not in _ELEMENTS:
+        names = {torch.float32: "fp32", torch.float64: "fp64"}
+        reason = f"no kernel for {names[Q.dtype]} inputs: expected bf16 or fp16"
+    if reason is None and deg != 2:
+        reason = f"no kernel for degree {deg}: expected 2"
+    if reason is None and (b == 0 or t == 0):
+        reason = "no tokens"
+    if reason is not None:
+        return Plan(reason)
+
+    sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    strides = [_row_strides(x) for x in (Q, K, V)]
+    whole = all(x is None or x.is_contiguous() for x in (initial_state, sum_of_keys, cu_seqlens))
+    sizes = (
+        *(_ELEMENTS[Q.dtype], deg, d, dv, sequences, t, h, hq),
+        *(stride for row in strides for stride in row or (0, 0, 0)),
+        *((0, 0, 0) if log_G is None else log_G.stride()),
+        chunk_tokens(t, chunk_size, switch_over),
+    )
+    # Only which addresses are null matters here, and that the others are aligned.
+    given = [log_G is not None, cu_seqlens is not None, *[initial_state is not None] * 2]
+    there = (True, True, True, *given, True, True, *[return_final_state] * 2)
+    pointers = tuple(256 * x for x in there)
+    reason = _C.forward_can_implement(sizes, pointers)
+    if reason is not None:
+        return Plan(reason)
+    with torch.cuda.device(Q.device):
+        workspace = _C.forward_workspace_size(sizes, pointers)
+    state = (sequences, h, state_dim(d, deg), dv) if return_final_state else (0, 0, 0, 0)
+    return Plan(
+        None,
+        (deg, chunk_size, switch_over, return_final_state),
+        Q.get_device(),
+        sizes,
+        None in strides or not whole,
+        return_final_state,
+        Layout.of((b, t, hq, dv), Q.dtype),
+        Layout.of((b, t, hq), torch.float32),
+        Layout.of(state, torch.float32),
+        Layout.of(state[:3], torch.float32),
+        Layout.of((workspace,), torch.uint8) if workspace else None,
+    )
+
+
+def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of b, t and h where the kernels can read rows 16 bytes at a time, else None."""
+    *strides, last = x.stride()
+    # The stride of a dimension of size 1 means nothing, whatever it is.
+    strides = [0 if n == 1 else stride for n, stride in zip(x.shape, strides, strict=False)]
+    return None if last != 1 or any(stride % 8 for stride in strides) else tuple(strides)
+
+
+def forward(
+    plan: Plan,
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator ``retention::forward`` by the kernels, for a plan without a reason against."""
+    if plan.device != _current_device():
+        with torch.cuda.device(plan.device):
+            return forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    q, k, v = Q.data_ptr(), K.data_ptr(), V.data_ptr()
+    bounds = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
+    state_in = keys_in = state_out = keys_out = 0
+    if initial_state is not None:
+        state_in, keys_in = initial_state.data_ptr(), sum_of_keys.data_ptr()
+    if plan.copies or (q | k | v | state_in | keys_in) & 15:
+        return _forward_copies(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+
+    out, norm = _allocate(*plan.out), _allocate(*plan.norm)
+    state, keys = _allocate(*plan.state), _allocate(*plan.keys)
+    if plan.has_state:
+        state_out, keys_out = state.data_ptr(), keys.data_ptr()
+    # Freed when this returns, before the work is done: reused by later work on this stream only.
+    workspace = None if plan.workspace is None else _allocate(*plan.workspace)
+    _C.forward(
+        plan.sizes,
+        (
+            *(q, k, v, 0 if log_G is None else log_G.data_ptr(), bounds, state_in, keys_in),
+            *(out.data_ptr(), norm.data_ptr(), state_out, keys_out),
+        ),
+        0 if workspace is None else workspace.data_ptr(),
+        _current_stream(plan.device),
+    )
+    return out, norm, state, keys
+
+
+def _forward_copies(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """With copies of the tensors that do not lie as the kernels read them."""
+    Q, K, V, log_G, *states, cu_seqlens = tensors
+    Q, K, V = (x if _row_strides(x) and not x.data_ptr() & 15 else _copy(x) for x in (Q, K, V))
+    states = [
+        x if x is None or (x.is_contiguous() and not x.data_ptr() & 15) else _copy(x)
+        for x in states
+    ]
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    tensors = (Q, K, V, log_G, *states, cu_seqlens)
+    return forward(plan_forward(*tensors, *plan.options), *tensors)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

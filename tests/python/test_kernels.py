@@ -1,0 +1,927 @@
+"""The compiled kernels: which calls reach them and in what form; on a GPU, what they return."""
+
+import contextlib
+import logging
+import math
+import re
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import retention
+from cases import Case, error, make, run
+from retention import _C, _kernels, _ops
+
+KERNELS = _C.build_info()["kernels"]
+FORWARD_KERNELS = [name for name in KERNELS if name.startswith("forward_")]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def configurations():
+    """(dtype, d, dv) of every compiled kernel; one of them for the names of tests to be skipped."""
+    names = FORWARD_KERNELS or ["forward_bf16_d64_dv64_p2"]
+    parts = [re.fullmatch(r"forward_(bf16|fp16)_d(\d+)_dv(\d+)_p2", n).groups() for n in names]
+    return [(DTYPES[element], int(d), int(dv)) for element, d, dv in parts]
+
+
+# ---- without a GPU: sizes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("t", "chunk_size", "switch_over", "expected"),
+    [
+        (1000, None, None, 0),  # the library's choice
+        (1000, 64, None, 64),
+        (1000, 65, None, 128),
+        (1000, 1, None, 64),
+        (64, 64, None, 64),
+        (65, 64, None, 64),
+        (1000, 1000, None, 1024),  # not longer than a chunk: the quadratic form
+        (1000, 5000, None, 1024),
+        (1000, 2**40, 0, 1024),  # in chunks, of which there is one
+        (1000, 128, 999, 128),
+        (1000, 128, 1000, 1024),
+        (1000, None, 999, 0),
+        (1000, None, 1000, 1024),
+        (1, None, 0, 0),
+        (1, 64, 0, 64),
+        (1, 64, 1, 64),
+    ],
+)
+def test_chunk_tokens(t, chunk_size, switch_over, expected):
+    assert _kernels.chunk_tokens(t, chunk_size, switch_over) == expected
+
+
+SIZES = {
+    "element": 0,
+    "degree": 2,
+    "head_dim": 64,
+    "value_dim": 64,
+    "sequences": 2,
+    "tokens": 100,
+    "heads": 2,
+    "query_heads": 4,
+    "query_batch": 100 * 4 * 64,
+    "query_token": 4 * 64,
+    "query_head": 64,
+    "key_batch": 100 * 2 * 64,
+    "key_token": 2 * 64,
+    "key_head": 64,
+    "value_batch": 100 * 2 * 64,
+    "value_token": 2 * 64,
+    "value_head": 64,
+    "log_gate_batch": 200,
+    "log_gate_token": 2,
+    "log_gate_head": 1,
+    "chunk_size": 0,
+}
+POINTERS = {
+    "query": 256,
+    "key": 256,
+    "value": 256,
+    "log_gate": 4,
+    "cu_seqlens": 0,
+    "initial_state": 0,
+    "initial_key_sum": 0,
+    "output": 256,
+    "normalizer": 4,
+    "final_state": 0,
+    "final_key_sum": 0,
+}
+
+
+def packed(**changes):
+    sizes = SIZES | {name: x for name, x in changes.items() if name in SIZES}
+    pointers = POINTERS | {name: x for name, x in changes.items() if name in POINTERS}
+    assert changes.keys() <= sizes.keys() | pointers.keys()
+    return tuple(sizes.values()), tuple(pointers.values())
+
+
+def test_the_order_of_the_bindings_arguments():
+    assert tuple(SIZES) == _C.FORWARD_SIZES
+    assert tuple(POINTERS) == _C.FORWARD_POINTERS
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _C.forward_can_implement,
+        _C.forward_workspace_size,
+        lambda sizes, pointers: _C.forward(sizes, pointers, 0, 0),
+    ],
+    ids=["can_implement", "workspace_size", "forward"],
+)
+def test_the_binding_refuses_what_it_cannot_read(function):
+    sizes, pointers = packed()
+    for wrong in (sizes[:-1], (*sizes, 0), ()):
+        with pytest.raises(ValueError, match=f"sizes: expected 21 integers, got {len(wrong)}"):
+            function(wrong, pointers)
+    with pytest.raises(ValueError, match="pointers: expected 11 integers, got 10"):
+        function(sizes, pointers[:-1])
+    with pytest.raises(ValueError, match=r"element: expected 0 \(bf16\) or 1 \(fp16\), got 2"):
+        function(*packed(element=2))
+    for name in ("degree", "tokens", "chunk_size"):
+        with pytest.raises(ValueError, match=f"{name}: expected a 32-bit integer, got 4294967296"):
+            function(*packed(**{name: 2**32}))
+    with pytest.raises(OverflowError):
+        function(*packed(query=2**64))
+    for wrong in ("64", 64.0, None):
+        with pytest.raises(TypeError):
+            function(*packed(head_dim=wrong))
+    with pytest.raises(TypeError):
+        function(list(sizes), pointers)
+
+
+def test_refused_arguments_are_not_run():
+    arguments = packed(head_dim=48)
+    message = _C.forward_can_implement(*arguments)
+    assert message == (
+        "no kernel for bf16_d48_dv64_p2: expected degree 2, head_dim and value_dim of 32, 64 or "
+        "128, and bf16 or fp16"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _C.forward(*arguments, 0, 0)
+    if not KERNELS:
+        without = "this library was compiled without CUDA kernels"
+        assert _C.forward_can_implement(*packed()) == without
+        with pytest.raises(ValueError, match=without):
+            _C.forward(*packed(), 0, 0)
+
+
+@pytest.mark.skipif(not KERNELS, reason="this build has no compiled kernels")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"element": 1}, None),
+        ({"cu_seqlens": 4}, None),
+        ({"query_token": 4}, "query: expected a 16-byte aligned pointer and strides"),
+        ({"key": 8}, "key: expected a 16-byte aligned pointer"),
+        ({"value_head": 63}, "value: expected a 16-byte aligned pointer"),
+        ({"output": 0}, "output: got a null pointer"),
+        ({"normalizer": 0}, "normalizer: got a null pointer"),
+        ({"initial_state": 16}, "initial_state and initial_key_sum: expected both or neither"),
+        ({"final_key_sum": 16}, "final_state and final_key_sum: expected both or neither"),
+        ({"query_heads": 3}, "query_heads: got 3, expected a multiple of heads = 2"),
+        ({"query_heads": 256}, "query_heads: got 256"),
+        ({"tokens": 0}, "tokens: got 0, expected at least 1"),
+        ({"sequences": 0}, "sequences: got 0, expected at least 1"),
+        ({"chunk_size": 65}, "chunk_size: got 65, expected 0 or a positive multiple of 64"),
+    ],
+)
+def test_can_implement_names_the_argument(changes, message):
+    arguments = packed(**changes)
+    answer = _C.forward_can_implement(*arguments)
+    if message is None:
+        assert answer is None
+        return
+    assert message in answer
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _C.forward(*arguments, 0, 0)
+
+
+def test_workspace_sizes():
+    # The quadratic form needs the cumulative gate, [b, h, t] in float32, in steps of 256 bytes.
+    assert _C.forward_workspace_size(*packed(chunk_size=128)) == math.ceil(2 * 2 * 400 / 256) * 256
+    assert _C.forward_workspace_size(*packed(chunk_size=128, log_gate=0)) == 0
+    assert _C.forward_workspace_size(*packed(tokens=0)) == 0
+    assert _C.forward_workspace_size(*packed(chunk_size=65)) == 0
+    # Chunks need at least every chunk's state [D, dv] and keys [D], in two bytes.
+    D = retention.state_dim(64)
+    chunked = _C.forward_workspace_size(*packed(tokens=1000, chunk_size=128))
+    assert chunked >= 2 * 8 * 2 * D * (64 + 1) * 2
+    states = {"initial_state": 16, "initial_key_sum": 16}
+    assert _C.forward_workspace_size(*packed(chunk_size=128, **states)) >= 2 * 2 * D * (64 + 1) * 2
+    # Whether states are held is the library's choice at this length: less would be no choice.
+    assert _C.forward_workspace_size(*packed(tokens=2**20)) > 2**20
+
+
+# ---- without a GPU: which calls, and what is passed on ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((9, 0), ["sm_80", "sm_90", "compute_90"], "sm_90"),
+        ((8, 6), ["sm_80", "sm_90", "compute_90"], "sm_80"),
+        ((8, 9), ["sm_80", "sm_86"], "sm_86"),
+        ((8, 9), ["sm_80", "compute_86"], "sm_80"),
+        ((8, 0), ["sm_86", "compute_90"], None),
+        ((10, 0), ["sm_80", "sm_90", "compute_90"], "compute_90"),
+        ((12, 0), ["sm_80", "sm_90"], None),
+        ((9, 0), ["sm_90a", "compute_80"], "sm_90a"),
+        ((10, 0), ["sm_90a", "compute_90a"], None),
+        ((10, 3), ["sm_100f"], "sm_100f"),
+        ((12, 0), ["compute_100f"], None),
+        ((7, 5), ["sm_80", "compute_80"], None),
+        ((9, 0), [], None),
+    ],
+)
+def test_code_for_a_device(capability, architectures, expected):
+    assert _kernels.code_for(capability, architectures) == expected
+
+
+BUILD = {"kernels": ["forward_bf16_d64_dv64_p2"] * 12, "cuda_architectures": ["sm_80", "sm_90"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "capability", "hip", "expected"),
+    [
+        ("cuda", BUILD, (9, 0), None, None),
+        ("cpu", BUILD, (9, 0), None, "no kernels for cpu devices"),
+        ("mps", BUILD, (9, 0), None, "no kernels for mps devices"),
+        ("cuda", BUILD, (9, 0), "6.2", "no kernels for ROCm"),
+        ("cuda", BUILD | {"kernels": []}, (9, 0), None, "this build has no compiled kernels"),
+        ("cuda", BUILD, (7, 5), None, "no kernels for compute capability 7.5: expected 8.0 or"),
+        ("cuda", BUILD, (10, 0), None, "compute capability 10.0: this build has sm_80, sm_90"),
+    ],
+)
+def test_reasons_against_a_device(monkeypatch, kind, build, capability, hip, expected):
+    monkeypatch.setattr(_kernels, "_C", SimpleNamespace(build_info=lambda: build))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = _kernels.device_reason.__wrapped__(kind, 0)
+    assert reason is None if expected is None else expected in reason
+
+
+def test_info_of_a_device_with_kernels(monkeypatch):
+    from retention import _info
+
+    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    assert _info._path("cuda", 0, BUILD) == {
+        "path": "kernels",
+        "reason": "12 configurations for sm_80; other calls take the PyTorch path",
+    }
+    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: "because")
+    assert _info._path("cuda", 0, BUILD) == {"path": "pytorch", "reason": "because"}
+
+
+def test_info_of_the_cpu():
+    cpu = retention.info()["devices"][0]
+    assert cpu["path"] == "pytorch"
+    assert cpu["reason"] == "no kernels for cpu devices"
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The CPU in place of a CUDA device that has every kernel: calls are recorded, not run."""
+    calls = []
+    binding = SimpleNamespace(
+        forward_can_implement=lambda sizes, pointers: None,
+        forward_workspace_size=_C.forward_workspace_size,
+        forward=lambda *arguments: calls.append(arguments),
+    )
+    monkeypatch.setattr(_kernels, "_C", binding)
+    monkeypatch.setattr(_kernels, "_plans", {})
+    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(_kernels, "_current_stream", lambda device: 77)
+    allocated = []
+
+    def allocate(shape, strides, dtype):
+        allocated.append(torch.empty_strided(shape, strides, dtype=dtype))
+        return allocated[-1]
+
+    monkeypatch.setattr(_kernels, "_allocate", allocate)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return SimpleNamespace(calls=calls, binding=binding, allocated=allocated)
+
+
+def lowered(case, dtype=torch.bfloat16, device="cpu", sequences=None):
+    """Arguments of a call, rounded to what the dtype holds."""
+    return {
+        name: x
+        if x is None
+        else x.to(device=device, dtype=dtype if name in ("Q", "K", "V") else torch.float32)
+        for name, x in make(case, sequences=sequences).items()
+    }
+
+
+def operands(inputs, cu_seqlens=None, deg=2, chunk=None, switch_over=None, final=False):
+    return (*inputs.values(), cu_seqlens, deg, chunk, switch_over, final)
+
+
+FULL = Case(t=100, d=64, dv=32, state=True)
+
+
+def test_what_is_passed_to_the_kernels(device):
+    inputs = lowered(FULL)
+    out, norm, state, keys = _ops._forward_cuda(*operands(inputs, chunk=65, final=True))
+    ((sizes, pointers, workspace, stream),) = device.calls
+    assert dict(zip(_C.FORWARD_SIZES, sizes, strict=True)) == {
+        "element": 0,
+        "degree": 2,
+        "head_dim": 64,
+        "value_dim": 32,
+        "sequences": 2,
+        "tokens": 100,
+        "heads": 2,
+        "query_heads": 4,
+        "query_batch": 25600,
+        "query_token": 256,
+        "query_head": 64,
+        "key_batch": 12800,
+        "key_token": 128,
+        "key_head": 64,
+        "value_batch": 6400,
+        "value_token": 64,
+        "value_head": 32,
+        "log_gate_batch": 200,
+        "log_gate_token": 2,
+        "log_gate_head": 1,
+        "chunk_size": 128,
+    }
+    assert dict(zip(_C.FORWARD_POINTERS, pointers, strict=True)) == {
+        "query": inputs["Q"].data_ptr(),
+        "key": inputs["K"].data_ptr(),
+        "value": inputs["V"].data_ptr(),
+        "log_gate": inputs["log_G"].data_ptr(),
+        "cu_seqlens": 0,
+        "initial_state": inputs["initial_state"].data_ptr(),
+        "initial_key_sum": inputs["sum_of_keys"].data_ptr(),
+        "output": out.data_ptr(),
+        "normalizer": norm.data_ptr(),
+        "final_state": state.data_ptr(),
+        "final_key_sum": keys.data_ptr(),
+    }
+    assert workspace > 0
+    assert stream == 77
+
+
+def test_without_gate_states_and_workspace(device):
+    case = Case(t=5, d=64, dv=64, gate=None)
+    *_, state, keys = _ops._forward_cuda(*operands(lowered(case, torch.float16)))
+    ((sizes, pointers, workspace, _),) = device.calls
+    assert sizes[0] == 1
+    null = ("log_gate", "cu_seqlens", "initial_state", "initial_key_sum", "final_state")
+    named = dict(zip(_C.FORWARD_POINTERS, pointers, strict=True))
+    assert [named[name] for name in (*null, "final_key_sum")] == [0] * 6
+    assert workspace == 0
+    assert (state.numel(), keys.numel()) == (0, 0)
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("gate", [None, -1.0])
+@pytest.mark.parametrize("bounds", [None, [0, 30, 100]], ids=str)
+def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate, bounds):
+    case = Case(t=100, b=1, d=64, dv=32, gate=gate, state=state)
+    inputs = lowered(case, sequences=bounds and 2)
+    cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32)
+    _ops._forward_cuda(*operands(inputs, cu_seqlens, chunk=64, switch_over=0, final=final))
+    ((sizes, pointers, workspace, _),) = device.calls
+    (allocated,) = [x for x in device.allocated if x.dtype == torch.uint8]
+    assert allocated.data_ptr() == workspace
+    assert allocated.shape == (_C.forward_workspace_size(sizes, pointers),)
+
+
+def test_packed_sequences_are_counted_not_read(device):
+    # Values that the PyTorch path would refuse: nobody looks at them here.
+    cu_seqlens = torch.tensor([3, 900, -7, 2, 1, 0, 5, 6], dtype=torch.int32)[::2]
+    inputs = lowered(Case(t=100, b=1, d=64, dv=32))
+    *_, state, keys = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=True))
+    ((sizes, pointers, *_),) = device.calls
+    assert sizes[4] == 3
+    assert state.shape == (3, 2, retention.state_dim(64), 32)
+    assert keys.shape == state.shape[:3]
+    assert pointers[4] not in (0, cu_seqlens.data_ptr())  # every other value: copied
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
+@pytest.mark.parametrize("hq", [2, 4])
+@pytest.mark.parametrize("gate", [None, -1.0])
+def test_fakes_agree_with_what_is_allocated(device, final, bounds, hq, gate):
+    inputs = lowered(Case(t=100, b=1, hq=hq, d=64, dv=32, gate=gate))
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    real = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=final))
+    meta = {name: x if x is None else x.to("meta") for name, x in inputs.items()}
+    cu_seqlens = None if bounds is None else cu_seqlens.to("meta")
+    fake = torch.ops.retention.forward(*operands(meta, cu_seqlens, final=final))
+    for x, wanted in zip(fake, real, strict=True):
+        assert x.is_meta
+        assert (x.shape, x.dtype, x.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+
+
+def misaligned(x):
+    """The values of x, two bytes from where a row may begin."""
+    moved = x.new_empty(x.numel() + 8)[1 : x.numel() + 1].view(x.shape)
+    assert moved.data_ptr() % 16
+    return moved.copy_(x)
+
+
+# From [b, t, heads, width] to the same values, and whether they can be read as they lie.
+LAYOUTS = {
+    "contiguous": (lambda x: x, True),
+    "heads first": (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), True),
+    "rows apart": (lambda x: torch.cat([x, x], dim=3)[..., : x.shape[3]], True),
+    "every other token": (lambda x: x.repeat_interleave(2, dim=1)[:, ::2], True),
+    "odd rows": (lambda x: torch.nn.functional.pad(x, (0, 3))[..., : x.shape[3]], False),
+    "channels first": (lambda x: x.mT.contiguous().mT, False),
+    "every other channel": (lambda x: x.repeat_interleave(2, dim=3)[..., ::2], False),
+    "two bytes off": (misaligned, False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["Q", "K", "V"])
+def test_operands_are_copied_only_where_they_must_be(device, name, layout):
+    inputs = lowered(Case(t=100, d=64, dv=32))
+    change, fits = LAYOUTS[layout]
+    expected = inputs[name]
+    inputs[name] = changed = change(expected)
+    assert torch.equal(changed, expected)
+    seen = []
+
+    def forward(sizes, pointers, *rest):
+        # While the call is made, the memory named holds the values.
+        number = "QKV".index(name)
+        strides = sizes[8 + 3 * number : 11 + 3 * number]
+        seen.append((pointers[number] == changed.data_ptr(), strides, pointers[number] % 16))
+
+    device.binding.forward = forward
+    _ops._forward_cuda(*operands(inputs))
+    ((in_place, strides, remainder),) = seen
+    assert in_place is fits
+    assert remainder == 0
+    assert strides == (changed if fits else expected).stride()[:3]
+
+
+def test_strides_of_single_rows_do_not_matter(device):
+    inputs = lowered(Case(t=100, b=1, hq=1, h=1, d=64, dv=64))
+    for name in "QKV":
+        inputs[name] = inputs[name].as_strided(inputs[name].shape, (7, 64, 3, 1))
+    _ops._forward_cuda(*operands(inputs))
+    ((sizes, pointers, *_),) = device.calls
+    assert sizes[8:17] == (0, 64, 0) * 3
+    assert pointers[:3] == tuple(inputs[name].data_ptr() for name in "QKV")
+
+
+def test_expanded_heads_are_read_in_place(device):
+    inputs = lowered(Case(t=100, d=64, dv=64, h=1))
+    inputs["K"] = inputs["K"].expand(2, 100, 4, 64)
+    inputs["V"] = inputs["V"].expand(2, 100, 4, 64)
+    inputs["log_G"] = inputs["log_G"].expand(2, 100, 4)
+    _ops._forward_cuda(*operands(inputs))
+    ((sizes, pointers, *_),) = device.calls
+    assert sizes[11:20] == (6400, 64, 0, 6400, 64, 0, 100, 1, 0)
+    assert pointers[1] == inputs["K"].data_ptr()
+
+
+def test_states_are_copied_only_where_they_must_be(device):
+    inputs = lowered(FULL)
+    inputs["initial_state"] = inputs["initial_state"].mT.contiguous().mT
+    inputs["sum_of_keys"] = misaligned(inputs["sum_of_keys"])
+    _ops._forward_cuda(*operands(inputs))
+    ((_, pointers, *_),) = device.calls
+    assert pointers[5] not in (0, inputs["initial_state"].data_ptr())
+    assert pointers[6] not in (0, inputs["sum_of_keys"].data_ptr())
+    assert pointers[5] % 16 == pointers[6] % 16 == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "expected"),
+    [
+        (Case(t=9, d=64, dv=64), torch.float32, "no kernel for fp32 inputs: expected bf16 or fp16"),
+        (Case(t=9, d=64, dv=64), torch.float64, "no kernel for fp64 inputs: expected bf16 or fp16"),
+        (Case(t=9, d=16, dv=16, deg=4), torch.bfloat16, "no kernel for degree 4: expected 2"),
+        (Case(t=0, d=64, dv=64), torch.float16, "no tokens"),
+        (Case(t=9, b=0, d=64, dv=64), torch.float16, "no tokens"),
+        (Case(t=9, d=48, dv=64), torch.float16, "no kernel for fp16_d48_dv64_p2: expected degree"),
+        (Case(t=9, d=64, dv=40), torch.bfloat16, "no kernel for bf16_d64_dv40_p2: expected degree"),
+    ],
+    ids=str,
+)
+def test_reasons_against_a_call(device, caplog, case, dtype, expected):
+    device.binding.forward_can_implement = _C.forward_can_implement
+    inputs = {
+        name: x if x is None or name in "QKV" else x.to(_ops._checks.state_dtype(dtype))
+        for name, x in lowered(case, dtype).items()
+    }
+    arguments = operands(inputs, deg=case.deg, final=True)
+    with caplog.at_level(logging.DEBUG, logger="retention"):
+        results = _ops._forward_cuda(*arguments)
+    (line,) = caplog.messages
+    assert f"PyTorch path ({expected}" in line
+    assert not device.calls
+    for x, wanted in zip(results, torch.ops.retention.forward(*arguments), strict=True):
+        assert torch.equal(x, wanted)
+
+
+WRONG = {
+    "K": lambda i: i | {"K": i["K"][:, :50]},
+    "V": lambda i: i | {"V": i["V"].float()},
+    "Q": lambda i: i | {"Q": i["Q"][:, :, :3]},
+    "log_G": lambda i: i | {"log_G": i["log_G"].bfloat16()},
+    "initial_state": lambda i: i | {"initial_state": i["initial_state"][:1]},
+    "sum_of_keys": lambda i: i | {"sum_of_keys": None},
+    "cu_seqlens": lambda i: i | {"cu_seqlens": torch.tensor([0, 100])},
+    "deg": lambda i: i | {"deg": 3},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_that_do_not_fit_never_reach_the_kernels(device, name):
+    inputs = WRONG[name](lowered(FULL))
+    cu_seqlens, deg = inputs.pop("cu_seqlens", None), inputs.pop("deg", 2)
+    for _ in range(2):  # not the second time either
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            _ops._forward_cuda(*operands(inputs, cu_seqlens, deg))
+    assert not device.calls
+
+
+def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
+    monkeypatch.setattr(_kernels, "_MOST_PLANS", 3)
+    made = []
+    make_plan = _kernels._make_plan
+    monkeypatch.setattr(_kernels, "_make_plan", lambda *a: made.append(a) or make_plan(*a))
+    for t in (1, 2, 3, 3, 2, 1, 4, 5):
+        _ops._forward_cuda(*operands(lowered(Case(t=t, d=64, dv=64))))
+        assert len(_kernels._plans) <= 3
+    assert len(made) == 5
+    assert [sizes[5] for sizes, *_ in device.calls] == [1, 2, 3, 3, 2, 1, 4, 5]
+
+
+def test_every_option_has_a_plan_of_its_own(device):
+    inputs = lowered(Case(t=1000, d=64, dv=64))
+    for chunk in (64, 128):
+        for switch_over in (0, 1000):
+            for final in (False, True):
+                _ops._forward_cuda(*operands(inputs, None, 2, chunk, switch_over, final))
+    chunks = [sizes[-1] for sizes, *_ in device.calls]
+    assert chunks == [64, 64, 1024, 1024, 128, 128, 1024, 1024]
+    assert [pointers[9] != 0 for _, pointers, *_ in device.calls] == [False, True] * 4
+
+
+def test_the_log_says_which_path_was_taken(device, caplog):
+    arguments = operands(lowered(Case(t=9, d=64, dv=32)))
+    _ops._forward_cuda(*arguments)
+    assert not caplog.messages  # the level is not DEBUG
+    with caplog.at_level(logging.DEBUG, logger="retention"):
+        _ops._forward_cuda(*arguments)
+    assert caplog.messages == [
+        "forward on cpu: kernels; bfloat16, Q [2, 9, 4, 64], V [2, 9, 2, 32]"
+    ]
+
+
+def test_the_log_on_a_cpu(caplog):
+    inputs = lowered(Case(t=9))
+    retention.power_retention(**inputs)
+    assert not caplog.messages
+    with caplog.at_level(logging.DEBUG, logger="retention"):
+        retention.power_retention(**inputs)
+    assert caplog.messages == [
+        "forward on cpu: PyTorch path (no kernels for cpu devices); "
+        "bfloat16, Q [2, 9, 4, 16], V [2, 9, 2, 12]"
+    ]
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paths(caplog):
+    """The path that each call since the last question took, as the log tells it."""
+    caplog.set_level(logging.DEBUG, logger="retention")
+
+    def asked():
+        lines = [m for m in caplog.messages if m.startswith("forward on cuda")]
+        caplog.clear()
+        return [line.split(": ", 1)[1].split(";")[0] for line in lines]
+
+    return asked
+
+
+def doubled(inputs):
+    return {name: x if x is None else x.double() for name, x in inputs.items()}
+
+
+def relative(actual, expected):
+    scale = expected.abs().max().clamp(min=1e-300)
+    return error(actual.double() / scale, expected / scale)
+
+
+def check(inputs, paths, cu_seqlens=None, plain_inputs=None, **options):
+    """Output and final state against float64: at most twice the error of the plain formula in the
+    same dtype, and one rounding."""
+    out, state, keys = retention.power_retention(
+        **inputs, return_final_state=True, cu_seqlens=cu_seqlens, **options
+    )
+    assert paths() == ["kernels"]
+    assert (out.dtype, state.dtype, keys.dtype) == (inputs["Q"].dtype, *[torch.float32] * 2)
+    exact = retention.reference(**doubled(inputs), return_final_state=True, cu_seqlens=cu_seqlens)
+    plain = retention.reference(**(plain_inputs or inputs), cu_seqlens=cu_seqlens)
+    rounding = torch.finfo(out.dtype).eps
+    assert relative(out, exact[0]) <= 2 * relative(plain, exact[0]) + rounding
+    # phi enters the tensor cores in the inputs' dtype; the sums are float32.
+    assert relative(state, exact[1]) <= rounding
+    assert relative(keys, exact[2]) <= rounding
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 63, 64, 65, 500, 3000])
+@pytest.mark.parametrize(("dtype", "d", "dv"), configurations(), ids=str)
+def test_every_configuration(paths, dtype, d, dv, t):
+    inputs = lowered(Case(t=t, d=d, dv=dv, gate=-0.05, zero_rows=True), dtype, "cuda")
+    check(inputs, paths)
+    check(inputs, paths, chunk_size=128, switch_over_seq_len=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [(None, None), (64, 0), (100, 0), (256, None), (None, 10**6)])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("gate", [None, 0.0, -0.05, -60.0])
+@pytest.mark.parametrize("t", [1, 2, 64, 129, 1000, 2049])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_gates_states_and_forms(paths, dtype, t, gate, state, form):
+    inputs = lowered(Case(t=t, d=64, dv=64, gate=gate, state=state), dtype, "cuda")
+    check(inputs, paths, chunk_size=form[0], switch_over_seq_len=form[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (5, 5), (12, 4), (64, 1)], ids=str)
+@pytest.mark.parametrize("form", [(None, None), (64, 0)])
+def test_grouped_heads(paths, heads, form):
+    hq, h = heads
+    case = Case(t=300, hq=hq, h=h, d=64, dv=64, state=True, zero_rows=True)
+    inputs = lowered(case, torch.bfloat16, "cuda")
+    check(inputs, paths, chunk_size=form[0], switch_over_seq_len=form[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [0, 300],
+        [0, 0, 1, 65, 65, 300],
+        [0, 64, 128, 192, 1000, 1000],
+        [0, 1, 2, 3, 4, 2000],
+        [0, 0, 7],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize("gate", [None, -0.05])
+@pytest.mark.parametrize("form", [(None, None), (64, 0), (128, 10**6)])
+def test_packed_sequences(paths, bounds, state, gate, form):
+    case = Case(t=bounds[-1], b=1, d=64, dv=64, gate=gate, state=state)
+    inputs = lowered(case, torch.bfloat16, "cuda", sequences=len(bounds) - 1)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    options = {"chunk_size": form[0], "switch_over_seq_len": form[1]}
+    check(inputs, paths, cu_seqlens, **options)
+    # A sequence of length 0 hands its state through, bit for bit.
+    _, states, keys = retention.power_retention(
+        **inputs, return_final_state=True, cu_seqlens=cu_seqlens, **options
+    )
+    for n in range(len(bounds) - 1):
+        if bounds[n] == bounds[n + 1]:
+            for x, name in ((states[n], "initial_state"), (keys[n], "sum_of_keys")):
+                assert torch.equal(x, inputs[name][n] if state else torch.zeros_like(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", [(None, None), (64, 0)])
+def test_layouts_change_no_bit(paths, layout, form):
+    inputs = lowered(Case(t=300, d=64, dv=64, state=True), torch.bfloat16, "cuda")
+    options = {"chunk_size": form[0], "switch_over_seq_len": form[1], "return_final_state": True}
+    expected = retention.power_retention(**inputs, **options)
+    change, _ = LAYOUTS[layout]
+    changed = inputs | {name: change(inputs[name]) for name in "QKV"}
+    changed["log_G"] = inputs["log_G"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    changed["initial_state"] = inputs["initial_state"].mT.contiguous().mT
+    for x, wanted in zip(retention.power_retention(**changed, **options), expected, strict=True):
+        assert torch.equal(x, wanted)
+    assert paths() == ["kernels"] * 2
+
+
+@pytest.mark.gpu
+def test_expanded_keys_and_values(paths):
+    case = Case(t=300, b=2, hq=4, h=1, d=64, dv=64)
+    inputs = lowered(case, torch.bfloat16, "cuda")
+    for name in ("K", "V"):
+        inputs[name] = inputs[name][:1].expand(2, 300, 4, 64)
+    inputs["log_G"] = inputs["log_G"][:1].expand(2, 300, 4)
+    check(inputs, paths, chunk_size=64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("largest", [100.0, 30000.0])
+@pytest.mark.parametrize("gate", [None, -0.01])
+@pytest.mark.parametrize("form", [(None, None), (128, 0)])
+def test_large_keys_in_fp16(paths, largest, gate, form):
+    inputs = lowered(Case(t=3000, b=1, d=64, dv=64, gate=gate), torch.float16, "cuda")
+    inputs["K"] = (inputs["K"] / inputs["K"].abs().max() * largest).half()
+    # The plain formula overflows. Keys smaller by a power of two have the same output.
+    small = inputs | {"K": inputs["K"] * 2.0 ** -math.ceil(math.log2(largest))}
+    check(
+        inputs,
+        paths,
+        plain_inputs=small,
+        chunk_size=form[0],
+        switch_over_seq_len=form[1],
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [(None, None), (64, 0)])
+def test_every_run_gives_the_same_bits(paths, form):
+    inputs = lowered(Case(t=2000, d=64, dv=64, state=True), torch.bfloat16, "cuda")
+    options = {"chunk_size": form[0], "switch_over_seq_len": form[1], "return_final_state": True}
+    expected = retention.power_retention(**inputs, **options)
+    for _ in range(20):
+        # Memory that the next call is given holds something else.
+        torch.empty(2**24, device="cuda").fill_(float("nan"))
+        for x, wanted in zip(retention.power_retention(**inputs, **options), expected, strict=True):
+            assert torch.equal(x, wanted)
+    assert set(paths()) == {"kernels"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bounds", [None, [0, 5, 5, 700]], ids=str)
+def test_a_cuda_graph_is_replayed(paths, bounds):
+    case = Case(t=700, b=1, d=64, dv=64, state=True)
+    sequences = None if bounds is None else len(bounds) - 1
+    inputs = lowered(case, torch.bfloat16, "cuda", sequences)
+    others = {name: x.flip(0).roll(1, 1) * 2 for name, x in inputs.items()}
+    options = {"chunk_size": 128, "switch_over_seq_len": 0, "return_final_state": True}
+    if bounds is not None:
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    expected = retention.power_retention(**others, **options)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        retention.power_retention(**inputs, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = retention.power_retention(**inputs, **options)
+    for name, x in inputs.items():
+        x.copy_(others[name])
+    for _ in range(2):
+        graph.replay()
+        for x, wanted in zip(results, expected, strict=True):
+            assert torch.equal(x, wanted)
+    assert paths() == ["kernels"] * 3
+
+
+@pytest.mark.gpu
+def test_the_current_stream_is_used(paths):
+    inputs = lowered(Case(t=500, d=64, dv=64), torch.bfloat16, "cuda")
+    expected = retention.power_retention(**inputs)
+    late = {name: x if x is None else torch.zeros_like(x) for name, x in inputs.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # on another stream, the kernels would read the zeros
+        for name, x in late.items():
+            if x is not None:
+                x.copy_(inputs[name])
+        out = retention.power_retention(**late)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+    assert paths() == ["kernels"] * 2
+
+
+@pytest.mark.gpu
+def test_a_device_that_is_not_the_current_one(paths):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second GPU")
+    inputs = lowered(Case(t=500, d=64, dv=64), torch.bfloat16, "cuda:0")
+    expected = retention.power_retention(**inputs)
+    elsewhere = {name: x if x is None else x.to("cuda:1") for name, x in inputs.items()}
+    out = retention.power_retention(**elsewhere)
+    assert out.device == torch.device("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(out.to("cuda:0"), expected)
+    assert paths() == ["kernels"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_opcheck(paths, final, gradients):
+    inputs = {
+        name: x.requires_grad_(gradients)
+        for name, x in lowered(Case(t=70, d=32, dv=32, state=True), device="cuda").items()
+    }
+    torch.library.opcheck(torch.ops.retention.forward, operands(inputs, None, 2, 64, 0, final))
+    assert set(paths()) == {"kernels"}
+
+
+@pytest.mark.gpu
+def test_compile_fullgraph(paths):
+    inputs = lowered(Case(t=300, d=64, dv=64, state=True), torch.bfloat16, "cuda")
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def step(inputs):
+        out, state, keys = retention.power_retention(
+            **inputs, chunk_size=64, return_final_state=True
+        )
+        return out.float().square().sum() + state.sum() + keys.sum()
+
+    expected = torch.autograd.grad(step(inputs), leaves)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for x, wanted in zip(torch.autograd.grad(compiled(inputs), leaves), expected, strict=True):
+        assert torch.equal(x, wanted)
+    assert paths() == ["kernels"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gate", [None, -0.05])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_gradients_with_the_kernels_normaliser(paths, dtype, gate):
+    case = Case(t=300, b=1, d=64, dv=64, gate=gate, chunk=64, zero_rows=True)
+    inputs = lowered(case, dtype, "cuda")
+    exact = run(retention.reference, inputs, case, torch.float64, states_in_sum=False)
+    plain = run(retention.reference, inputs, case, dtype, states_in_sum=False)
+    actual = run(retention.power_retention, inputs, case, dtype, states_in_sum=False)
+    assert paths() == ["kernels"]
+    for name in [name for name in exact if name.startswith("d_")]:
+        rounding = torch.finfo(dtype).eps
+        if name == "d_log_G":
+            # A sum of k . dk over the sequence, each with its own rounding: a random walk.
+            rounding *= math.sqrt(case.t)
+        bound = 2 * relative(plain[name], exact[name]) + rounding
+        assert relative(actual[name], exact[name]) <= bound, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "dtype", "expected"),
+    [
+        (Case(t=70, d=64, dv=64), torch.float32, "no kernel for fp32 inputs"),
+        (Case(t=70, d=48, dv=64), torch.bfloat16, "no kernel for bf16_d48_dv64_p2"),
+        (Case(t=70, d=64, dv=40), torch.float16, "no kernel for fp16_d64_dv40_p2"),
+        (Case(t=70, d=32, dv=32, deg=4), torch.bfloat16, "no kernel for degree 4"),
+        (Case(t=0, d=64, dv=64), torch.bfloat16, "no tokens"),
+    ],
+    ids=str,
+)
+def test_other_calls_take_the_pytorch_path(paths, case, dtype, expected):
+    inputs = lowered(case, dtype, "cuda")
+    out = retention.power_retention(**inputs, deg=case.deg)
+    (path,) = paths()
+    assert path.startswith(f"PyTorch path ({expected}")
+    wanted = retention.reference(**doubled(inputs), deg=case.deg)
+    assert error(out.double(), wanted) <= 2 * torch.finfo(dtype).eps + 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # says that it is a prototype
+@pytest.mark.parametrize("bounds", [None, [0, 5, 5, 700]], ids=str)
+def test_nothing_waits_for_the_device(paths, bounds):
+    case = Case(t=700, b=1, d=64, dv=64, state=True)
+    sequences = None if bounds is None else len(bounds) - 1
+    inputs = lowered(case, torch.bfloat16, "cuda", sequences)
+    inputs["K"] = inputs["K"].mT.contiguous().mT  # copies do not wait either
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
+
+    def calls():
+        for chunk in (None, 64):
+            retention.power_retention(
+                **inputs, chunk_size=chunk, cu_seqlens=cu_seqlens, return_final_state=True
+            )
+
+    calls()  # the first ones take memory from the driver
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # of what PyTorch does
+    try:
+        torch.cuda._sleep(2_000_000_000)  # about a second
+        calls()
+        done = torch.cuda.Event()
+        done.record()
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert paths() == ["kernels"] * 4
+
+
+@pytest.mark.gpu
+def test_the_host_is_done_in_time(monkeypatch):
+    """The operator's own cost, up to the call that launches."""
+    inputs = lowered(Case(t=64, b=1, hq=8, h=2, d=64, dv=64), torch.bfloat16, "cuda")
+    arguments = operands(inputs)
+    forward = torch.ops.retention.forward
+
+    def microseconds(calls=200, rounds=20):
+        best = math.inf
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                forward(*arguments)
+            best = min(best, (time.perf_counter() - start) / calls * 1e6)
+        return best
+
+    whole = microseconds()
+    binding = SimpleNamespace(forward=lambda sizes, pointers, workspace, stream: None)
+    monkeypatch.setattr(_kernels, "_C", binding)
+    before = microseconds()
+    print(f"\nhost: {whole:.1f} us a call, {before:.1f} us before the launch")
+    assert before < 15
