@@ -2,8 +2,7 @@
 // with w_ij = f (q_i . k_j)^2 exp(g_i - g_j) for cumulative log gates g.
 //
 // Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
-// its A operand. Wavefronts of shared memory per mma, at d = dv: 1.0 for 64 rows, 32 keys and 64
-// columns; 1.25 for 32 rows, 64 keys and 128 columns.
+// its A operand.
 
 #pragma once
 
@@ -49,7 +48,7 @@ struct IntraChunk {
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   // Of these, how many have scores at one time: together with the outputs that registers can hold.
-  static constexpr int kScoreRows = kMmaRows;
+  static constexpr int kScoreRows = ValueDim == 64 ? 2 : kMmaRows;
 
   using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kStages>;     // [key, d, stage]
