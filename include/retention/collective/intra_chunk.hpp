@@ -2,8 +2,7 @@
 // with w_ij = f (q_i . k_j)^2 exp(g_i - g_j) for cumulative log gates g.
 //
 // Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
-// its A operand. Wavefronts of shared memory per mma, at d = dv: 1.0 for 64 rows, 32 keys and 64
-// columns; 1.25 for 32 rows, 64 keys and 128 columns.
+// its A operand.
 
 #pragma once
 
@@ -59,6 +58,7 @@ struct IntraChunk {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
     alignas(16) float gate[kStages][kTileKeys];
+    float normalizer[kMmaRows][2][kThreads];  // each thread's own: here they take no registers
   };
 
   /// What the loop needs beside its registers, all of which outputs and scores take: it stays in
@@ -91,6 +91,10 @@ struct IntraChunk {
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               float const* row_gate, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kMmaRows; ++i) {
+      shared.normalizer[i / 2][i % 2][this_thread()] = normalizer[i / 2][i % 2];
+    }
     int first_key = 0;
 #pragma unroll 1
     do {
@@ -114,14 +118,17 @@ struct IntraChunk {
         weigh(shared, work, row_gate, first_row, m, stage, first_key, lane, score);
 #pragma unroll
         for (int i = 0; i < kScoreRows; ++i) {
+          float lower = 0.0f, upper = 0.0f;
 #pragma unroll
           for (int n = 0; n < kTileKeys / 8; ++n) {
             float const(&w)[4] = score[i][n];
-            normalizer[m + i][0] += w[0] + w[1];
-            normalizer[m + i][1] += w[2] + w[3];
+            lower += w[0] + w[1];
+            upper += w[2] + w[3];
             a[m + i][n / 2][n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
             a[m + i][n / 2][n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
           }
+          shared.normalizer[m + i][0][this_thread()] += lower;
+          shared.normalizer[m + i][1][this_thread()] += upper;
         }
       }
 
@@ -144,6 +151,10 @@ struct IntraChunk {
         }
       }
     } while ((first_key += kTileKeys) < work.rows.end_token());
+#pragma unroll
+    for (int i = 0; i < 2 * kMmaRows; ++i) {
+      normalizer[i / 2][i % 2] = shared.normalizer[i / 2][i % 2][this_thread()];
+    }
   }
 
   /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
@@ -173,12 +184,7 @@ struct IntraChunk {
   CUTE_DEVICE static int this_thread() {
 #if defined(__CUDA_ARCH__)
     int thread;
-    if constexpr (ValueDim == 64) {
-      // Which of the two spills nothing was found by trying.
-      thread = detail::recomputed(static_cast<int>(threadIdx.x));
-    } else {
-      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    }
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread & (kThreads - 1);
 #else
     return static_cast<int>(threadIdx.x) & (kThreads - 1);
