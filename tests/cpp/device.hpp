@@ -16,9 +16,12 @@
 #else
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
+#include <thread>
 #endif
 
 namespace retention::test {
@@ -26,6 +29,14 @@ namespace retention::test {
 #ifdef RETENTION_EMULATOR
 
 inline constexpr bool kOnDevice = false;
+
+/// One after the other: the emulator sees what threads do, and knows of none but its own.
+template <class Body>
+void parallel_for(std::size_t count, Body const& body) {
+  for (std::size_t i = 0; i < count; ++i) {
+    body(i);
+  }
+}
 
 inline bool device_available() { return true; }
 
@@ -69,6 +80,22 @@ inline std::string run_forward(device::ForwardArguments const& arguments, std::u
 #else
 
 inline constexpr bool kOnDevice = true;
+
+template <class Body>
+void parallel_for(std::size_t count, Body const& body) {
+  std::atomic<std::size_t> next{0};
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) {
+    threads.emplace_back([&] {
+      for (std::size_t index = next++; index < count; index = next++) {
+        body(index);
+      }
+    });
+  }
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+}
 
 inline bool device_available() {
   int devices = 0;

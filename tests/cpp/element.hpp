@@ -49,6 +49,15 @@ inline std::uint16_t encode(ElementType element, double x) {
       sign | (std::isinf(magnitude) || bits >= infinity ? infinity : static_cast<unsigned>(bits)));
 }
 
-inline double rounded(ElementType element, double x) { return decode(element, encode(element, x)); }
+/// decode(encode(x)) for what is in range, without a detour through bits.
+inline double rounded(ElementType element, double x) {
+  int const mantissa_bits = element == ElementType::kBFloat16 ? 7 : 10;
+  int const bias = element == ElementType::kBFloat16 ? 127 : 15;
+  double const spread = x * (std::ldexp(1.0, 52 - mantissa_bits) + 1);  // Veltkamp's splitting
+  double const result = spread - (spread - x);
+  double const least = std::ldexp(1.0, 1 - bias);
+  double const spacing = std::ldexp(least, -mantissa_bits);
+  return std::abs(result) < least ? std::nearbyint(x / spacing) * spacing : result;
+}
 
 }  // namespace retention::test

@@ -112,6 +112,38 @@ std::vector<double> plain_formula(retention::ElementType element, Inputs const& 
   return output;
 }
 
+/// The same with keys and queries of magnitude 1, where the plain formula is at its best.
+Inputs of_unit_magnitude(Inputs inputs, Case const& c) {
+  for (float& x : inputs.query) {
+    x = static_cast<float>(x / c.query_magnitude);
+  }
+  for (float& x : inputs.key) {
+    x = static_cast<float>(x / c.key_magnitude);
+  }
+  return inputs;
+}
+
+State of_unit_magnitude(State state, Case const& c) {
+  for (Sum* sum : {&state.state, &state.key_sum}) {
+    for (double& x : sum->value) {
+      x /= c.key_magnitude * c.key_magnitude;
+    }
+  }
+  return state;
+}
+
+struct Errors {
+  double actual = 0.0;  // sums of squares
+  double plain = 0.0;
+  double size = 0.0;
+  double normalizer = 0.0;        // sum of squares of relative errors
+  double worst_normalizer = 0.0;  // relative to the magnitude of its terms
+
+  void worsen_normalizer(double error) {
+    worst_normalizer = error <= worst_normalizer ? worst_normalizer : error;  // NaN too
+  }
+};
+
 void run_case(Configuration const& configuration, Case const& c, std::uint64_t seed) {
   retention::ElementType const element = configuration.element;
   std::mt19937 rng(static_cast<unsigned>(seed));
@@ -235,53 +267,55 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   }
   output.download();
   normalizer.download();
-  final_state.download();
-  final_key_sum.download();
+  if (c.final) {
+    final_state.download();
+    final_key_sum.download();
+  }
 
   double const u = retention::test::roundoff(element);
-  double error = 0.0, plain_error = 0.0, size = 0.0, norm_error = 0.0, state_error = 0.0;
-  auto const worse = [](double& worst, double x) { worst = x <= worst ? worst : x; };  // NaN too
-  for (size_t s = 0; s < sequences; ++s) {
+  std::vector<Errors> errors(inputs.size());
+  retention::test::parallel_for(inputs.size(), [&](size_t index) {
+    size_t const s = index / (heads * group), n = index % (heads * group);
     size_t const row = c.packed ? 0 : s, first = c.packed ? static_cast<size_t>(cu_seqlens[s]) : 0;
-    for (size_t n = 0; n < heads * group; ++n) {
-      Inputs const& in = inputs[s * heads * group + n];
-      State const& start = initial[s * heads + n / group];
-      auto const expected = retention::test::attend(in, start, 1.0);
-      Inputs unit = in;  // at magnitude 1 the plain formula is at its best
-      State unit_start = start;
-      for (float& x : unit.query) {
-        x = static_cast<float>(x / c.query_magnitude);
+    Errors& sum = errors[index];
+    Inputs const& in = inputs[index];
+    State const& start = initial[s * heads + n / group];
+    auto const expected = retention::test::attend(in, start, 1.0);
+    auto const plain =
+        plain_formula(element, of_unit_magnitude(in, c), of_unit_magnitude(start, c));
+    for (size_t t = 0; t < static_cast<size_t>(in.tokens); ++t) {
+      for (size_t e = 0; e < dv; ++e) {
+        double const o = expected.output[t * dv + e];
+        double const actual = decode(element, output[output_layout.at(row, first + t, n) + e]);
+        sum.actual += (actual - o) * (actual - o);
+        sum.plain += (plain[t * dv + e] - o) * (plain[t * dv + e] - o);
+        sum.size += o * o;
       }
-      for (float& x : unit.key) {
-        x = static_cast<float>(x / c.key_magnitude);
+      double largest = 0.0;
+      for (size_t x = 0; x < d; ++x) {
+        largest = std::max(largest, std::abs(double{in.query[t * d + x]}));
       }
-      double const square = c.key_magnitude * c.key_magnitude;
-      for (double& x : unit_start.state.value) {
-        x /= square;
-      }
-      for (double& x : unit_start.key_sum.value) {
-        x /= square;
-      }
-      auto const plain = plain_formula(element, unit, unit_start);
-      for (size_t t = 0; t < static_cast<size_t>(in.tokens); ++t) {
-        for (size_t e = 0; e < dv; ++e) {
-          double const o = expected.output[t * dv + e];
-          double const actual = decode(element, output[output_layout.at(row, first + t, n) + e]);
-          worse(error, std::abs(actual - o));
-          worse(plain_error, std::abs(plain[t * dv + e] - o));
-          worse(size, std::abs(o));
-        }
-        double largest = 0.0;
-        for (size_t x = 0; x < d; ++x) {
-          largest = std::max(largest, std::abs(double{in.query[t * d + x]}));
-        }
-        int exponent = 0;
-        std::frexp(largest, &exponent);
-        double const z = std::ldexp(expected.normalizer[t], -2 * exponent);
-        double const actual = normalizer[(row * tokens + first + t) * heads * group + n];
-        worse(norm_error, z == 0.0 ? std::abs(actual) : std::abs(actual / z - 1));
-      }
+      int exponent = 0;
+      std::frexp(largest, &exponent);
+      double const actual = std::ldexp(
+          double{normalizer[(row * tokens + first + t) * heads * group + n]}, 2 * exponent);
+      double const difference = std::abs(actual - expected.normalizer[t]);
+      sum.worsen_normalizer(difference == 0.0 ? 0.0 : difference / expected.magnitude[t]);
+      double const relative = difference == 0.0 ? 0.0 : difference / expected.normalizer[t];
+      sum.normalizer += relative * relative;
     }
+  });
+  Errors all;
+  for (Errors const& each : errors) {
+    all.actual += each.actual;
+    all.plain += each.plain;
+    all.size += each.size;
+    all.normalizer += each.normalizer;
+    all.worsen_normalizer(each.worst_normalizer);
+  }
+
+  double state_error = 0.0;
+  for (size_t s = 0; s < sequences; ++s) {
     for (size_t h = 0; c.final && h < heads; ++h) {
       auto const expected = retention::test::chunk_states(inputs[(s * heads + h) * group],
                                                           initial[s * heads + h], 1 << 30)
@@ -292,20 +326,27 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
         double const largest = *std::max_element(sum.magnitude.begin(), sum.magnitude.end());
         for (size_t i = 0; i < sum.value.size(); ++i) {
           double const bound = (roundings * 2 * u + 0x1p-16) * sum.magnitude[i] + 0x1p-24 * largest;
-          worse(state_error, bound == 0.0 ? std::abs(double{actual[i]})
-                                          : std::abs(actual[i] - sum.value[i]) / bound);
+          double const difference = std::abs(actual[i] - sum.value[i]);
+          double const error = difference == 0.0 ? 0.0 : difference / bound;
+          state_error = error <= state_error ? state_error : error;  // NaN too
         }
       };
       compare(&final_state[(s * heads + h) * D * dv], expected.state, 2);
       compare(&final_key_sum[(s * heads + h) * D], expected.key_sum, 1);
     }
   }
-  std::cout << c.name << ": " << to_string(configuration) << ": error " << error / size / u
-            << " roundings (plain formula " << plain_error / size / u << "), normalizer "
-            << norm_error / u << ", state " << state_error << " of its bound\n";
-  RETENTION_CHECK(error <= 2 * plain_error + u * size);
-  // The state, its factors and the weights are rounded; all terms are positive or nearly so.
-  RETENTION_CHECK(norm_error <= 4 * u);
+  // Of the whole output: single rows may owe more to the cancellation of a state's terms.
+  double const error = std::sqrt(all.actual / all.size) / u;
+  double const plain_error = std::sqrt(all.plain / all.size) / u;
+  auto const rows = static_cast<double>(batch * tokens * heads * group);
+  double const normalizer_error = std::sqrt(all.normalizer / rows) / u;
+  std::cout << c.name << ": " << to_string(configuration) << ": error " << error
+            << " roundings (plain formula " << plain_error << "), normalizer " << normalizer_error
+            << ", state " << state_error << " of its bound\n";
+  RETENTION_CHECK(error <= 2 * plain_error + 1);
+  // Phi and the state are rounded, twice and up to twice; sums and exponentials are in fp32.
+  RETENTION_CHECK(normalizer_error <= 2);
+  RETENTION_CHECK(all.worst_normalizer <= 4 * u);
   RETENTION_CHECK(state_error <= 1.0);
 }
 
@@ -321,11 +362,11 @@ void run_configuration(Configuration const& configuration, bool small) {
   run({"strong gates, strided", {90, 90}, 64, 0, false, 2, 2, -60.0, true, true, true});
   run({"large keys", {130}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
   if (retention::test::kOnDevice && !small) {
-    run({"long", {3000}, 512, 0, false, 2, 2, -0.01, true, true});
-    run({"longer, one chunk", {2000}, 0, 0, false, 1, 1, -0.01});
+    run({"long", {1700}, 512, 0, false, 2, 2, -0.01, true, true});
+    run({"long, one chunk", {1500}, 0, 0, false, 1, 1, -0.01});
     run({"long, packed", {1000, 0, 1, 63, 64, 65, 1500}, 256, 512, true, 2, 2, -0.02, true, true});
     run({"many sequences", std::vector<int>(300, 40), 64, 0, true, 2, 1, -0.02, false, true});
-    run({"long, no gates", {2500}, 128, 0, false, 3, 1, 0.0, false, true, true});
+    run({"long, no gates", {1300}, 128, 0, false, 3, 1, 0.0, false, true, true});
     run({"long, strong gates", {1500}, 128, 256, false, 1, 1, -60.0, true, true});
     run({"many heads a group", {300}, 128, 0, false, 1, 16, -0.05});
   }

@@ -67,7 +67,8 @@ Output attend(Inputs const& inputs, State const& initial, double scale) {
   auto const d = static_cast<size_t>(inputs.head_dim), dv = static_cast<size_t>(inputs.value_dim);
   auto const tokens = static_cast<size_t>(inputs.tokens);
   auto const rows = state_rows(inputs.head_dim);
-  Output out{std::vector<double>(tokens * dv, 0.0), std::vector<double>(tokens, 0.0)};
+  Output out{std::vector<double>(tokens * dv, 0.0), std::vector<double>(tokens, 0.0),
+             std::vector<double>(tokens, 0.0)};
   double total_gate = 0.0;
   for (size_t i = 0; i < tokens; ++i) {
     total_gate += gate_of(inputs, i);
@@ -75,12 +76,15 @@ Output attend(Inputs const& inputs, State const& initial, double scale) {
     double* sum = out.output.data() + i * dv;
     double gate = 0.0;  // from j, exclusive, to i
     for (size_t j = i + 1; j-- > 0;) {
-      double product = 0.0;
+      double product = 0.0, magnitude = 0.0;
       for (size_t c = 0; c < d; ++c) {
-        product += double{query[c]} * inputs.key[j * d + c];
+        double const term = double{query[c]} * inputs.key[j * d + c];
+        product += term;
+        magnitude += std::abs(term);
       }
       double const weight = scale * product * scale * product * std::exp(gate);
       out.normalizer[i] += weight;
+      out.magnitude[i] += scale * magnitude * scale * magnitude * std::exp(gate);
       for (size_t e = 0; e < dv; ++e) {
         sum[e] += weight * inputs.value[j * dv + e];
       }
@@ -91,6 +95,7 @@ Output attend(Inputs const& inputs, State const& initial, double scale) {
       for (size_t m = 0; m < rows.size(); ++m) {
         double const phi = factor * query[rows[m].first] * query[rows[m].second];
         out.normalizer[i] += phi * initial.key_sum.value[m];
+        out.magnitude[i] += std::abs(phi * initial.key_sum.value[m]);
         for (size_t e = 0; e < dv; ++e) {
           sum[e] += phi * initial.state.value[m * dv + e];
         }

@@ -37,6 +37,7 @@ std::vector<State> chunk_states(Inputs const& inputs, State initial, int chunk_s
 struct Output {
   std::vector<double> output;      // [t, dv]: sum_j w_ij v_j / sum_j w_ij
   std::vector<double> normalizer;  // [t]: sum_j w_ij
+  std::vector<double> magnitude;   // [t]: of all its terms, as a state has them: they may cancel
 };
 
 /// Attends to the tokens up to each query and to the initial state (empty for none).
