@@ -47,6 +47,13 @@ struct Output {
   // Queries are rescaled to magnitude [2^(kQueryExponent - 1), 2^kQueryExponent): in fp16 as large
   // as phi allows, so that products of small elements are not lost.
   static constexpr int kQueryExponent = kHasExponents ? 7 : 0;
+  // With |q| < 1 and |k| < 1 a weight is below d^2: what there is up to fp16's range keeps small
+  // weights among the normal numbers.
+  static constexpr int kWeightHeadroom = !kHasExponents   ? 0
+                                         : kHeadDim == 32 ? 5
+                                         : kHeadDim == 64 ? 3
+                                                          : 1;
+  static_assert(!kHasExponents || kHeadDim * kHeadDim << kWeightHeadroom <= 1 << 15);
 
   static_assert(kRows <= 256, "TileRows divides exactly up to there");
 
@@ -126,12 +133,13 @@ struct Output {
     float const* gate =
         params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head);
     // Accumulators hold weights over 2^weight_exponent: keys are below 2^x, and so weights below
-    // d^2.
+    // 2^15.
     int weight_exponent = 0;
     if constexpr (kHasExponents) {
       std::int64_t const sequence_head =
           static_cast<std::int64_t>(tile.sequence) * params.heads + head;
-      weight_exponent = 2 * (exponent(params.exponents.key, sequence_head) + kQueryExponent);
+      weight_exponent =
+          2 * (exponent(params.exponents.key, sequence_head) + kQueryExponent) - kWeightHeadroom;
     }
     typename Intra::Work const work{params.key + at(params.key_stride, head),
                                     params.value + at(params.value_stride, head),
@@ -386,9 +394,9 @@ struct Output {
     int const first_token = tile.chunk * params.sequences.chunk_size;
     float unit = 1.0f;  // what a weight of 1 in the accumulators stands for
     if constexpr (kHasExponents) {
-      unit = power_of_two(2 *
-                          exponent(params.exponents.key,
-                                   static_cast<std::int64_t>(tile.sequence) * params.heads + head));
+      std::int64_t const sequence_head =
+          static_cast<std::int64_t>(tile.sequence) * params.heads + head;
+      unit = power_of_two(2 * exponent(params.exponents.key, sequence_head) - kWeightHeadroom);
     }
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
