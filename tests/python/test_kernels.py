@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import retention
-from cases import Case, make, run
+from cases import Case, error, make, run
 from retention import _C, _kernels, _ops
 
 KERNELS = _C.build_info()["kernels"]
