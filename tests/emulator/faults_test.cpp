@@ -36,6 +36,13 @@ enum class Mistake {
   kTwoBlocks,    // two blocks store to one place
   kNullPointer,
   kUninstrumented,  // a store past the end that the compiler did not announce
+  // Of ExchangeKernel: global memory, and threads of one block.
+  kSameWord,        // two threads store to one word
+  kSameValue,       // the same, with one value
+  kSameHalfWord,    // one stores a half of a word, the other all of it
+  kReadTooEarly,    // no barrier before a neighbour's word is read
+  kWriteTooEarly,   // none before a word is overwritten that a neighbour reads
+  kShuffleInstead,  // a warp-wide instruction that orders nothing, where __syncwarp would do
 };
 
 __attribute__((no_sanitize("thread"), noinline)) void store_unannounced(float* address) {
@@ -122,8 +129,63 @@ struct TileKernel {
   }
 };
 
+// Every thread reads what a thread of another warp, and one of its own, stored to global memory,
+// then overwrites its word.
 template <Mistake M>
-Report run(std::uint64_t seed) {
+struct ExchangeKernel {
+  static constexpr int kThreads = 64;
+
+  struct Params {
+    int* words;  // [grid, kThreads]
+    int* sums;   // [grid, kThreads]
+  };
+
+  void operator()(Params const& p, char*) const {
+    int const thread = threadIdx.x;
+    int* words = p.words + blockIdx.x * kThreads;
+    int* sum = p.sums + blockIdx.x * kThreads + thread;
+    if (M == Mistake::kSameWord || M == Mistake::kSameValue) {
+      words[thread % 32] = M == Mistake::kSameValue ? 1 : thread;
+    } else if (M == Mistake::kSameHalfWord && thread >= 32) {
+      reinterpret_cast<short*>(words)[2 * (thread - 32) + 1] = 1;
+    } else {
+      words[thread] = thread;
+    }
+    if (M != Mistake::kShuffleInstead) {
+      __syncwarp();
+    } else {
+      __shfl_xor_sync(0xffffffffu, thread, 1);
+    }
+    *sum = words[thread ^ 1];
+    if (M != Mistake::kReadTooEarly) {
+      __syncthreads();
+    }
+    *sum += words[thread ^ 32];
+    if (M != Mistake::kWriteTooEarly) {
+      __syncthreads();
+    }
+    words[thread] = -thread;
+  }
+};
+
+template <Mistake M>
+Report run_exchange(std::uint64_t seed) {
+  using Kernel = ExchangeKernel<M>;
+  GlobalArray<int> words("words", 2 * Kernel::kThreads), sums("sums", 2 * Kernel::kThreads);
+  Report const report =
+      emulator::launch<Kernel>({{2}, {Kernel::kThreads}, 0, seed}, {words.data(), sums.data()});
+  if (report.ok()) {
+    for (int i = 0; i < 2 * Kernel::kThreads; ++i) {
+      int const thread = i % Kernel::kThreads;
+      RETENTION_CHECK_EQUAL(words[static_cast<std::size_t>(i)], -thread);
+      RETENTION_CHECK_EQUAL(sums[static_cast<std::size_t>(i)], (thread ^ 1) + (thread ^ 32));
+    }
+  }
+  return report;
+}
+
+template <Mistake M>
+Report run_tiles(std::uint64_t seed) {
   using Kernel = TileKernel<M>;
   GlobalArray<float> in("in", 2 * Kernel::kRows * 4, true), out("out", 2 * 2 * Kernel::kRows * 4);
   for (std::size_t i = 0; i < in.size(); ++i) {
@@ -141,10 +203,10 @@ Report run(std::uint64_t seed) {
 }
 
 // Some mistakes show first as one thing or another, depending on who came first.
-template <Mistake M>
-void expect(char const* name, std::initializer_list<Fault> faults) {
+void expect(Report (*run)(std::uint64_t seed), char const* name,
+            std::initializer_list<Fault> faults) {
   for (std::uint64_t seed = 0; seed < 16; ++seed) {
-    Report const report = run<M>(seed);
+    Report const report = run(seed);
     bool const expected = std::count(faults.begin(), faults.end(), report.fault) == 1;
     RETENTION_CHECK(expected);
     if (seed == 0 || !expected) {
@@ -156,26 +218,33 @@ void expect(char const* name, std::initializer_list<Fault> faults) {
 }  // namespace
 
 int main() {
-  expect<Mistake::kNone>("none", {Fault::kNone});
-  expect<Mistake::kNoBarrierAfterStore>(
-      "no barrier after store", {Fault::kUninitialized, Fault::kRace, Fault::kAsyncPending});
-  expect<Mistake::kNoBarrierBeforeReuse>("no barrier before reuse",
-                                         {Fault::kRace, Fault::kAsyncPending});
-  expect<Mistake::kNoWait>("no wait", {Fault::kAsyncPending});
-  expect<Mistake::kWaitTooEarly>("wait too early", {Fault::kAsyncPending});
-  expect<Mistake::kRowTooFar>("row too far", {Fault::kOutOfBounds});
-  expect<Mistake::kRowBefore>("row before", {Fault::kOutOfBounds});
-  expect<Mistake::kStorePastEnd>("store past end", {Fault::kOutOfBounds});
-  expect<Mistake::kStoreToInput>("store to input", {Fault::kOutOfBounds});
-  expect<Mistake::kStorePastShared>("store past shared", {Fault::kOutOfBounds});
-  expect<Mistake::kSharedOffByOneRow>("shared off by one row", {Fault::kUninitialized});
-  expect<Mistake::kMisaligned>("misaligned", {Fault::kMisaligned, Fault::kOutOfBounds});
-  expect<Mistake::kHalfBarrier>("half barrier", {Fault::kDeadlock});
-  expect<Mistake::kDivergent>("divergent", {Fault::kDivergence});
-  expect<Mistake::kMissingLane>("missing lane", {Fault::kDeadlock});
-  expect<Mistake::kNoWarpSync>("no warp sync", {Fault::kRace});
-  expect<Mistake::kTwoBlocks>("two blocks", {Fault::kRace});
-  expect<Mistake::kNullPointer>("null pointer", {Fault::kOutOfBounds});
-  expect<Mistake::kUninstrumented>("uninstrumented", {Fault::kCrash});
+  expect(run_tiles<Mistake::kNone>, "none", {Fault::kNone});
+  expect(run_tiles<Mistake::kNoBarrierAfterStore>, "no barrier after store",
+         {Fault::kUninitialized, Fault::kRace, Fault::kAsyncPending});
+  expect(run_tiles<Mistake::kNoBarrierBeforeReuse>, "no barrier before reuse",
+         {Fault::kRace, Fault::kAsyncPending});
+  expect(run_tiles<Mistake::kNoWait>, "no wait", {Fault::kAsyncPending});
+  expect(run_tiles<Mistake::kWaitTooEarly>, "wait too early", {Fault::kAsyncPending});
+  expect(run_tiles<Mistake::kRowTooFar>, "row too far", {Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kRowBefore>, "row before", {Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kStorePastEnd>, "store past end", {Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kStoreToInput>, "store to input", {Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kStorePastShared>, "store past shared", {Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kSharedOffByOneRow>, "shared off by one row", {Fault::kUninitialized});
+  expect(run_tiles<Mistake::kMisaligned>, "misaligned", {Fault::kMisaligned, Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kHalfBarrier>, "half barrier", {Fault::kDeadlock});
+  expect(run_tiles<Mistake::kDivergent>, "divergent", {Fault::kDivergence});
+  expect(run_tiles<Mistake::kMissingLane>, "missing lane", {Fault::kDeadlock});
+  expect(run_tiles<Mistake::kNoWarpSync>, "no warp sync", {Fault::kRace});
+  expect(run_tiles<Mistake::kTwoBlocks>, "two blocks", {Fault::kRace});
+  expect(run_tiles<Mistake::kNullPointer>, "null pointer", {Fault::kOutOfBounds});
+  expect(run_tiles<Mistake::kUninstrumented>, "uninstrumented", {Fault::kCrash});
+  expect(run_exchange<Mistake::kNone>, "exchange", {Fault::kNone});
+  expect(run_exchange<Mistake::kSameWord>, "same word", {Fault::kRace});
+  expect(run_exchange<Mistake::kSameValue>, "same value", {Fault::kRace});
+  expect(run_exchange<Mistake::kSameHalfWord>, "same half of a word", {Fault::kRace});
+  expect(run_exchange<Mistake::kReadTooEarly>, "read too early", {Fault::kRace});
+  expect(run_exchange<Mistake::kWriteTooEarly>, "write too early", {Fault::kRace});
+  expect(run_exchange<Mistake::kShuffleInstead>, "shuffle instead", {Fault::kRace});
   return retention::test::finish();
 }

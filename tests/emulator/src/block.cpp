@@ -440,8 +440,20 @@ void Launch::touch_global(Array& array, std::uintptr_t address, std::size_t byte
   if (aligned) {
     check_alignment(address, bytes, site);
   }
+  if (array.read_only) {
+    return;  // nobody writes it
+  }
   array.touched = true;
+  Thread& thread = self();
+  Epoch const now = Epoch::of(thread.linear, thread.clock);
   std::uint32_t const mark = kind == Access::kAtomic ? GlobalCell::kAtomic : block_mark_;
+  auto race = [&](char const* before, Epoch epoch) {
+    fail(Fault::kRace,
+         where() + ": " + before + " by thread " + std::to_string(epoch.thread()) + " and " +
+             (store ? "written" : "read") + " by thread " + std::to_string(thread.linear) +
+             " of the same block with no barrier between",
+         site);
+  };
   for (std::size_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
     GlobalCell& cell = array.cells[i];
     bool const foreign_write = cell.writer != 0 && cell.writer != mark;
@@ -452,11 +464,24 @@ void Launch::touch_global(Array& array, std::uintptr_t address, std::size_t byte
                (store ? "written" : "read") + " by this one in the same launch",
            site);
     }
+    if (cell.writer == block_mark_ && !happened_before(cell.write, thread)) {
+      race("written", cell.write);
+    }
     if (store) {
+      for (Epoch& read : cell.reads) {
+        if (read && !happened_before(read, thread)) {
+          race("read", read);
+        }
+        read = Epoch{};
+      }
       cell.writer = mark;
+      cell.write = now;
+    } else if (cell.reader == 0 || cell.reader == block_mark_) {
+      cell.reader = block_mark_;
+      bool const first = !cell.reads[0] || happened_before(cell.reads[0], thread);
+      cell.reads[first ? 0 : 1] = now;
     } else {
-      cell.reader =
-          cell.reader == 0 || cell.reader == block_mark_ ? block_mark_ : GlobalCell::kMany;
+      cell.reader = GlobalCell::kMany;
     }
   }
 }

@@ -34,13 +34,17 @@ struct SharedCell {
   std::uint32_t async_thread = 0;  // 1 + the thread whose cp.async is on its way here
 };
 
-/// History of one cell of a global array: 1 + linear block index, or one of the marks below.
+/// History of one cell of a global array. Blocks: 1 + linear index, or one of the marks below.
 struct GlobalCell {
   static constexpr std::uint32_t kAtomic = 0xffffffffu;
   static constexpr std::uint32_t kMany = 0xfffffffeu;
+  static constexpr int kReads = 2;  // the first and the last of concurrent readers
 
   std::uint32_t writer = 0;
   std::uint32_t reader = 0;
+  // Threads of the block that is named above, and no others.
+  Epoch write;
+  Epoch reads[kReads];
 };
 
 struct Array {
