@@ -40,8 +40,8 @@ enum class Mistake {
   kSameWord,        // two threads store to one word
   kSameValue,       // the same, with one value
   kSameHalfWord,    // one stores a half of a word, the other all of it
-  kReadTooEarly,    // no barrier before a neighbour's word is read
-  kWriteTooEarly,   // none before a word is overwritten that a neighbour reads
+  kReadTooEarly,    // no barrier before another thread's word is read
+  kWriteTooEarly,   // none before a word is overwritten that another thread reads
   kShuffleInstead,  // a warp-wide instruction that orders nothing, where __syncwarp would do
 };
 
@@ -161,9 +161,10 @@ struct ExchangeKernel {
       __syncthreads();
     }
     *sum += words[thread ^ 32];
-    if (M != Mistake::kWriteTooEarly) {
-      __syncthreads();
+    if (M == Mistake::kWriteTooEarly && thread == 5) {
+      words[thread] = -thread;  // alone, so that in some schedules its reader was there before
     }
+    __syncthreads();
     words[thread] = -thread;
   }
 };
