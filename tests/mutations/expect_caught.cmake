@@ -1,6 +1,6 @@
-# Runs PROGRAM, a test of a kernel with a mistake in it, and succeeds if the test fails as it should:
-# it ends by itself with status 1, and says one of CAUGHT_AS (kinds with `|` between). A program that
-# crashes or hangs has caught nothing.
+# Runs PROGRAM, a test of a kernel with a mistake in it, and succeeds if the test fails as it
+# should: it ends by itself with status 1, and says one of CAUGHT_AS (kinds with `|` between). A
+# program that crashes or hangs has caught nothing.
 
 cmake_policy(VERSION 3.24)
 
@@ -12,7 +12,9 @@ execute_process(
   ERROR_VARIABLE output)
 
 # Checks print what the emulator reported as the value that should have been empty.
-set(faults "out of bounds|misaligned|uninitialized|cp\\.async pending|race|divergence|deadlock|crash")
+set(faults "out of bounds|misaligned|uninitialized|cp\\.async pending|race|divergence|deadlock"
+           "crash")
+list(JOIN faults "|" faults)
 string(REGEX MATCHALL "\n  actual (${faults}): " reports "${output}")
 list(REMOVE_DUPLICATES reports)
 list(TRANSFORM reports REPLACE "\n  actual (.*): " "\\1")
