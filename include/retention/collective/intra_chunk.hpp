@@ -122,10 +122,11 @@ struct IntraChunk {
 #pragma unroll
           for (int n = 0; n < kTileKeys / 8; ++n) {
             float const(&w)[4] = score[i][n];
-            lower += w[0] + w[1];
-            upper += w[2] + w[3];
-            a[m + i][n / 2][n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
-            a[m + i][n / 2][n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
+            std::uint32_t (&pairs)[4] = a[m + i][n / 2];
+            pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
+            pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
+            lower += sum(pairs[n % 2 * 2], w[0], w[1]);
+            upper += sum(pairs[n % 2 * 2 + 1], w[2], w[3]);
           }
           shared.normalizer[m + i][0][this_thread()] += lower;
           shared.normalizer[m + i][1][this_thread()] += upper;
@@ -192,6 +193,16 @@ struct IntraChunk {
   }
 
  private:
+  // What two weights add to the normaliser. In fp16 that is what they were rounded to: the smallest
+  // have few digits left, and where one of them is all that a row has, its error cancels.
+  CUTE_DEVICE static float sum(std::uint32_t rounded, float lo, float hi) {
+    if constexpr (cute::is_same_v<Element, cute::half_t>) {
+      return detail::unpack_lo<Element>(rounded) + detail::unpack_hi<Element>(rounded);
+    } else {
+      return lo + hi;
+    }
+  }
+
   /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
   /// the swizzle flips bits of the column, and so does this.
   template <class Layout>
