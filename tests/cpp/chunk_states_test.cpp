@@ -106,8 +106,9 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
 
   typename Kernel::Params params{};
-  params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
-                      c.chunk_size, static_cast<int>(sequences)};
+  params.sequences = {c.packed ? cu_seqlens.data() : nullptr,
+                      c.first_token + static_cast<int>(tokens), c.chunk_size,
+                      static_cast<int>(sequences)};
   // More than all tokens in a segment: then the item of a packed sequence is its index.
   int const last = c.first_token + static_cast<int>(tokens);
   int const one_segment = (last / c.chunk_size + 1) * c.chunk_size;
@@ -127,7 +128,9 @@ void run(Case const& c, std::uint64_t seed) {
     }
   }
 
-  auto const slots = static_cast<size_t>(params.sequences.num_slots());
+  auto present = params.sequences;  // the tokens that are there
+  present.length = static_cast<int>(tokens);
+  auto const slots = static_cast<size_t>(present.num_slots());
   bool const gated = c.gates != Gates::kNone;
   bool const scaled = std::is_same_v<Element, cute::half_t> && c.key_magnitude != 0.0f;
   // The slots before that of the first sequence are not there.
@@ -364,6 +367,29 @@ void test_slots() {
   }
 }
 
+// Whatever `cu_seqlens` holds, sequences, chunks and slots are in bounds.
+void test_unchecked_bounds() {
+  std::mt19937 rng(1);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int> cu_seqlens;
+    for (int i = 0; i < 6; ++i) {
+      cu_seqlens.push_back(static_cast<int>(rng()) >> rng() % 31);
+    }
+    retention::kernel::Sequences const sequences{cu_seqlens.data(), 1000, 64, 5};
+    auto const slots = sequences.num_slots();
+    for (int i = 0; i < 5; ++i) {
+      auto const sequence = sequences.get(i);
+      RETENTION_CHECK(sequence.length >= 0 && sequence.first_token >= 0);
+      RETENTION_CHECK(sequence.first_token + sequence.length <= 1000);
+      RETENTION_CHECK(sequence.first_slot + (sequence.length + 63) / 64 <= slots);
+    }
+    for (int slot = 0; slot < slots; ++slot) {
+      auto const chunk = sequences.find(slot);
+      RETENTION_CHECK(chunk.sequence >= 0 && chunk.sequence < 5 && chunk.index >= 0);
+    }
+  }
+}
+
 // Every block pair belongs to exactly one unit.
 void test_units() {
   for (int const blocks : {4, 8, 16, 32}) {
@@ -422,6 +448,7 @@ void run_further_cases(std::uint64_t seed) {
 
 int main() {
   test_slots();
+  test_unchecked_bounds();
   test_units();
   run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0);
   if constexpr (TEST_HEAD_DIM <= 64 && TEST_VALUE_DIM <= 64) {

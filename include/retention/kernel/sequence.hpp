@@ -24,8 +24,9 @@ struct Chunk {
 /// order of sequences and chunks. Packed sequences leave some slots without a chunk, so that a slot
 /// follows from `cu_seqlens` by a sum and a chunk from its slot by a search, on the device.
 struct Sequences {
-  int const* cu_seqlens;  // [count + 1] on the device, for packed sequences; else null
-  int length;             // tokens in each row of the batch; in all of them when packed
+  // [count + 1] on the device, for packed sequences; else null. Rising from 0 to `length`.
+  int const* cu_seqlens;
+  int length;  // tokens in each row of the batch; in all of them when packed
   int chunk_size;
   int count;
 
@@ -49,8 +50,8 @@ struct Sequences {
     if (!packed()) {
       return {index, 0, static_cast<std::int64_t>(index) * max_chunks(), length};
     }
-    int const first = cu_seqlens[index];
-    return {0, first, packed_slot(index, first), cu_seqlens[index + 1] - first};
+    int const first = bound(index);
+    return {0, first, packed_slot(index, first), cute::max(bound(index + 1) - first, 0)};
   }
 
   /// The chunk of a slot; beyond the end of its sequence where the slot has none.
@@ -62,16 +63,21 @@ struct Sequences {
     int high = count;
     while (high - low > 1) {
       int const middle = low + (high - low) / 2;
-      if (packed_slot(middle, cu_seqlens[middle]) <= slot) {
+      if (packed_slot(middle, bound(middle)) <= slot) {
         low = middle;
       } else {
         high = middle;
       }
     }
-    return {low, slot - static_cast<int>(packed_slot(low, cu_seqlens[low]))};
+    int const first_slot = static_cast<int>(packed_slot(low, bound(low)));
+    return {low, cute::max(slot - first_slot, 0)};
   }
 
  private:
+  // Nobody on the host has read these: whatever they are, no access may leave the tensors.
+  CUTE_HOST_DEVICE int bound(int index) const {
+    return cute::min(cute::max(cu_seqlens[index], 0), length);
+  }
   // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
   // has to add up the chunks of the sequences before.
   CUTE_HOST_DEVICE std::int64_t packed_slot(int index, int first) const {
