@@ -61,6 +61,8 @@ def cuda_options() -> dict[str, str]:
     return {"RETENTION_CUDA": "OFF"}
 
 
+MAX_WHEEL_MB = 30
+
 # One configuration for one architecture, which compiles in a few minutes.
 QUICK = {
     "RETENTION_ELEMENTS": "bf16",
@@ -161,6 +163,23 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """On a machine with a CUDA device: the tests that need one, then compute-sanitizer."""
+    if not has_gpu():
+        session.error("no CUDA device here: nvidia-smi is not on PATH")
+    install_package(session, "test")
+    build = str(fresh_folder(session, "cmake"))
+    session.run(
+        *("cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja"),
+        *defines(cuda_options() | {"RETENTION_BUILD_TESTS": "ON"}),
+    )
+    session.run("cmake", "--build", build, "--target", "device_tests")
+    session.run("ctest", "--test-dir", build, "--output-on-failure", "--label-regex", "device")
+    session.run("python", "-m", "pytest", "-m", "gpu", *(session.posargs or ["tests/python"]))
+    session.run("cmake", "--build", build, "--target", "sanitize")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check the formatting and the common mistakes that ruff knows."""
     install(session, "ruff", "clang-format")
@@ -177,10 +196,17 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the sdist and from it the wheel, install that in a clean environment and use it."""
+    """Build the sdist and from it the wheel, install that in a clean environment and use it.
+
+    Where there is a CUDA compiler, the wheel has all kernels for all architectures, and what they
+    need of a device is checked.
+    """
     install(session, "build")
     dist = fresh_folder(session, "dist")
-    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    session.run(
+        *("python", "-m", "build", "--outdir", str(dist), str(ROOT)),
+        "-Ccmake.define.RETENTION_WARNINGS_AS_ERRORS=ON",
+    )
     built = sorted(dist.glob("*.whl"))
     if len(built) != 1:
         session.error(f"expected one wheel in {dist}, got {built}")
@@ -193,9 +219,21 @@ def wheel(session: nox.Session) -> None:
         external=True,
     )
     found = public_api(session, python)
-    if not Path(found["file"]).resolve().is_relative_to(clean.resolve()):
+    package = Path(found["file"]).resolve().parent
+    if not package.is_relative_to(clean.resolve()):
         session.error(f"imported {found['file']}, which is not in {clean}")
     session.run(str(bin_folder / "retention"), "info", external=True)
+    megabytes = built[0].stat().st_size / 1e6
+    session.log(f"{built[0].name}: {megabytes:.1f} MB")
+    if megabytes >= MAX_WHEEL_MB:
+        session.error(f"{built[0].name}: {megabytes:.1f} MB, expected less than {MAX_WHEEL_MB}")
+    if found["cuda"]:
+        install(session, "--no-deps", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
+        session.run(
+            *("python", str(ROOT / "tools" / "resource_table.py"), "--require", "ChunkStates"),
+            *("--require", "Output", "--markdown", str(dist / "resources.md")),
+            *(str(path) for path in (package / "lib").glob("libretention.*")),
+        )
 
 
 @nox.session
