@@ -60,7 +60,7 @@ Status check_sizes(ForwardArguments const& a) {
       return Status(got(name, value) + "at least 1");
     }
   }
-  constexpr int kMaxTokens = INT32_MAX - (1 << 16);
+  constexpr int kMaxTokens = 1 << 30;  // sums of two positions fit 32 bits
   if (a.tokens > kMaxTokens) {
     return Status(got("tokens", a.tokens) + "at most " + std::to_string(kMaxTokens));
   }
