@@ -189,13 +189,38 @@ def _log_forward(Q: Tensor, V: Tensor, reason: str | None) -> None:
     )
 
 
-def _forward_cuda(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options):
-    plan = _kernels.plan_forward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options)
+def _forward_cuda(
+    Q,
+    K,
+    V,
+    log_G,
+    initial_state,
+    sum_of_keys,
+    cu_seqlens,
+    deg,
+    chunk_size,
+    switch_over_seq_len,
+    return_final_state,
+):
+    plan = _kernels.plan_forward(
+        Q,
+        K,
+        V,
+        log_G,
+        initial_state,
+        sum_of_keys,
+        cu_seqlens,
+        deg,
+        chunk_size,
+        switch_over_seq_len,
+        return_final_state,
+    )
     if _logger.isEnabledFor(logging.DEBUG):
         _log_forward(Q, V, plan.reason)
     if plan.reason is None:
         return _kernels.forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
-    return _forward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options)
+    tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    return _forward(*tensors, deg, chunk_size, switch_over_seq_len, return_final_state)
 
 
 def _forward_elsewhere(Q, K, V, *rest):
