@@ -11,7 +11,7 @@ import logging
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
 from retention import _checks, _chunked, _kernels
@@ -284,9 +284,7 @@ def _forward_autograd(
     It is ``torch.library.register_autograd`` by hand: that one's layer takes half as long as all
     else that the host does for a call, of which most is the way to the next kernel.
     """
-    arguments = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg)
-    arguments += (chunk_size, switch_over_seq_len, return_final_state)
-    differentiable = torch.is_grad_enabled() and (
+    differentiable = is_grad_enabled() and (
         Q.requires_grad
         or K.requires_grad
         or V.requires_grad
@@ -295,13 +293,30 @@ def _forward_autograd(
         or (sum_of_keys is not None and sum_of_keys.requires_grad)
     )
     # Tangents of forward mode are not seen in requires_grad; apply looks for them.
-    if differentiable or forward_ad._current_level >= 0:
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                "retention: torch.func does not differentiate power retention; use torch.autograd"
-            )
-        return _Forward.apply(keys, *arguments)
-    return _forward_below_autograd(keys, *arguments)
+    apply = differentiable or forward_ad._current_level >= 0
+    if not apply and keys.raw_repr() == _CUDA_IS_NEXT:
+        return _forward_cuda(
+            Q,
+            K,
+            V,
+            log_G,
+            initial_state,
+            sum_of_keys,
+            cu_seqlens,
+            deg,
+            chunk_size,
+            switch_over_seq_len,
+            return_final_state,
+        )
+    arguments = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg)
+    arguments += (chunk_size, switch_over_seq_len, return_final_state)
+    if not apply:
+        return _forward_below_autograd(keys, *arguments)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "retention: torch.func does not differentiate power retention; use torch.autograd"
+        )
+    return _Forward.apply(keys, *arguments)
 
 
 def _forward_below_autograd(keys, *arguments):
