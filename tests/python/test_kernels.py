@@ -549,24 +549,22 @@ def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
     assert [sizes[5] for sizes, *_ in device.calls] == [1, 2, 3, 3, 2, 1, 4, 5]
 
 
-def test_every_layout_has_a_plan_of_its_own(device):
+@pytest.mark.parametrize("name", ["Q", "K", "V", "log_G"])
+def test_every_layout_has_a_plan_of_its_own(device, name):
     inputs = lowered(FULL)
-    for name in ("Q", "K", "V", "log_G", "initial_state"):
-        x = inputs[name]
-        others = inputs | {name: x.transpose(1, 2).contiguous().transpose(1, 2)}
-        for call in (inputs, others, inputs, others):
-            _ops._forward_cuda(*operands(call))
-        calls = [dict(zip(SIZES | POINTERS, a + b, strict=True)) for a, b, *_ in device.calls[-4:]]
-        if name == "initial_state":  # the other one is copied
-            read = [call["initial_state"] == x.data_ptr() for call in calls]
-            assert read == [True, False] * 2
-        else:
-            words = {"Q": "query", "K": "key", "V": "value", "log_G": "log_gate"}[name]
-            strides = [
-                tuple(call[f"{words}_{dim}"] for dim in ("batch", "token", "head"))
-                for call in calls
-            ]
-            assert strides == [x.stride()[:3], others[name].stride()[:3]] * 2
+    x = inputs[name]
+    layouts = [
+        x,
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        x.repeat_interleave(2, dim=1)[:, ::2],
+    ]
+    for y in layouts * 2:
+        _ops._forward_cuda(*operands(inputs | {name: y}))
+    first = 8 + 3 * list(inputs).index(name)
+    strides = [sizes[first : first + 3] for sizes, *_ in device.calls]
+    assert len(set(strides)) == 4
+    assert strides == [y.stride()[:3] for y in layouts * 2]
 
 
 def test_every_option_has_a_plan_of_its_own(device):

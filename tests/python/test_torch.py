@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import retention
@@ -60,6 +61,23 @@ def test_double_backward_is_refused():
     (gradient,) = torch.autograd.grad(out.square().sum(), inputs["Q"], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.sum().backward()
+
+
+def test_no_gradients_are_made_up_for_results_that_are_not_used():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.retention.backward.default:
+                seen.append([x is not None for x in args[:3]])
+            return function(*args, **(kwargs or {}))
+
+    inputs = leaves(Case(t=9, state=True))
+    for used, expected in ((0, [True, False, False]), (1, [True, True, True])):
+        results = retention.power_retention(**inputs, return_final_state=True, **OPTIONS)
+        with Mode():
+            results[used].sum().backward()
+        assert seen.pop() == expected
 
 
 @pytest.mark.parametrize("name", INPUTS)
