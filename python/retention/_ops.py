@@ -281,8 +281,9 @@ def _forward_autograd(
 ):
     """The operator at the Autograd key.
 
-    It is ``torch.library.register_autograd`` by hand: that one's layer takes half as long as all
-    else that the host does for a call, of which most is the way to the next kernel.
+    It is ``torch.library.register_autograd`` by hand: that one's layer takes two thirds as long as
+    all else that the host does for a call. Where the CUDA kernel is next, it is called from here,
+    which saves the way through the dispatcher.
     """
     differentiable = is_grad_enabled() and (
         Q.requires_grad
