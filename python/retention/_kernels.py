@@ -144,7 +144,10 @@ def plan_forward(
     initial_state: Tensor | None,
     sum_of_keys: Tensor | None,
     cu_seqlens: Tensor | None,
-    *options: int | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+    return_final_state: bool,
 ) -> Plan:
     """How a call of ``retention::forward`` is carried out on a CUDA device.
 
@@ -152,28 +155,44 @@ def plan_forward(
         TypeError, ValueError: the arguments do not fit each other. The kernels read memory by these
             shapes, so that this is seen to for every call, at a microsecond for a known one.
     """
+    # Written out: with a call for each tensor and unpacking, this takes twice as long. The strides
+    # that being contiguous leaves open are those of single rows, which nobody reads.
     key = (
-        *(Q.shape, Q.stride(), Q.dtype, Q.get_device()),
-        *(K.shape, K.stride(), K.dtype, K.get_device()),
-        *(V.shape, V.stride(), V.dtype, V.get_device()),
-        None if log_G is None else _signature(log_G),
-        None if initial_state is None else _signature(initial_state),
-        None if sum_of_keys is None else _signature(sum_of_keys),
-        None if cu_seqlens is None else _signature(cu_seqlens),
-        options,
+        Q.shape,
+        Q.is_contiguous() or Q.stride(),
+        Q.dtype,
+        Q.get_device(),
+        K.shape,
+        K.is_contiguous() or K.stride(),
+        K.dtype,
+        K.get_device(),
+        V.shape,
+        V.is_contiguous() or V.stride(),
+        V.dtype,
+        V.get_device(),
+        log_G is not None
+        and (log_G.shape, log_G.is_contiguous() or log_G.stride(), log_G.dtype, log_G.get_device()),
+        initial_state is not None and _signature(initial_state),
+        sum_of_keys is not None and _signature(sum_of_keys),
+        cu_seqlens is not None and _signature(cu_seqlens),
+        deg,
+        chunk_size,
+        switch_over,
+        return_final_state,
     )
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
         tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
-        check_arguments(*tensors, options[0], None)
-        plan = _plans[key] = _make_plan(*tensors, *options)
+        check_arguments(*tensors, deg, None)
+        plan = _make_plan(*tensors, deg, chunk_size, switch_over, return_final_state)
+        _plans[key] = plan
     return plan
 
 
 def _signature(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.stride(), x.dtype, x.get_device()
+    return x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()
 
 
 def _make_plan(
@@ -259,7 +278,6 @@ def forward(
         with torch.cuda.device(plan.device):
             return forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     q, k, v = Q.data_ptr(), K.data_ptr(), V.data_ptr()
-    bounds = 0 if cu_seqlens is None else cu_seqlens.data_ptr()
     state_in = keys_in = state_out = keys_out = 0
     if initial_state is not None:
         state_in, keys_in = initial_state.data_ptr(), sum_of_keys.data_ptr()
@@ -272,12 +290,22 @@ def forward(
         state_out, keys_out = state.data_ptr(), keys.data_ptr()
     # Freed when this returns, before the work is done: reused by later work on this stream only.
     workspace = None if plan.workspace is None else _allocate(*plan.workspace)
+    pointers = (
+        q,
+        k,
+        v,
+        0 if log_G is None else log_G.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        state_in,
+        keys_in,
+        out.data_ptr(),
+        norm.data_ptr(),
+        state_out,
+        keys_out,
+    )
     _C.forward(
         plan.sizes,
-        (
-            *(q, k, v, 0 if log_G is None else log_G.data_ptr(), bounds, state_in, keys_in),
-            *(out.data_ptr(), norm.data_ptr(), state_out, keys_out),
-        ),
+        pointers,
         0 if workspace is None else workspace.data_ptr(),
         _current_stream(plan.device),
     )

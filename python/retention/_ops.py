@@ -11,7 +11,8 @@ import logging
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 
 from retention import _checks, _chunked, _kernels
 from retention._arguments import without_autocast
@@ -188,13 +189,38 @@ def _log_forward(Q: Tensor, V: Tensor, reason: str | None) -> None:
     )
 
 
-def _forward_cuda(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options):
-    plan = _kernels.plan_forward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options)
+def _forward_cuda(
+    Q,
+    K,
+    V,
+    log_G,
+    initial_state,
+    sum_of_keys,
+    cu_seqlens,
+    deg,
+    chunk_size,
+    switch_over_seq_len,
+    return_final_state,
+):
+    plan = _kernels.plan_forward(
+        Q,
+        K,
+        V,
+        log_G,
+        initial_state,
+        sum_of_keys,
+        cu_seqlens,
+        deg,
+        chunk_size,
+        switch_over_seq_len,
+        return_final_state,
+    )
     if _logger.isEnabledFor(logging.DEBUG):
         _log_forward(Q, V, plan.reason)
     if plan.reason is None:
         return _kernels.forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
-    return _forward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *options)
+    tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    return _forward(*tensors, deg, chunk_size, switch_over_seq_len, return_final_state)
 
 
 def _forward_elsewhere(Q, K, V, *rest):
@@ -230,31 +256,110 @@ def _backward_fake(d_out, d_state, d_keys, Q, K, V, log_G, initial_state, sum_of
     return _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, *ctx.sizes, ctx.has_state = inputs
-    ctx.save_for_backward(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+# The keys of a call at the Autograd key where the CUDA kernel is the next one: tensors of a CUDA
+# device without subclasses, modes or tracing.
+_CUDA_IS_NEXT = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCUDA)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+).raw_repr()
+_forward_overload = torch.ops.retention.forward.default
 
 
-def _differentiate(ctx, d_out, _, d_state, d_keys):
-    *inputs, norm = ctx.saved_tensors
-    if d_out is None:
-        d_out = inputs[0].new_zeros(*norm.shape, inputs[2].shape[3])
-    if not ctx.has_state:
-        d_state = d_keys = None
-    elif d_state is not None or d_keys is not None:
-        shape = _state_shape(inputs[0], inputs[2], inputs[6], ctx.sizes[0])
-        if d_state is None:
-            d_state = norm.new_zeros(shape)
-        if d_keys is None:
-            d_keys = norm.new_zeros(shape[:3])
-    gradients = torch.ops.retention.backward(d_out, d_state, d_keys, *inputs, norm, *ctx.sizes)
-    gradients = [
-        gradient if needed and x is not None else None
-        for gradient, x, needed in zip(gradients, inputs, ctx.needs_input_grad, strict=False)
-    ]
-    return (*gradients, *(None,) * 5)
+def _forward_autograd(
+    keys,
+    Q,
+    K,
+    V,
+    log_G,
+    initial_state,
+    sum_of_keys,
+    cu_seqlens,
+    deg,
+    chunk_size,
+    switch_over_seq_len,
+    return_final_state,
+):
+    """The operator at the Autograd key.
+
+    It is ``torch.library.register_autograd`` by hand: that one's layer takes two thirds as long as
+    all else that the host does for a call. Where the CUDA kernel is next, it is called from here,
+    which saves the way through the dispatcher.
+    """
+    differentiable = is_grad_enabled() and (
+        Q.requires_grad
+        or K.requires_grad
+        or V.requires_grad
+        or (log_G is not None and log_G.requires_grad)
+        or (initial_state is not None and initial_state.requires_grad)
+        or (sum_of_keys is not None and sum_of_keys.requires_grad)
+    )
+    # Tangents of forward mode are not seen in requires_grad; apply looks for them.
+    apply = differentiable or forward_ad._current_level >= 0
+    if not apply and keys.raw_repr() == _CUDA_IS_NEXT:
+        return _forward_cuda(
+            Q,
+            K,
+            V,
+            log_G,
+            initial_state,
+            sum_of_keys,
+            cu_seqlens,
+            deg,
+            chunk_size,
+            switch_over_seq_len,
+            return_final_state,
+        )
+    arguments = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg)
+    arguments += (chunk_size, switch_over_seq_len, return_final_state)
+    if not apply:
+        return _forward_below_autograd(keys, *arguments)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "retention: torch.func does not differentiate power retention; use torch.autograd"
+        )
+    return _Forward.apply(keys, *arguments)
+
+
+def _forward_below_autograd(keys, *arguments):
+    if keys.raw_repr() == _CUDA_IS_NEXT:
+        return _forward_cuda(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keys, *arguments):
+        output = _forward_below_autograd(keys, *arguments)
+        *tensors, ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len, ctx.has_state = arguments
+        ctx.save_for_backward(*tensors, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, d_out, _, d_state, d_keys):
+        *inputs, norm = ctx.saved_tensors
+        Q, V, cu_seqlens = inputs[0], inputs[2], inputs[6]
+        if d_out is None:
+            d_out = Q.new_zeros(*norm.shape, V.shape[3])
+        if not ctx.has_state:
+            d_state = d_keys = None
+        elif d_state is not None or d_keys is not None:
+            shape = _state_shape(Q, V, cu_seqlens, ctx.deg)
+            if d_state is None:
+                d_state = norm.new_zeros(shape)
+            if d_keys is None:
+                d_keys = norm.new_zeros(shape[:3])
+        options = (ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len)
+        gradients = torch.ops.retention.backward(d_out, d_state, d_keys, *inputs, norm, *options)
+        needed = ctx.needs_input_grad[1:]
+        gradients = [g if n else None for g, n in zip(gradients, needed, strict=False)]
+        return (None, *gradients, *(None,) * 5)  # of the keys; of cu_seqlens and the options
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise RuntimeError("retention: forward-mode differentiation is not supported")
 
 
 def _refuse_double_backward(ctx, *gradients):
@@ -263,7 +368,5 @@ def _refuse_double_backward(ctx, *gradients):
     )
 
 
-torch.library.register_autograd(
-    "retention::forward", _differentiate, setup_context=_save_for_backward, lib=_library
-)
+_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd("retention::backward", _refuse_double_backward, lib=_library)

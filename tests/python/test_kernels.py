@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import retention
 from cases import Case, error, make, run
@@ -352,15 +354,16 @@ def test_what_is_passed_to_the_kernels(device):
     assert stream == 77
 
 
-def test_without_gate_states_and_workspace(device):
+@pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, 0), (torch.float16, 1)], ids=str)
+def test_without_gate_states_and_workspace(device, dtype, element):
     case = Case(t=5, d=64, dv=64, gate=None)
-    *_, state, keys = _ops._forward_cuda(*operands(lowered(case, torch.float16)))
+    *_, state, keys = _ops._forward_cuda(*operands(lowered(case, dtype)))
     ((sizes, pointers, workspace, _),) = device.calls
-    assert sizes[0] == 1
+    assert sizes[0] == element
     null = ("log_gate", "cu_seqlens", "initial_state", "initial_key_sum", "final_state")
     named = dict(zip(_C.FORWARD_POINTERS, pointers, strict=True))
     assert [named[name] for name in (*null, "final_key_sum")] == [0] * 6
-    assert workspace == 0
+    assert (workspace == 0) is (dtype == torch.bfloat16)  # fp16 has its exponents there
     assert (state.numel(), keys.numel()) == (0, 0)
 
 
@@ -546,6 +549,24 @@ def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
     assert [sizes[5] for sizes, *_ in device.calls] == [1, 2, 3, 3, 2, 1, 4, 5]
 
 
+@pytest.mark.parametrize("name", ["Q", "K", "V", "log_G"])
+def test_every_layout_has_a_plan_of_its_own(device, name):
+    inputs = lowered(FULL)
+    x = inputs[name]
+    layouts = [
+        x,
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        x.repeat_interleave(2, dim=1)[:, ::2],
+    ]
+    for y in layouts * 2:
+        _ops._forward_cuda(*operands(inputs | {name: y}))
+    first = 8 + 3 * list(inputs).index(name)
+    strides = [sizes[first : first + 3] for sizes, *_ in device.calls]
+    assert len(set(strides)) == 4
+    assert strides == [y.stride()[:3] for y in layouts * 2]
+
+
 def test_every_option_has_a_plan_of_its_own(device):
     inputs = lowered(Case(t=1000, d=64, dv=64))
     for chunk in (64, 128):
@@ -555,6 +576,56 @@ def test_every_option_has_a_plan_of_its_own(device):
     chunks = [sizes[-1] for sizes, *_ in device.calls]
     assert chunks == [64, 64, 1024, 1024, 128, 128, 1024, 1024]
     assert [pointers[9] != 0 for _, pointers, *_ in device.calls] == [False, True] * 4
+
+
+@pytest.fixture
+def at_once(device, monkeypatch):
+    """As on a CUDA device, the kernels come right after autograd."""
+    keys = [
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in ("AutogradCPU", "CPU")
+    ]
+    monkeypatch.setattr(_ops, "_CUDA_IS_NEXT", (keys[0] | keys[1]).raw_repr())
+    return device
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name", [None, "Q", "K", "V", "log_G", "initial_state", "sum_of_keys"])
+def test_the_kernels_come_right_after_autograd(at_once, monkeypatch, name, grad_mode):
+    monkeypatch.setattr(_ops, "_forward_overload", None)  # what any other way would ask
+    inputs = lowered(FULL)
+    if name is not None:
+        inputs[name].requires_grad_()
+    with grad_mode():
+        results = torch.ops.retention.forward(*operands(inputs, final=True))
+    ((_, pointers, *_),) = at_once.calls
+    assert pointers[:3] == tuple(inputs[n].data_ptr() for n in "QKV")
+    assert pointers[7:] == tuple(x.data_ptr() for x in results)
+    out, norm, state, keys = results
+    recorded = name is not None and grad_mode is torch.enable_grad
+    assert [x.requires_grad for x in (out, state, keys)] == [recorded] * 3
+    assert not norm.requires_grad
+
+
+def test_modes_and_subclasses_come_before_the_kernels(at_once):
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    inputs = lowered(FULL)
+    arguments = operands(inputs)
+    with Mode():
+        torch.ops.retention.forward(*arguments)
+    assert torch.ops.retention.forward.default in seen
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        out, *_ = torch.ops.retention.forward(*fakes)
+    assert isinstance(out, FakeTensor)
+    negated = inputs | {"Q": torch._neg_view(inputs["Q"])}  # what lies in memory is not the values
+    torch.ops.retention.forward(*operands(negated))
+    assert not at_once.calls  # on a CPU, the next kernel is the other one
 
 
 def test_the_log_says_which_path_was_taken(device, caplog):
@@ -938,10 +1009,13 @@ def test_nothing_waits_for_the_device(paths, bounds):
 def test_the_host_is_done_in_time(monkeypatch):
     """The operator's own cost, up to the call that launches."""
     inputs = lowered(Case(t=64, b=1, hq=8, h=2, d=64, dv=64), torch.bfloat16, "cuda")
-    arguments = operands(inputs)
+    constants = operands(inputs)
+    leaves = operands(
+        {name: x if x is None else x.clone().requires_grad_() for name, x in inputs.items()}
+    )
     forward = torch.ops.retention.forward
 
-    def microseconds(calls=200, rounds=20):
+    def microseconds(arguments, calls=200, rounds=20):
         best = math.inf
         for _ in range(rounds):
             torch.cuda.synchronize()
@@ -951,9 +1025,26 @@ def test_the_host_is_done_in_time(monkeypatch):
             best = min(best, (time.perf_counter() - start) / calls * 1e6)
         return best
 
-    whole = microseconds()
+    whole, whole_recorded = microseconds(constants), microseconds(leaves)
     binding = SimpleNamespace(forward=lambda sizes, pointers, workspace, stream: None)
     monkeypatch.setattr(_kernels, "_C", binding)
-    before = microseconds()
-    print(f"\nhost: {whole:.1f} us a call, {before:.1f} us before the launch")
+    before, recorded = microseconds(constants), microseconds(leaves)
+    print(
+        f"\nhost: {whole:.1f} us a call, {before:.1f} us before the launch; "
+        f"{whole_recorded:.1f} us and {recorded:.1f} us where gradients are wanted"
+    )
     assert before < 15
+
+
+@pytest.mark.gpu
+def test_nothing_is_between_autograd_and_the_kernels(paths, monkeypatch):
+    monkeypatch.setattr(_ops, "_forward_overload", None)  # what any other way would ask
+    inputs = lowered(Case(t=64, d=64, dv=64), torch.bfloat16, "cuda")
+    retention.power_retention(**inputs)
+    with torch.no_grad():
+        retention.power_retention(**inputs)
+    with torch.autocast("cuda", torch.bfloat16):
+        retention.power_retention(**inputs)
+    inputs["Q"].requires_grad_()
+    assert retention.power_retention(**inputs).requires_grad
+    assert paths() == ["kernels"] * 4

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import retention
@@ -59,6 +61,55 @@ def test_double_backward_is_refused():
     (gradient,) = torch.autograd.grad(out.square().sum(), inputs["Q"], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward is not supported"):
         gradient.sum().backward()
+
+
+def test_no_gradients_are_made_up_for_results_that_are_not_used():
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.retention.backward.default:
+                seen.append([x is not None for x in args[:3]])
+            return function(*args, **(kwargs or {}))
+
+    inputs = leaves(Case(t=9, state=True))
+    for used, expected in ((0, [True, False, False]), (1, [True, True, True])):
+        results = retention.power_retention(**inputs, return_final_state=True, **OPTIONS)
+        with Mode():
+            results[used].sum().backward()
+        assert seen.pop() == expected
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_forward_mode_is_refused(name):
+    inputs = {n: x.detach() for n, x in leaves(Case(t=9, state=True)).items()}
+    with forward_ad.dual_level():
+        retention.power_retention(**inputs)  # nothing to differentiate
+        inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(RuntimeError, match="forward-mode differentiation is not supported"):
+            retention.power_retention(**inputs)
+
+
+def test_torch_func_is_right_or_refused():
+    inputs = {n: x if x is None else x.detach() for n, x in leaves(Case(t=9)).items()}
+
+    def loss(Q):
+        return retention.power_retention(**inputs | {"Q": Q}, **OPTIONS).square().sum()
+
+    Q = inputs["Q"]
+    several = torch.stack([Q, Q.flip(1), -Q])
+    torch.testing.assert_close(torch.vmap(loss)(several), torch.stack([loss(x) for x in several]))
+    torch.testing.assert_close(torch.func.functionalize(loss)(Q), loss(Q))
+    for refused in (
+        lambda: torch.func.grad(loss)(Q),
+        lambda: torch.func.vjp(loss, Q),
+        lambda: torch.func.jvp(loss, (Q,), (Q,)),
+        lambda: torch.vmap(torch.func.grad(loss))(several),
+        lambda: torch.func.jacrev(loss)(Q),
+        lambda: torch.func.jacfwd(loss)(Q),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func does not differentiate"):
+            refused()
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
