@@ -138,16 +138,18 @@ struct ChunkStates {
     // One thread a token takes care of its weight.
     int const weight_index = Mainloop::weight_index(thread);
     bool const weighs = gate != nullptr && thread < kTileTokens;
-    float const* next_gate = gate + thread * params.gate_stride.token;
+    // One tile early, as in `TileLoader`.
+    std::int64_t const gate_step = kTileTokens * params.gate_stride.token;
+    float const* next_gate = gate + thread * params.gate_stride.token - gate_step;
     // `left` tokens remain, those of this tile included.
     auto load_tile = [&](int stage, int left) {
       if (left > 0) {
         key_loader.load(shared.key, stage, !Mainloop::kGathered || key_block >= 0 ? left : 0);
         value_loader.load(shared.value, stage, left);
         if (weighs) {
+          next_gate = collective::advanced(next_gate, gate_step);
           cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
               *next_gate, shared.weight[stage][weight_index], thread < left);
-          next_gate += kTileTokens * params.gate_stride.token;
         }
       }
       cute::cp_async_fence();  // one group a tile, empty past the end, so that waits can count
