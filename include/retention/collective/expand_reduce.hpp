@@ -143,16 +143,102 @@ struct ExpandReduce {
     }
   }
 
-  /// Adds the tokens of one tile, each by its weight.
-  CUTE_DEVICE void operator()(SharedStorage& shared, int stage, Accumulators& accumulators) const {
-    using cute::Int;
+  static constexpr int kSteps = kTileTokens / 16;  // of 16 tokens, in a tile
+
+  /// The operands of a step in registers, but for the products of keys.
+  struct Operands {
+    std::uint32_t native[4];     // Y0, Y1 of the keys
+    std::uint32_t outer[2];      // X, by the tokens' weights
+    std::uint32_t broadcast[2];  // X of the first value of x, the same for all lane groups
+    cute::array_aligned<Element, kValueTile / 2> value;
+  };
+
+  CUTE_DEVICE static auto value_tensor(Operands& operands) {
+    return cute::make_tensor(
+        cute::make_rmem_ptr(operands.value.data()),
+        cute::Layout<cute::Shape<cute::_4, cute::Int<kValueTile / 8>>>{});  // (MMA, N)
+  }
+
+  /// Loads the operands of a step of the tile in `stage`.
+  CUTE_DEVICE void load(SharedStorage const& shared, int stage, int step,
+                        Operands& operands) const {
+    weigh(load_keys(shared, stage, step, operands), operands);
+    cute::Tensor value = value_tensor(operands);
+    load_rows_transposed(shared.value, ValueLayout{}, 16 * step, 0, stage, lane, value);
+  }
+
+  /// Adds a step's 16 tokens, each by its weight, and replaces its operands by those of `step` of
+  /// the tile in `stage`; before any of those is read, calls `prepare`. Loading, weighing and
+  /// shuffling keys takes long: it is spread over the step, so that the tensor cores need not wait.
+  template <class Prepare>
+  CUTE_DEVICE void add_and_load(SharedStorage const& shared, int stage, int step,
+                                Operands& operands, Accumulators& accumulators,
+                                Prepare prepare) const {
     using cute::Tensor;
-    int const quad = lane % 4;
+    Tensor b = value_tensor(operands);
+    Tensor state = state_tensor(accumulators);  // (MMA, x, N)
+    Operands next;
+    Keys keys;
 
-    Tensor b = cute::make_tensor<Element>(
-        cute::Shape<cute::_4, Int<kValueTile / 8>>{});  // (MMA, N): V^T of 16 tokens
-    Tensor state = state_tensor(accumulators);          // (MMA, x, N)
+    // z of a unit is the small Gram matrix of Y and X, whose operands are all here already.
+    float (&sum)[4] = accumulators.key_sum;
+    std::uint32_t const(&native)[4] = operands.native;
+    MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
+                                     native[2], native[3], operands.outer[0], operands.outer[1],
+                                     sum[0], sum[1], sum[2], sum[3]);
 
+    std::uint32_t lo = operands.broadcast[0];
+    std::uint32_t hi = operands.broadcast[1];
+#pragma unroll
+    for (int x = 0; x < kOuterTile; ++x) {
+      Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
+      Tensor a_pairs = cute::recast<std::uint32_t>(a);
+      a_pairs(0) = detail::multiply<Element>(native[0], lo);
+      a_pairs(1) = detail::multiply<Element>(native[1], lo);
+      a_pairs(2) = detail::multiply<Element>(native[2], hi);
+      a_pairs(3) = detail::multiply<Element>(native[3], hi);
+      if (x + 1 < kOuterTile) {
+        lo = broadcast(operands.outer[0], x + 1);
+        hi = broadcast(operands.outer[1], x + 1);
+      }
+      if (x == kOuterTile / 4) {
+        prepare();
+        keys = load_keys(shared, stage, step, next);
+      } else if (x == kOuterTile / 2) {
+        weigh(keys, next);
+      }
+#pragma unroll
+      for (int n = 0; n < kValueTile / 8; ++n) {
+        cute::gemm(MmaAtom{}, a, b(cute::_, n), state(cute::_, x, n));
+        if (x == kOuterTile - 1 && n % 2 == 1) {
+          // Nobody needs this pair of columns any more.
+          Tensor pair = cute::make_tensor(&b(0, n - 1), cute::Shape<cute::_4, cute::_2>{});
+          load_rows_transposed(shared.value, ValueLayout{}, 16 * step, 8 * (n - 1), stage, lane,
+                               pair);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      operands.native[i] = next.native[i];
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      operands.outer[i] = next.outer[i];
+      operands.broadcast[i] = next.broadcast[i];
+    }
+  }
+
+ private:
+  /// The outer block of the keys of 16 tokens, and the tokens' weights.
+  struct Keys {
+    std::uint32_t outer[2];
+    float4 weight;
+  };
+
+  /// The native blocks go to `operands`.
+  CUTE_DEVICE Keys load_keys(SharedStorage const& shared, int stage, int step,
+                             Operands& operands) const {
     // Matrices of ldmatrix in the order of the A operand: (Y0, tokens 0-7), (Y1, 0-7), (Y0, 8-15),
     // (Y1, 8-15).
     KeyLayout const key_layout;
@@ -160,53 +246,34 @@ struct ExpandReduce {
     int const native_block = lane / 8 % 2 == 0 ? tile_unit.native[0] : tile_unit.native[1];
     Element const* native_source = key + key_layout(lane % 8 + lane / 16 * 8, 8 * native_block, 0);
     Element const* outer_source = key + key_layout(lane % 16, 8 * tile_unit.outer, 0);
+    int const first = key_layout(16 * step, 0, 0);
+    Keys keys;
+    cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(outer_source + first),
+                                  keys.outer[0], keys.outer[1]);
+    keys.weight = *reinterpret_cast<float4 const*>(&shared.weight[stage][16 * step + lane % 4 * 4]);
+    cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(native_source + first),
+                                  operands.native[0], operands.native[1], operands.native[2],
+                                  operands.native[3]);
+    return keys;
+  }
 
+  CUTE_DEVICE void weigh(Keys const& keys, Operands& operands) const {
+    float4 const& weight = keys.weight;
+    operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(keys.outer[0]) * weight.x,
+                                              detail::unpack_hi<Element>(keys.outer[0]) * weight.y);
+    operands.outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(keys.outer[1]) * weight.z,
+                                              detail::unpack_hi<Element>(keys.outer[1]) * weight.w);
 #pragma unroll
-    for (int k = 0; k < kTileTokens / 16; ++k) {
-      load_rows_transposed(shared.value, ValueLayout{}, 16 * k, 0, stage, lane, b);
-
-      int const first = key_layout(16 * k, 0, 0);
-      std::uint32_t native[4];
-      cute::SM75_U16x8_LDSM_T::copy(
-          *reinterpret_cast<cute::uint128_t const*>(native_source + first), native[0], native[1],
-          native[2], native[3]);
-      std::uint32_t outer[2];
-      cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(outer_source + first),
-                                    outer[0], outer[1]);
-
-      float4 const weight =
-          *reinterpret_cast<float4 const*>(&shared.weight[stage][16 * k + 4 * quad]);
-      outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
-                                       detail::unpack_hi<Element>(outer[0]) * weight.y);
-      outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
-                                       detail::unpack_hi<Element>(outer[1]) * weight.w);
-
-      // z of a unit is the small Gram matrix of Y and X, whose operands are all here already.
-      float (&sum)[4] = accumulators.key_sum;
-      MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
-                                       native[2], native[3], outer[0], outer[1], sum[0], sum[1],
-                                       sum[2], sum[3]);
-
-#pragma unroll
-      for (int x = 0; x < kOuterTile; ++x) {
-        int const source = 4 * (first_outer + x) + quad;
-        std::uint32_t const lo = __shfl_sync(0xffffffffu, outer[0], source);
-        std::uint32_t const hi = __shfl_sync(0xffffffffu, outer[1], source);
-        Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
-        Tensor a_pairs = cute::recast<std::uint32_t>(a);
-        a_pairs(0) = detail::multiply<Element>(native[0], lo);
-        a_pairs(1) = detail::multiply<Element>(native[1], lo);
-        a_pairs(2) = detail::multiply<Element>(native[2], hi);
-        a_pairs(3) = detail::multiply<Element>(native[3], hi);
-#pragma unroll
-        for (int n = 0; n < kValueTile / 8; ++n) {
-          cute::gemm(MmaAtom{}, a, b(cute::_, n), state(cute::_, x, n));
-        }
-      }
+    for (int i = 0; i < 2; ++i) {
+      operands.broadcast[i] = broadcast(operands.outer[i], 0);
     }
   }
 
- private:
+  /// What the lane group of the x-th value has, for every lane group.
+  CUTE_DEVICE std::uint32_t broadcast(std::uint32_t outer, int x) const {
+    return __shfl_sync(0xffffffffu, outer, 4 * (first_outer + x) + lane % 4);
+  }
+
   CUTE_HOST_DEVICE static constexpr StateUnit gathered_unit(int index) {
     return {3 * index, {3 * index + 1, 3 * index + 2}};
   }

@@ -63,6 +63,15 @@ CUTE_DEVICE void load_rows_transposed(Element const* tile, Layout const& layout,
   }
 }
 
+/// `source` + `offset`, in a way that the compiler cannot trace: the sum is in the registers of
+/// `source` where this stands, and not moved there after its uses.
+template <class T>
+CUTE_HOST_DEVICE T const* advanced(T const* source, std::int64_t offset) {
+  source += offset;
+  asm volatile("" : "+l"(source));
+  return source;
+}
+
 /// A thread's part in copying [Rows, Columns] tiles of a [tokens, Columns] matrix, tile after tile.
 template <class Element, int Threads, int Rows, int Columns, class Layout>
 class TileLoader {
@@ -76,27 +85,28 @@ class TileLoader {
   /// `source` points at the first element of the first tile.
   CUTE_DEVICE TileLoader(Element const* source, std::int64_t row_stride, int thread)
       : row_(thread / kPieces),
-        source_(source + row_ * row_stride + thread % kPieces * 8),
+        source_(source + (row_ - Rows) * row_stride + thread % kPieces * 8),
         step_(kStepRows * row_stride),
         offset_(Layout{}(row_, thread % kPieces * 8, 0)) {}
 
   /// Starts the copy of the next tile; rows from `valid_rows` on become zero.
   CUTE_DEVICE void load(Element* tiles, int stage, int valid_rows) {
     Element* target = tiles + offset_ + stage * (Rows * Columns);
+    // Before the copies: one holds the registers of its address for a while.
+    source_ = advanced(source_, kSteps * step_);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       // Where the predicate is false nothing is read.
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<cute::uint128_t const*>(source_),
+          *reinterpret_cast<cute::uint128_t const*>(source_ + step * step_),
           *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step * kStepRows, 0, 0)),
           row_ + step * kStepRows < valid_rows);
-      source_ += step_;
     }
   }
 
  private:
   int row_;
-  Element const* source_;
+  Element const* source_;  // in the tile before the next
   std::int64_t step_;
   int offset_;
 };

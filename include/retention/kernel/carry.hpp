@@ -34,7 +34,7 @@ struct Carry {
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kPiece = 8;     // elements of a thread, 16 bytes
-  static constexpr int kUnrolled = 4;  // chunks in flight
+  static constexpr int kUnrolled = 8;  // chunks in flight
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<Traits::kHeadDim, 2>::kStateDim);
   static constexpr int kStateSize = kStateDim * Traits::kValueDim;
   static constexpr int kStateBlocks = kStateSize / (kPiece * kThreads);

@@ -41,6 +41,7 @@ struct ChunkStates {
   static constexpr int kValueTile = Mainloop::kValueTile;
   static constexpr int kTileTokens = Mainloop::kTileTokens;
   static constexpr int kStages = Mainloop::kStages;
+  static_assert(Mainloop::kSteps == 4, "keys, values, weights and the barrier have a step each");
   static constexpr int kThreads = 32 * Traits::kWarps;
   static constexpr int kMinBlocks = 2;
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<kHeadDim, 2>::kStateDim);
@@ -98,9 +99,10 @@ struct ChunkStates {
     int const item = static_cast<int>(blockIdx.x / kSlices);
     int const value_offset = slice / kRowSlices * kValueTile;
     int const first_task = slice % kRowSlices * Traits::kWarps;
-    int const task = first_task + thread / 32;
+    int const task = first_task + __shfl_sync(0xffffffffu, thread / 32, 0);  // uniform in a warp
     // A warp beyond the last task only helps to load.
-    bool const active = Mainloop::kTasks % Traits::kWarps == 0 || task < Mainloop::kTasks;
+    constexpr bool kIdleWarps = Mainloop::kTasks % Traits::kWarps != 0;
+    bool const active = !kIdleWarps || task < Mainloop::kTasks;
     Mainloop const mainloop(thread % 32, active ? task : Mainloop::kTasks - 1);
 
     Chunk const segment = params.sequences.segments(params.segment_tokens).find(item);
@@ -138,22 +140,32 @@ struct ChunkStates {
     // One thread a token takes care of its weight.
     int const weight_index = Mainloop::weight_index(thread);
     bool const weighs = gate != nullptr && thread < kTileTokens;
-    float const* next_gate = gate + thread * params.gate_stride.token;
-    // `left` tokens remain, those of this tile included.
-    auto load_tile = [&](int stage, int left) {
-      if (left > 0) {
-        key_loader.load(shared.key, stage, !Mainloop::kGathered || key_block >= 0 ? left : 0);
-        value_loader.load(shared.value, stage, left);
-        if (weighs) {
-          cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
-              *next_gate, shared.weight[stage][weight_index], thread < left);
-          next_gate += kTileTokens * params.gate_stride.token;
-        }
+    // One tile early, as in `TileLoader`.
+    std::int64_t const gate_step = kTileTokens * params.gate_stride.token;
+    float const* next_gate = gate + thread * params.gate_stride.token - gate_step;
+    // `left` tokens remain, those of this tile included; others become zero. One group of copies a
+    // tile, so that waits can count.
+    auto load_keys = [&](int stage, int left) {
+      key_loader.load(shared.key, stage, !Mainloop::kGathered || key_block >= 0 ? left : 0);
+    };
+    auto load_values = [&](int stage, int left) {
+      value_loader.load(shared.value, stage, left);
+      if (weighs) {
+        next_gate = collective::advanced(next_gate, gate_step);
+        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
+            *next_gate, shared.weight[stage][weight_index], thread < left);
       }
-      cute::cp_async_fence();  // one group a tile, empty past the end, so that waits can count
+      cute::cp_async_fence();
     };
 
     int const scale = key_scale(params, segment.sequence, head);
+    // Turns the cumulative gates of a tile, which the thread itself has copied, into weights.
+    auto weigh = [&](int stage, float end_gate) {
+      if (weighs) {
+        float& weight = shared.weight[stage][weight_index];
+        weight = detail::exp_scaled(end_gate - weight, static_cast<float>(scale));
+      }
+    };
     if (gate == nullptr && thread < kTileTokens) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
@@ -162,7 +174,8 @@ struct ChunkStates {
     }
 #pragma unroll
     for (int tile = 0; tile < kStages - 1; ++tile) {
-      load_tile(tile, used - tile * kTileTokens);
+      load_keys(tile, used - tile * kTileTokens);
+      load_values(tile, used - tile * kTileTokens);
     }
 
     Accumulators accumulators;
@@ -181,6 +194,13 @@ struct ChunkStates {
     };
     float next_end_gate = gate_of_chunk(0);
     int stage = 0;
+    cute::cp_async_wait<kStages - 2>();
+    weigh(stage, next_end_gate);
+    __syncthreads();
+    typename Mainloop::Operands operands;
+    if (active) {
+      mainloop.load(shared, stage, 0, operands);
+    }
 #pragma unroll 1
     for (int done = 0; done < tokens;) {
       float const end_gate = next_end_gate;
@@ -199,20 +219,50 @@ struct ChunkStates {
       int const chunk_end = cute::min(done + chunk_size, tokens);
 #pragma unroll 1
       for (; done < chunk_end; done += kTileTokens) {
-        cute::cp_async_wait<kStages - 2>();
-        if (weighs) {
-          // The thread's own copy: the barrier below is for the others.
-          float& weight = shared.weight[stage][weight_index];
-          weight = detail::exp_scaled(end_gate - weight, static_cast<float>(scale));
+        // The tile after this one takes over a step before the end of this one, which is in
+        // registers then.
+        int const next_stage = stage == kStages - 1 ? 0 : stage + 1;
+        int const free_stage = stage == 0 ? kStages - 1 : stage - 1;
+        int const left = used - done - (kStages - 1) * kTileTokens;
+        if constexpr (kIdleWarps) {
+          load_keys(free_stage, left);
         }
-        __syncthreads();
-        load_tile(stage == 0 ? kStages - 1 : stage - 1, used - done - (kStages - 1) * kTileTokens);
+        auto add_tile = [&](auto is_active) {
+#pragma unroll
+          for (int step = 0; step < Mainloop::kSteps; ++step) {
+            auto prepare = [&] {
+              if (step == 0) {
+                if constexpr (!kIdleWarps) {
+                  load_keys(free_stage, left);
+                }
+              } else if (step == 1) {
+                load_values(free_stage, left);
+              } else if (step == 2) {
+                cute::cp_async_wait<kStages - 2>();
+                weigh(next_stage, done + kTileTokens < chunk_end ? end_gate : next_end_gate);
+              } else {
+                __syncthreads();
+              }
+            };
+            if constexpr (is_active) {
+              bool const last = step == Mainloop::kSteps - 1;
+              mainloop.add_and_load(shared, last ? next_stage : stage, last ? 0 : step + 1,
+                                    operands, accumulators, prepare);
+            } else {
+              prepare();
+            }
+          }
+        };
+        // One branch for all of the tile: more of them keep its steps apart.
         if (active) {
-          mainloop(shared, stage, accumulators);
+          add_tile(cute::true_type{});
+        } else {
+          add_tile(cute::false_type{});
         }
-        stage = stage == kStages - 1 ? 0 : stage + 1;
+        stage = next_stage;
       }
     }
+    cute::cp_async_wait<0>();
     if (ends && active) {
       store_final(params, static_cast<std::int64_t>(item) * params.heads + head, value_offset,
                   detail::power_of_two(-scale), mainloop, accumulators);
