@@ -80,10 +80,11 @@ struct ExpandApply {
 
   /// Adds to `output` [rows, dv] and to `normalizer`, rows g and g + 8 of each mma tile, those of
   /// the warp from `first_row` on. A lane's share of a normalizer is its part of a sum over the
-  /// four lanes of a quad. A warp that is not `active` has no rows and only helps to load.
+  /// four lanes of a quad. Warps whose rows stand for nothing compute as the others do: all meet at
+  /// the same barriers, and a branch around the products would cost registers.
   template <class Output>
-  CUTE_DEVICE void operator()(Element* query_smem, int first_row, bool active, int lane,
-                              Output& output, float (&normalizer)[kMmaRows][2]) {
+  CUTE_DEVICE void operator()(Element* query_smem, int first_row, int lane, Output& output,
+                              float (&normalizer)[kMmaRows][2]) {
     cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(query_smem), QueryLayout{});
     int const group = lane / 4;
     int const quad = lane % 4;
@@ -98,17 +99,6 @@ struct ExpandApply {
     int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
 
     __syncthreads();  // the queries are there
-    if (!active) {
-      // Apart from the other warps' loop, whose registers no branch may disturb.
-#pragma unroll 1
-      for (int pair_index = 0, stage = kStages - 1; pair_index < kPairs; ++pair_index) {
-        cute::cp_async_wait<kStages - 2>();
-        __syncthreads();
-        load(stage, pair_index + kStages - 1);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
-      }
-      return;
-    }
     add_key_sum(query, first_row, lane, pair, normalizer);
 
     int stage = 0;

@@ -155,7 +155,6 @@ struct Output {
     }
     Element const* query = params.query + at(params.query_stride, head * params.group);
     int const first_row = thread / 32 * Tiling::kWarpRows;
-    bool const active = first_row < rows.count();
     float normalizer[kMmaRows][2] = {};
     cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
     cute::clear(output);
@@ -172,7 +171,7 @@ struct Output {
     }
     load_queries(params, shared, query, gate, weight_exponent, rows, thread);
     if (has_state) {
-      apply(shared.query, first_row, active, lane, output, normalizer);
+      apply(shared.query, first_row, lane, output, normalizer);
       __syncthreads();  // the keys come where the state was
       float state_scale = 1.0f, key_sum_scale = 1.0f;
       if constexpr (kHasExponents) {
@@ -185,9 +184,7 @@ struct Output {
       Intra::prefetch(shared.intra, shared.work);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
-    if (active) {
-      store(params, shared.tile, shared.work.rows, output, normalizer);
-    }
+    store(params, shared.tile, shared.work.rows, output, normalizer);
   }
 
  private:
