@@ -3,6 +3,12 @@
 //
 // Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
 // its A operand.
+//
+// Keys before the first token i0 of a warp's rows have exp(g_i - g_j) = R_i C_j, where
+// R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both: one exponential a key serves all of
+// the rows. Up to there, outputs and normalisers are sums in units of R_i, what comes from a state
+// included; they are multiplied by it once, and then the tiles with i0 and later keys follow, with
+// a mask and an exponential for every weight.
 
 #pragma once
 
@@ -71,22 +77,17 @@ struct IntraChunk {
     std::int64_t value_stride;
     std::int64_t gate_stride;
     TileRows rows;
-    bool gated;  // or rows have an exponent
+    float unit;  // what weights are multiplied by where there is no gate
   };
 
   /// Starts the loads of the first tile.
   CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
-    if (work.gate == nullptr && threadIdx.x < kTileKeys) {
-#pragma unroll
-      for (int stage = 0; stage < kStages; ++stage) {
-        shared.gate[stage][threadIdx.x] = 0.0f;
-      }
-    }
     load(shared, work, 0, 0);
   }
 
-  /// Of the tile of rows: `query` and, by `log2_gate`, the gate of each row, both in shared memory
-  /// as `work` is.
+  /// Of the tile of rows: `query` and, by `log2_gate` and plus log2(unit), the gate of each row,
+  /// both in shared memory as `work` is. `output` and `normalizer` are over R_i, the decay since
+  /// the first token of the warp's rows; what is added to them and returned is not.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               float const* row_gate, Output& output,
@@ -102,54 +103,20 @@ struct IntraChunk {
       cute::cp_async_wait<0>();
       __syncthreads();
       load(shared, work, stage ^ 1, first_key + kTileKeys);
-      int const thread = this_thread();
-      int const lane = thread % 32;
-      int const first_row = thread / 32 * Tiling::kWarpRows;
+      int const first_row = this_thread() / 32 * Tiling::kWarpRows;
       TileRows const& rows = work.rows;
       if (first_row >= rows.count() ||
           first_key > rows.token(cute::min(first_row + Tiling::kWarpRows, rows.count()) - 1)) {
         continue;  // no row of this warp attends that far
       }
-      std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
-#pragma unroll
-      for (int m = 0; m < kMmaRows; m += kScoreRows) {
-        float score[kScoreRows][kTileKeys / 8][4] = {};
-        multiply(shared, query, first_row + 16 * m, stage, lane, score);
-        weigh(shared, work, row_gate, first_row, m, stage, first_key, lane, score);
-#pragma unroll
-        for (int i = 0; i < kScoreRows; ++i) {
-          float lower = 0.0f, upper = 0.0f;
-#pragma unroll
-          for (int n = 0; n < kTileKeys / 8; ++n) {
-            float const(&w)[4] = score[i][n];
-            std::uint32_t (&pairs)[4] = a[m + i][n / 2];
-            pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
-            pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
-            lower += sum(pairs[n % 2 * 2], w[0], w[1]);
-            upper += sum(pairs[n % 2 * 2 + 1], w[2], w[3]);
-          }
-          shared.normalizer[m + i][0][this_thread()] += lower;
-          shared.normalizer[m + i][1][this_thread()] += upper;
+      int const first_token = rows.token(first_row);
+      if (first_key + kTileKeys <= first_token) {
+        add<false>(shared, work, query, row_gate, first_key, stage, output);
+      } else {
+        if (first_key <= first_token && work.gate != nullptr) {
+          decay(shared, row_gate, output);
         }
-      }
-
-      int const value_lane = this_thread() % 32;
-#pragma unroll
-      for (int k = 0; k < kTileKeys / 16; ++k) {
-        cute::Tensor b =
-            cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
-        load_rows_transposed(shared.value, ValueLayout{}, 16 * k, 0, stage, value_lane, b);
-#pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-          for (int n = 0; n < ValueDim / 8; ++n) {
-            auto const values = cute::recast<std::uint32_t>(b(cute::_, n));
-            float* c = &output(0, m, n);
-            MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][k][0], a[m][k][1],
-                                             a[m][k][2], a[m][k][3], values(0), values(1), c[0],
-                                             c[1], c[2], c[3]);
-          }
-        }
+        add<true>(shared, work, query, row_gate, first_key, stage, output);
       }
     } while ((first_key += kTileKeys) < work.rows.end_token());
 #pragma unroll
@@ -161,7 +128,6 @@ struct IntraChunk {
   /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
   /// token's own gate does not weigh its own key.
   CUTE_DEVICE static float log2_gate(float gate) {
-    constexpr float kLog2E = 1.44269504088896340736f;
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(gate, kLog2E);
 #else
@@ -193,6 +159,86 @@ struct IntraChunk {
   }
 
  private:
+  static constexpr float kLog2E = 1.44269504088896340736f;
+
+  // One tile of keys; `Diagonal` where not all of them are before the warp's first token.
+  template <bool Diagonal, class Output>
+  CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Element const* query,
+                              float const* row_gate, int first_key, int stage, Output& output) {
+    int const thread = this_thread();
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    float factor[kTileKeys / 8][2];  // C_j
+    if constexpr (!Diagonal) {
+      column_factors(shared, work, row_gate[first_row], stage, lane, factor);
+    }
+    std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
+#pragma unroll
+    for (int m = 0; m < kMmaRows; m += kScoreRows) {
+      float score[kScoreRows][kTileKeys / 8][4] = {};
+      multiply(shared, query, first_row + 16 * m, stage, lane, score);
+      if constexpr (Diagonal) {
+        weigh(shared, work, row_gate, first_row, m, stage, first_key, lane, score);
+      } else {
+        for_each(score, [&](float& s, int, int n, int, int c) { s = s * factor[n][c] * s; });
+      }
+#pragma unroll
+      for (int i = 0; i < kScoreRows; ++i) {
+        float lower = 0.0f, upper = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n) {
+          float const(&w)[4] = score[i][n];
+          std::uint32_t (&pairs)[4] = a[m + i][n / 2];
+          pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
+          pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
+          lower += sum(pairs[n % 2 * 2], w[0], w[1]);
+          upper += sum(pairs[n % 2 * 2 + 1], w[2], w[3]);
+        }
+        shared.normalizer[m + i][0][this_thread()] += lower;
+        shared.normalizer[m + i][1][this_thread()] += upper;
+      }
+    }
+
+    int const value_lane = this_thread() % 32;
+#pragma unroll
+    for (int k = 0; k < kTileKeys / 16; ++k) {
+      cute::Tensor b = cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
+      load_rows_transposed(shared.value, ValueLayout{}, 16 * k, 0, stage, value_lane, b);
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          auto const values = cute::recast<std::uint32_t>(b(cute::_, n));
+          float* c = &output(0, m, n);
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][k][0], a[m][k][1],
+                                           a[m][k][2], a[m][k][3], values(0), values(1), c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
+    }
+  }
+
+  // Multiplies by R_i what there is so far.
+  template <class Output>
+  CUTE_DEVICE static void decay(SharedStorage& shared, float const* row_gates, Output& output) {
+    int const thread = this_thread();
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    float const* row_gate = row_gates + first_row + thread % 32 / 4;
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        float const factor = exp2(row_gate[16 * m + 8 * upper] - row_gates[first_row]);
+        shared.normalizer[m][upper][thread] *= factor;
+#pragma unroll
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          output(cute::make_coord(0, upper), m, n) *= factor;
+          output(cute::make_coord(1, upper), m, n) *= factor;
+        }
+      }
+    }
+  }
+
   // What two weights add to the normaliser. In fp16 that is what they were rounded to: the smallest
   // have few digits left, and where one of them is all that a row has, its error cancels.
   CUTE_DEVICE static float sum(std::uint32_t rounded, float lo, float hi) {
@@ -248,6 +294,26 @@ struct IntraChunk {
     }
   }
 
+  // C_j of the lane's columns. That it is fused does no harm: only later tokens have these keys.
+  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
+                                         float row_gate, int stage, int lane,
+                                         float (&factor)[kTileKeys / 8][2]) {
+    if (work.gate == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 4; ++i) {
+        factor[i / 2][i % 2] = work.unit;
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        float2 const gate =
+            *reinterpret_cast<float2 const*>(&shared.gate[stage][8 * n + 2 * (lane % 4)]);
+        factor[n][0] = exp2(fmaf(gate.x, -kLog2E, row_gate));
+        factor[n][1] = exp2(fmaf(gate.y, -kLog2E, row_gate));
+      }
+    }
+  }
+
   // Scores to weights, in place, for the mma tiles of the warp from `first` on. The branches end
   // with a meeting point and so remain branches: run together, these steps and the products before
   // and after them would need more registers than there are.
@@ -258,7 +324,11 @@ struct IntraChunk {
     int const quad = lane % 4;
     int const first_row = warp_row + 16 * first + lane / 4;
     for_each(weight, [&](float& w, int, int, int, int) { w *= w; });
-    if (work.gated) {
+    if (work.gate == nullptr) {
+      float const unit = work.unit;
+      for_each(weight, [&](float& w, int, int, int, int) { w *= unit; });
+      __syncwarp();
+    } else {
       float key_gate[kTileKeys / 8][2];
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {

@@ -148,7 +148,7 @@ struct Output {
                                     params.value_stride.token,
                                     params.gate_stride.token,
                                     rows,
-                                    gate != nullptr || kHasExponents};
+                                    power_of_two(-weight_exponent)};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -179,9 +179,11 @@ struct Output {
         key_sum_scale =
             power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
       }
-      scale_rows(shared.row_gate + first_row + lane / 4, weight_exponent, state_scale,
-                 key_sum_scale, output, normalizer);
       Intra::prefetch(shared.intra, shared.work);
+      // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
+      float const decay =
+          Intra::exp2(shared.row_gate[first_row] + static_cast<float>(weight_exponent));
+      scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
     store(params, shared.tile, shared.work.rows, output, normalizer);
@@ -342,25 +344,16 @@ struct Output {
     }
   }
 
-  // `row_gate` is that of the lane's first row.
   template <class Tensor>
-  CUTE_DEVICE static void scale_rows(float const* row_gate, int weight_exponent, float state_scale,
-                                     float key_sum_scale, Tensor& output,
-                                     float (&normalizer)[kMmaRows][2]) {
+  CUTE_DEVICE static void scale(float factor, float key_sum_factor, Tensor& output,
+                                float (&normalizer)[kMmaRows][2]) {
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int i = 0; i < 2 * kMmaRows; ++i) {
+      normalizer[i / 2][i % 2] *= key_sum_factor;
+    }
 #pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        float const decay =
-            Intra::exp2(row_gate[16 * m + 8 * upper] + static_cast<float>(weight_exponent));
-        normalizer[m][upper] *= decay * key_sum_scale;
-        float const factor = decay * state_scale;
-#pragma unroll
-        for (int n = 0; n < kValueDim / 8; ++n) {
-          output(cute::make_coord(0, upper), m, n) *= factor;
-          output(cute::make_coord(1, upper), m, n) *= factor;
-        }
-      }
+    for (int i = 0; i < cute::size(output); ++i) {
+      output(i) *= factor;
     }
   }
 
