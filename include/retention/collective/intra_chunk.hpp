@@ -86,7 +86,7 @@ struct IntraChunk {
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
     alignas(16) float gate[kSlots][kTileKeys];
     // Each thread's own: here they take no registers.
-    float normalizer[kMmaRows][2][kThreads];
+    alignas(16) float normalizer[kMmaRows / 2][kThreads][4];
     Source source[kThreads];
     float const* gate_source[kLoadKeys];
     Offsets offsets[kThreads];
@@ -138,7 +138,7 @@ struct IntraChunk {
                               float (&normalizer)[kMmaRows][2]) {
 #pragma unroll
     for (int i = 0; i < 2 * kMmaRows; ++i) {
-      shared.normalizer[i / 2][i % 2][this_thread()] = normalizer[i / 2][i % 2];
+      shared.normalizer[i / 4][this_thread()][i % 4] = normalizer[i / 2][i % 2];
     }
     int first_key = 0;
 #pragma unroll 1
@@ -164,7 +164,7 @@ struct IntraChunk {
     } while ((first_key += kTileKeys) < work.rows.end_token());
 #pragma unroll
     for (int i = 0; i < 2 * kMmaRows; ++i) {
-      normalizer[i / 2][i % 2] = shared.normalizer[i / 2][i % 2][this_thread()];
+      normalizer[i / 2][i % 2] = shared.normalizer[i / 4][this_thread()][i % 4];
     }
   }
 
@@ -228,19 +228,15 @@ struct IntraChunk {
       }
 #pragma unroll
       for (int i = 0; i < kScoreRows; ++i) {
-        float lower = 0.0f, upper = 0.0f;
 #pragma unroll
         for (int n = 0; n < kTileKeys / 8; ++n) {
           float const(&w)[4] = score[i][n];
           std::uint32_t (&pairs)[4] = a[m + i][n / 2];
           pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
           pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
-          lower += sum(pairs[n % 2 * 2], w[0], w[1]);
-          upper += sum(pairs[n % 2 * 2 + 1], w[2], w[3]);
         }
-        shared.normalizer[m + i][0][this_thread()] += lower;
-        shared.normalizer[m + i][1][this_thread()] += upper;
       }
+      add_weights(shared, m, a);
     }
 
 #pragma unroll
@@ -277,7 +273,7 @@ struct IntraChunk {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         float const factor = exp2(row_gate[16 * m + 8 * upper] - row_gates[first_row]);
-        shared.normalizer[m][upper][thread] *= factor;
+        shared.normalizer[m / 2][thread][m % 2 * 2 + upper] *= factor;
 #pragma unroll
         for (int n = 0; n < ValueDim / 8; ++n) {
           output(cute::make_coord(0, upper), m, n) *= factor;
@@ -287,13 +283,34 @@ struct IntraChunk {
     }
   }
 
-  // What two weights add to the normaliser. In fp16 that is what they were rounded to: the smallest
+  // Adds the weights of mma tiles from `first` on to their rows' normalisers, as a product with
+  // ones: what is divided by is the sum of the weights as they were rounded. In fp16 the smallest
   // have few digits left, and where one of them is all that a row has, its error cancels.
-  CUTE_DEVICE static float sum(std::uint32_t rounded, float lo, float hi) {
-    if constexpr (cute::is_same_v<Element, cute::half_t>) {
-      return detail::unpack_lo<Element>(rounded) + detail::unpack_hi<Element>(rounded);
-    } else {
-      return lo + hi;
+  CUTE_DEVICE static void add_weights(SharedStorage& shared, int first,
+                                      std::uint32_t const (&a)[kMmaRows][kTileKeys / 16][4]) {
+    std::uint32_t const ones = detail::pack<Element>(1.0f, 1.0f);
+    int const thread = this_thread();
+#pragma unroll
+    for (int m = first; m < first + kScoreRows; m += 2) {
+      float sum[2][4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float (&c)[4] = sum[i];
+#pragma unroll
+        for (int k = 0; k < kTileKeys / 16; ++k) {
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m + i][k][0], a[m + i][k][1],
+                                           a[m + i][k][2], a[m + i][k][3], ones, ones, c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
+      // All four lanes of a quad have the sum, and each adds a quarter.
+      float4& normalizer = *reinterpret_cast<float4*>(shared.normalizer[m / 2][thread]);
+      float4 n = normalizer;
+      n.x = fmaf(0.25f, sum[0][0], n.x);
+      n.y = fmaf(0.25f, sum[0][2], n.y);
+      n.z = fmaf(0.25f, sum[1][0], n.z);
+      n.w = fmaf(0.25f, sum[1][2], n.w);
+      normalizer = n;
     }
   }
 
