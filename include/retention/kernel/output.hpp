@@ -249,10 +249,8 @@ struct Output {
   }
   CUTE_DEVICE static float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 
-  // The larger magnitude of each half.
+  // The larger of each half, of numbers that are not negative.
   CUTE_DEVICE static std::uint32_t larger(std::uint32_t x, std::uint32_t y) {
-    x &= 0x7fff7fff;
-    y &= 0x7fff7fff;
 #if defined(__CUDA_ARCH__)
     std::uint32_t bits;
     if constexpr (cute::is_same_v<Element, cute::bfloat16_t>) {
@@ -269,7 +267,9 @@ struct Output {
   // Multiplies eight elements of a row by the power of two that gives the row its magnitude; the
   // lanes of a row are neighbours.
   CUTE_DEVICE static void rescale(std::uint32_t (&x)[4]) {
-    std::uint32_t both = larger(larger(x[0], x[1]), larger(x[2], x[3]));
+    constexpr std::uint32_t kMagnitude = 0x7fff7fff;
+    std::uint32_t both = larger(larger(x[0] & kMagnitude, x[1] & kMagnitude),
+                                larger(x[2] & kMagnitude, x[3] & kMagnitude));
 #pragma unroll
     for (int distance = 1; distance < kPieces; distance *= 2) {
       both = larger(both, __shfl_xor_sync(0xffffffffu, both, distance));
@@ -308,6 +308,15 @@ struct Output {
                                        Element const* query, float const* gate, int weight_exponent,
                                        Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
+    // Loaded first, to arrive together with the queries.
+    float row_gate[kRows / kThreads] = {};
+#pragma unroll
+    for (int i = 0; i < kRows / kThreads; ++i) {
+      int const row = thread + i * kThreads;
+      if (gate != nullptr && row < rows.count()) {
+        row_gate[i] = gate[rows.token(row) * params.gate_stride.token];
+      }
+    }
     constexpr int kStepRows = kThreads / kPieces;
     constexpr int kBatch = kRows / kStepRows < 8 ? kRows / kStepRows : 8;  // loads in flight
     static_assert(kRows % (kBatch * kStepRows) == 0, "whole batches");
@@ -336,11 +345,10 @@ struct Output {
             make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
       }
     }
-    for (int row = thread; row < kRows; row += kThreads) {
-      float const log_gate = gate == nullptr || row >= rows.count()
-                                 ? 0.0f
-                                 : gate[rows.token(row) * params.gate_stride.token];
-      shared.row_gate[row] = Intra::log2_gate(log_gate) - static_cast<float>(weight_exponent);
+#pragma unroll
+    for (int i = 0; i < kRows / kThreads; ++i) {
+      shared.row_gate[thread + i * kThreads] =
+          Intra::log2_gate(row_gate[i]) - static_cast<float>(weight_exponent);
     }
   }
 
