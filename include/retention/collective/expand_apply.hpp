@@ -180,15 +180,24 @@ struct ExpandApply {
   CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane, Pair const& pair,
                                float (&normalizer)[kMmaRows][2]) const {
     Element const* source = key_sum_ + 2 * lane;  // a = lane / 4, b = 2 (lane % 4)
-#pragma unroll 1
-    for (int I = 0; I < kBlocks; ++I) {
-      std::uint32_t b[kBlocks];  // one for each J
+    std::uint32_t next[kBlocks];                  // one for each J
+    auto load_blocks = [&](int I) {
 #pragma unroll
       for (int J = 0; J < kBlocks; ++J) {
-        b[J] = J < I ? 0
-                     : *reinterpret_cast<std::uint32_t const*>(source +
-                                                               kTileRows * (J * (J + 1) / 2 + I));
+        next[J] = J < I ? 0
+                        : *reinterpret_cast<std::uint32_t const*>(
+                              source + kTileRows * (J * (J + 1) / 2 + I));
       }
+    };
+    load_blocks(0);
+#pragma unroll 1
+    for (int I = 0; I < kBlocks; ++I) {
+      std::uint32_t b[kBlocks];
+#pragma unroll
+      for (int J = 0; J < kBlocks; ++J) {
+        b[J] = next[J];
+      }
+      load_blocks(I + 1);
       float product[kMmaRows][4] = {};  // [row, a]
 #pragma unroll
       for (int J = 0; J < kBlocks; J += 2) {
