@@ -39,6 +39,7 @@ struct Case {
   float key_scale = 1.0f;
   float value_scale = 1.0f;
   bool zeros = false;  // some rows of queries and of keys are zero
+  int keys = 1 << 30;  // keys after so many tokens of a sequence are zero
 };
 
 /// Relative rounding error of one conversion to Element.
@@ -156,7 +157,8 @@ void run(Case const& c, std::uint64_t seed) {
       int key_exponent = -30;
       for (size_t t = 0; t < length; ++t) {
         fill(&key[offset(params.key_stride, s, t, h)], d,
-             c.zeros && t % 3 == 1 ? 0.0f : c.key_scale, in.key);
+             (c.zeros && t % 3 == 1) || t >= static_cast<size_t>(c.keys) ? 0.0f : c.key_scale,
+             in.key);
         fill(&value[offset(params.value_stride, s, t, h)], dv, c.value_scale, in.value);
         for (size_t i = 0; i < d; ++i) {
           key_exponent = std::max(key_exponent, exponent_of(in.key[t * d + i]));
@@ -286,6 +288,7 @@ Case make_case(char const* name, Set set) {
 
 template <class Element, int HeadDim, int ValueDim>
 void run_all_cases(std::uint64_t seed) {
+  constexpr bool kIsHalf = std::is_same_v<Element, cute::half_t>;
   std::vector<Case> const cases = {
       {"one chunk", 128, {100}},
       {"chunks", 64, {150}, false, 2},
@@ -308,6 +311,50 @@ void run_all_cases(std::uint64_t seed) {
                 [](Case& c) { c.log_gate = 60.0f, c.steady = true, c.initial = true; }),
       make_case("rising gates",
                 [](Case& c) { c.log_gate = 0.25f, c.rising = true, c.chunk_size = 128; }),
+      // Keys before a warp's rows, whose decay is taken apart at the first of the rows.
+      make_case("gates in a long chunk",
+                [](Case& c) {
+                  c.log_gate = 0.5f, c.chunk_size = 320, c.lengths = {400}, c.initial = true;
+                }),
+      make_case("steep gates in a long chunk",  // a warp's last rows: exp(-3 * 63) is 0
+                [](Case& c) {
+                  c.log_gate = 3.0f, c.steady = true, c.chunk_size = 320, c.lengths = {330},
+                  c.initial = true;
+                }),
+      // In fp16 weights have few digits below 2^-14 of the largest, and nothing below 2^-24.
+      make_case("early keys alone",
+                [](Case& c) {
+                  c.log_gate = kIsHalf ? 0.01f : 0.25f, c.steady = true, c.chunk_size = 320,
+                  c.lengths = {320}, c.keys = 40;
+                }),
+      make_case("an early key and a state alone",
+                [](Case& c) {
+                  c.log_gate = kIsHalf ? 0.01f : 0.25f, c.steady = true, c.chunk_size = 192,
+                  c.lengths = {260}, c.keys = 1, c.initial = true;
+                }),
+      make_case(
+          "early keys alone, no gates",
+          [](Case& c) { c.gated = false, c.chunk_size = 320, c.lengths = {330}, c.keys = 40; }),
+      make_case("rising gates in a long chunk",
+                [](Case& c) {
+                  c.log_gate = 0.15f, c.rising = true, c.chunk_size = 320, c.lengths = {330};
+                }),
+      make_case("gates that only rise, initial",
+                [](Case& c) {
+                  c.log_gate = -0.02f, c.steady = true, c.chunk_size = 320, c.lengths = {330},
+                  c.initial = true;
+                }),
+      // The first of a warp's rows is one of several of its token.
+      make_case("shared key heads, gates in a long chunk",
+                [](Case& c) {
+                  c.log_gate = 0.5f, c.chunk_size = 192, c.lengths = {200}, c.group = 5,
+                  c.initial = true;
+                }),
+      make_case("shared key heads, steep gates, packed",
+                [](Case& c) {
+                  c.log_gate = 3.0f, c.steady = true, c.chunk_size = 192,
+                  c.lengths = {1, 150, 0, 90}, c.packed = true, c.group = 3, c.heads = 2;
+                }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
       make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
       make_case("keys of 100, small queries, large values",

@@ -80,10 +80,11 @@ struct ExpandApply {
 
   /// Adds to `output` [rows, dv] and to `normalizer`, rows g and g + 8 of each mma tile, those of
   /// the warp from `first_row` on. A lane's share of a normalizer is its part of a sum over the
-  /// four lanes of a quad. A warp that is not `active` has no rows and only helps to load.
+  /// four lanes of a quad. Warps whose rows stand for nothing compute as the others do: all meet at
+  /// the same barriers, and a branch around the products would cost registers.
   template <class Output>
-  CUTE_DEVICE void operator()(Element* query_smem, int first_row, bool active, int lane,
-                              Output& output, float (&normalizer)[kMmaRows][2]) {
+  CUTE_DEVICE void operator()(Element* query_smem, int first_row, int lane, Output& output,
+                              float (&normalizer)[kMmaRows][2]) {
     cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(query_smem), QueryLayout{});
     int const group = lane / 4;
     int const quad = lane % 4;
@@ -98,17 +99,6 @@ struct ExpandApply {
     int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
 
     __syncthreads();  // the queries are there
-    if (!active) {
-      // Apart from the other warps' loop, whose registers no branch may disturb.
-#pragma unroll 1
-      for (int pair_index = 0, stage = kStages - 1; pair_index < kPairs; ++pair_index) {
-        cute::cp_async_wait<kStages - 2>();
-        __syncthreads();
-        load(stage, pair_index + kStages - 1);
-        stage = stage == kStages - 1 ? 0 : stage + 1;
-      }
-      return;
-    }
     add_key_sum(query, first_row, lane, pair, normalizer);
 
     int stage = 0;
@@ -190,15 +180,24 @@ struct ExpandApply {
   CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane, Pair const& pair,
                                float (&normalizer)[kMmaRows][2]) const {
     Element const* source = key_sum_ + 2 * lane;  // a = lane / 4, b = 2 (lane % 4)
-#pragma unroll 1
-    for (int I = 0; I < kBlocks; ++I) {
-      std::uint32_t b[kBlocks];  // one for each J
+    std::uint32_t next[kBlocks];                  // one for each J
+    auto load_blocks = [&](int I) {
 #pragma unroll
       for (int J = 0; J < kBlocks; ++J) {
-        b[J] = J < I ? 0
-                     : *reinterpret_cast<std::uint32_t const*>(source +
-                                                               kTileRows * (J * (J + 1) / 2 + I));
+        next[J] = J < I ? 0
+                        : *reinterpret_cast<std::uint32_t const*>(
+                              source + kTileRows * (J * (J + 1) / 2 + I));
       }
+    };
+    load_blocks(0);
+#pragma unroll 1
+    for (int I = 0; I < kBlocks; ++I) {
+      std::uint32_t b[kBlocks];
+#pragma unroll
+      for (int J = 0; J < kBlocks; ++J) {
+        b[J] = next[J];
+      }
+      load_blocks(I + 1);
       float product[kMmaRows][4] = {};  // [row, a]
 #pragma unroll
       for (int J = 0; J < kBlocks; J += 2) {

@@ -3,6 +3,12 @@
 //
 // Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
 // its A operand.
+//
+// Keys before the first token i0 of a warp's rows have exp(g_i - g_j) = R_i C_j, where
+// R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both: one exponential a key serves all of
+// the rows. Up to there, outputs and normalisers are sums in units of R_i, what comes from a state
+// included; they are multiplied by it once, and then the tiles with i0 and later keys follow, with
+// a mask and an exponential for every weight.
 
 #pragma once
 
@@ -43,22 +49,48 @@ struct IntraChunk {
   using Element = Element_;
   using Tiling = Tiling_;
 
-  static constexpr int kStages = 2;
   static constexpr int kTileKeys = 32;
+  // Of these, how many are loaded at a time: more of long rows would leave one block less room.
+  static constexpr int kLoadTiles = HeadDim > 64 ? 1 : 2;
+  static constexpr int kLoadKeys = kLoadTiles * kTileKeys;
+  static constexpr int kSlots = 2 * kLoadTiles;
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   // Of these, how many have scores at one time: together with the outputs that registers can hold.
   static constexpr int kScoreRows = ValueDim == 64 ? 2 : kMmaRows;
 
-  using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
-  using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kStages>;     // [key, d, stage]
-  using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kStages>;  // [key, dv, stage]
+  using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;    // [row, d, 1]
+  using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kSlots>;     // [key, d, slot]
+  using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kSlots>;  // [key, dv, slot]
+
+  /// Where a thread reads of the next tile.
+  struct alignas(16) Source {
+    Element const* key;
+    Element const* value;
+  };
+  /// Where a thread reads its first operands, in bytes from the start of each tile.
+  struct alignas(16) Offsets {
+    int query;
+    int key;
+    int value;
+    int gate;
+  };
+  /// Of a warp's rows, tokens in the chunk.
+  struct alignas(8) Reach {
+    int first_token;
+    int last_token;  // -1 where no row stands for anything
+  };
 
   struct SharedStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    alignas(16) float gate[kStages][kTileKeys];
-    float normalizer[kMmaRows][2][kThreads];  // each thread's own: here they take no registers
+    alignas(16) float gate[kSlots][kTileKeys];
+    // Each thread's own: here they take no registers.
+    alignas(16) float normalizer[kMmaRows / 2][kThreads][4];
+    Source source[kThreads];
+    float const* gate_source[kLoadKeys];
+    Offsets offsets[kThreads];
+    Reach reach[kThreads];
   };
 
   /// What the loop needs beside its registers, all of which outputs and scores take: it stays in
@@ -71,97 +103,74 @@ struct IntraChunk {
     std::int64_t value_stride;
     std::int64_t gate_stride;
     TileRows rows;
-    bool gated;  // or rows have an exponent
+    float unit;  // what weights are multiplied by where there is no gate
   };
 
-  /// Starts the loads of the first tile.
+  /// Starts the first loads.
   CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
-    if (work.gate == nullptr && threadIdx.x < kTileKeys) {
-#pragma unroll
-      for (int stage = 0; stage < kStages; ++stage) {
-        shared.gate[stage][threadIdx.x] = 0.0f;
-      }
+    int const thread = this_thread();
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    shared.source[thread] = {
+        work.key + thread / kKeyPieces * work.key_stride + thread % kKeyPieces * 8,
+        work.value + thread / kValuePieces * work.value_stride + thread % kValuePieces * 8};
+    if (thread < kLoadKeys) {
+      shared.gate_source[thread] = work.gate + thread * work.gate_stride;
     }
-    load(shared, work, 0, 0);
+    // Keys of the B operand: (0-7, low d), (0-7, high d), (8-15, low d), (8-15, high d). Values:
+    // (keys 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+    shared.offsets[thread] = {bytes<QueryLayout>(first_row + lane % 16, lane / 16 * 8),
+                              bytes<KeyLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
+                              bytes<ValueLayout>(lane % 16, lane / 16 * 8),
+                              static_cast<int>(sizeof(float)) * 2 * (lane % 4)};
+    int const last_row = cute::min(first_row + Tiling::kWarpRows, work.rows.count()) - 1;
+    shared.reach[thread] = {work.rows.token(first_row),
+                            last_row < first_row ? -1 : work.rows.token(last_row)};
+    load(shared, work, 0);
   }
 
-  /// Of the tile of rows: `query` and, by `log2_gate`, the gate of each row, both in shared memory
-  /// as `work` is.
+  /// Of the tile of rows: `query` and, by `log2_gate` and plus log2(unit), the gate of each row,
+  /// both in shared memory as `work` is. `output` and `normalizer` are over R_i, the decay since
+  /// the first token of the warp's rows; what is added to them and returned is not.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               float const* row_gate, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
 #pragma unroll
     for (int i = 0; i < 2 * kMmaRows; ++i) {
-      shared.normalizer[i / 2][i % 2][this_thread()] = normalizer[i / 2][i % 2];
+      shared.normalizer[i / 4][this_thread()][i % 4] = normalizer[i / 2][i % 2];
     }
     int first_key = 0;
 #pragma unroll 1
     do {
-      int const stage = first_key / kTileKeys % kStages;
-      cute::cp_async_wait<0>();
-      __syncthreads();
-      load(shared, work, stage ^ 1, first_key + kTileKeys);
-      int const thread = this_thread();
-      int const lane = thread % 32;
-      int const first_row = thread / 32 * Tiling::kWarpRows;
-      TileRows const& rows = work.rows;
-      if (first_row >= rows.count() ||
-          first_key > rows.token(cute::min(first_row + Tiling::kWarpRows, rows.count()) - 1)) {
+      if (first_key % kLoadKeys == 0) {
+        cute::cp_async_wait<0>();
+        __syncthreads();
+        load(shared, work, first_key + kLoadKeys);
+      }
+      Reach const reach = shared.reach[this_thread()];
+      if (first_key > reach.last_token) {
         continue;  // no row of this warp attends that far
       }
-      std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
-#pragma unroll
-      for (int m = 0; m < kMmaRows; m += kScoreRows) {
-        float score[kScoreRows][kTileKeys / 8][4] = {};
-        multiply(shared, query, first_row + 16 * m, stage, lane, score);
-        weigh(shared, work, row_gate, first_row, m, stage, first_key, lane, score);
-#pragma unroll
-        for (int i = 0; i < kScoreRows; ++i) {
-          float lower = 0.0f, upper = 0.0f;
-#pragma unroll
-          for (int n = 0; n < kTileKeys / 8; ++n) {
-            float const(&w)[4] = score[i][n];
-            std::uint32_t (&pairs)[4] = a[m + i][n / 2];
-            pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
-            pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
-            lower += sum(pairs[n % 2 * 2], w[0], w[1]);
-            upper += sum(pairs[n % 2 * 2 + 1], w[2], w[3]);
-          }
-          shared.normalizer[m + i][0][this_thread()] += lower;
-          shared.normalizer[m + i][1][this_thread()] += upper;
+      int const slot = first_key / kTileKeys % kSlots;
+      if (first_key + kTileKeys <= reach.first_token) {
+        add<false>(shared, work, query, row_gate, first_key, slot, output);
+      } else {
+        if (first_key <= reach.first_token && work.gate != nullptr) {
+          decay(shared, row_gate, output);
         }
-      }
-
-      int const value_lane = this_thread() % 32;
-#pragma unroll
-      for (int k = 0; k < kTileKeys / 16; ++k) {
-        cute::Tensor b =
-            cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
-        load_rows_transposed(shared.value, ValueLayout{}, 16 * k, 0, stage, value_lane, b);
-#pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-          for (int n = 0; n < ValueDim / 8; ++n) {
-            auto const values = cute::recast<std::uint32_t>(b(cute::_, n));
-            float* c = &output(0, m, n);
-            MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][k][0], a[m][k][1],
-                                             a[m][k][2], a[m][k][3], values(0), values(1), c[0],
-                                             c[1], c[2], c[3]);
-          }
-        }
+        add<true>(shared, work, query, row_gate, first_key, slot, output);
       }
     } while ((first_key += kTileKeys) < work.rows.end_token());
 #pragma unroll
     for (int i = 0; i < 2 * kMmaRows; ++i) {
-      normalizer[i / 2][i % 2] = shared.normalizer[i / 2][i % 2][this_thread()];
+      normalizer[i / 2][i % 2] = shared.normalizer[i / 4][this_thread()][i % 4];
     }
   }
 
   /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
   /// token's own gate does not weigh its own key.
   CUTE_DEVICE static float log2_gate(float gate) {
-    constexpr float kLog2E = 1.44269504088896340736f;
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(gate, kLog2E);
 #else
@@ -193,50 +202,156 @@ struct IntraChunk {
   }
 
  private:
-  // What two weights add to the normaliser. In fp16 that is what they were rounded to: the smallest
-  // have few digits left, and where one of them is all that a row has, its error cancels.
-  CUTE_DEVICE static float sum(std::uint32_t rounded, float lo, float hi) {
-    if constexpr (cute::is_same_v<Element, cute::half_t>) {
-      return detail::unpack_lo<Element>(rounded) + detail::unpack_hi<Element>(rounded);
-    } else {
-      return lo + hi;
+  static constexpr float kLog2E = 1.44269504088896340736f;
+
+  // One tile of keys; `Diagonal` where not all of them are before the warp's first token.
+  template <bool Diagonal, class Output>
+  CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Element const* query,
+                              float const* row_gate, int first_key, int slot, Output& output) {
+    int const thread = this_thread();
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    Offsets const offsets = shared.offsets[thread];
+    float factor[kTileKeys / 8][2];  // C_j
+    if constexpr (!Diagonal) {
+      column_factors(shared, work, row_gate[first_row], slot, offsets.gate, factor);
+    }
+    std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
+#pragma unroll
+    for (int m = 0; m < kMmaRows; m += kScoreRows) {
+      float score[kScoreRows][kTileKeys / 8][4] = {};
+      multiply(shared, query, offsets, m, slot, score);
+      if constexpr (Diagonal) {
+        weigh(shared, work, row_gate, first_row, m, slot, first_key, lane, score);
+      } else {
+        for_each(score, [&](float& s, int, int n, int, int c) { s = s * factor[n][c] * s; });
+      }
+#pragma unroll
+      for (int i = 0; i < kScoreRows; ++i) {
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n) {
+          float const(&w)[4] = score[i][n];
+          std::uint32_t (&pairs)[4] = a[m + i][n / 2];
+          pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
+          pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
+        }
+      }
+      add_weights(shared, m, a);
+    }
+
+#pragma unroll
+    for (int k = 0; k < kTileKeys / 16; ++k) {
+      std::uint32_t b[ValueDim / 8][2];
+#pragma unroll
+      for (int n = 0; n < ValueDim / 8; n += 2) {
+        cute::SM75_U16x8_LDSM_T::copy(at(shared.value, advance<ValueLayout>(offsets.value, 8 * n) +
+                                                           bytes<ValueLayout>(16 * k, 0) +
+                                                           bytes<ValueLayout>(0, 0, 1) * slot),
+                                      b[n][0], b[n][1], b[n + 1][0], b[n + 1][1]);
+      }
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          float* c = &output(0, m, n);
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][k][0], a[m][k][1],
+                                           a[m][k][2], a[m][k][3], b[n][0], b[n][1], c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
     }
   }
 
-  /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
-  /// the swizzle flips bits of the column, and so does this.
-  template <class Layout>
-  CUTE_HOST_DEVICE static constexpr int advance(int offset, int columns) {
-    return (offset ^ columns % 64) + Layout{}(0, columns / 64 * 64, 0);
+  // Multiplies by R_i what there is so far.
+  template <class Output>
+  CUTE_DEVICE static void decay(SharedStorage& shared, float const* row_gates, Output& output) {
+    int const thread = this_thread();
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    float const* row_gate = row_gates + first_row + thread % 32 / 4;
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        float const factor = exp2(row_gate[16 * m + 8 * upper] - row_gates[first_row]);
+        shared.normalizer[m / 2][thread][m % 2 * 2 + upper] *= factor;
+#pragma unroll
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          output(cute::make_coord(0, upper), m, n) *= factor;
+          output(cute::make_coord(1, upper), m, n) *= factor;
+        }
+      }
+    }
   }
 
-  // score += Q K^T for the rows of the tile from `first_row` on.
-  CUTE_DEVICE static void multiply(SharedStorage const& shared, Element const* query, int first_row,
-                                   int stage, int lane,
+  // Adds the weights of mma tiles from `first` on to their rows' normalisers, as a product with
+  // ones: what is divided by is the sum of the weights as they were rounded. In fp16 the smallest
+  // have few digits left, and where one of them is all that a row has, its error cancels.
+  CUTE_DEVICE static void add_weights(SharedStorage& shared, int first,
+                                      std::uint32_t const (&a)[kMmaRows][kTileKeys / 16][4]) {
+    std::uint32_t const ones = detail::pack<Element>(1.0f, 1.0f);
+    int const thread = this_thread();
+#pragma unroll
+    for (int m = first; m < first + kScoreRows; m += 2) {
+      float sum[2][4] = {};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float (&c)[4] = sum[i];
+#pragma unroll
+        for (int k = 0; k < kTileKeys / 16; ++k) {
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m + i][k][0], a[m + i][k][1],
+                                           a[m + i][k][2], a[m + i][k][3], ones, ones, c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
+      // All four lanes of a quad have the sum, and each adds a quarter.
+      float4& normalizer = *reinterpret_cast<float4*>(shared.normalizer[m / 2][thread]);
+      float4 n = normalizer;
+      n.x = fmaf(0.25f, sum[0][0], n.x);
+      n.y = fmaf(0.25f, sum[0][2], n.y);
+      n.z = fmaf(0.25f, sum[1][0], n.z);
+      n.w = fmaf(0.25f, sum[1][2], n.w);
+      normalizer = n;
+    }
+  }
+
+  // Of an element of a tile in shared memory.
+  template <class Layout>
+  CUTE_HOST_DEVICE static constexpr int bytes(int row, int column, int slot = 0) {
+    return static_cast<int>(sizeof(Element)) * Layout{}(row, column, slot);
+  }
+
+  /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
+  /// the swizzle flips bits of the column, and so does this. Rows a multiple of 8 apart lie a
+  /// constant apart: one offset serves all of a tile.
+  template <class Layout>
+  CUTE_HOST_DEVICE static constexpr int advance(int offset, int columns) {
+    return (offset ^ static_cast<int>(sizeof(Element)) * (columns % 64)) +
+           bytes<Layout>(0, columns / 64 * 64);
+  }
+
+  CUTE_DEVICE static cute::uint128_t const& at(Element const* tile, int offset) {
+    return *reinterpret_cast<cute::uint128_t const*>(reinterpret_cast<char const*>(tile) + offset);
+  }
+
+  // score += Q K^T for the mma tiles of the warp's rows from `first` on.
+  CUTE_DEVICE static void multiply(SharedStorage const& shared, Element const* query,
+                                   Offsets const& offsets, int first, int slot,
                                    float (&score)[kScoreRows][kTileKeys / 8][4]) {
-    // Rows a multiple of 8 apart lie a constant apart, and columns 16 apart differ in a few bits of
-    // the offset (see `advance`): one offset serves all of a tile.
-    int const query_offset = QueryLayout{}(first_row + lane % 16, lane / 16 * 8, 0);
-    int const key_offset = KeyLayout{}(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8, 0);
 #pragma unroll
     for (int k = 0; k < HeadDim; k += 16) {
       std::uint32_t b[kTileKeys / 16][4];
-      Element const* keys =
-          shared.key + advance<KeyLayout>(key_offset, k) + KeyLayout{}(0, 0, 1) * stage;
+      int const keys = advance<KeyLayout>(offsets.key, k) + bytes<KeyLayout>(0, 0, 1) * slot;
 #pragma unroll
       for (int n = 0; n < kTileKeys / 16; ++n) {
-        // (keys 0-7, low d), (keys 0-7, high d), (keys 8-15, low d), (keys 8-15, high d)
-        cute::SM75_U32x4_LDSM_N::copy(
-            *reinterpret_cast<cute::uint128_t const*>(keys + KeyLayout{}(16 * n, 0, 0)), b[n][0],
-            b[n][1], b[n][2], b[n][3]);
+        cute::SM75_U32x4_LDSM_N::copy(at(shared.key, keys + bytes<KeyLayout>(16 * n, 0)), b[n][0],
+                                      b[n][1], b[n][2], b[n][3]);
       }
-      Element const* queries = query + advance<QueryLayout>(query_offset, k);
+      int const queries = advance<QueryLayout>(offsets.query, k);
 #pragma unroll
       for (int m = 0; m < kScoreRows; ++m) {
         std::uint32_t a[4];
-        cute::SM75_U32x4_LDSM_N::copy(
-            *reinterpret_cast<cute::uint128_t const*>(queries + QueryLayout{}(16 * m, 0, 0)), a[0],
-            a[1], a[2], a[3]);
+        cute::SM75_U32x4_LDSM_N::copy(at(query, queries + bytes<QueryLayout>(16 * (first + m), 0)),
+                                      a[0], a[1], a[2], a[3]);
 #pragma unroll
         for (int n = 0; n < kTileKeys / 8; ++n) {
           float (&c)[4] = score[m][n];
@@ -248,21 +363,45 @@ struct IntraChunk {
     }
   }
 
+  // C_j of the lane's columns. That it is fused does no harm: only later tokens have these keys.
+  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
+                                         float row_gate, int slot, int offset,
+                                         float (&factor)[kTileKeys / 8][2]) {
+    if (work.gate == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 4; ++i) {
+        factor[i / 2][i % 2] = work.unit;
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        float2 const gate = *reinterpret_cast<float2 const*>(
+            reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
+        factor[n][0] = exp2(fmaf(gate.x, -kLog2E, row_gate));
+        factor[n][1] = exp2(fmaf(gate.y, -kLog2E, row_gate));
+      }
+    }
+  }
+
   // Scores to weights, in place, for the mma tiles of the warp from `first` on. The branches end
   // with a meeting point and so remain branches: run together, these steps and the products before
   // and after them would need more registers than there are.
   CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
-                                float const* row_gates, int warp_row, int first, int stage,
+                                float const* row_gates, int warp_row, int first, int slot,
                                 int first_key, int lane,
                                 float (&weight)[kScoreRows][kTileKeys / 8][4]) {
     int const quad = lane % 4;
     int const first_row = warp_row + 16 * first + lane / 4;
     for_each(weight, [&](float& w, int, int, int, int) { w *= w; });
-    if (work.gated) {
+    if (work.gate == nullptr) {
+      float const unit = work.unit;
+      for_each(weight, [&](float& w, int, int, int, int) { w *= unit; });
+      __syncwarp();
+    } else {
       float key_gate[kTileKeys / 8][2];
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
-        float2 const gate = *reinterpret_cast<float2 const*>(&shared.gate[stage][8 * n + 2 * quad]);
+        float2 const gate = *reinterpret_cast<float2 const*>(&shared.gate[slot][8 * n + 2 * quad]);
         key_gate[n][0] = log2_gate(gate.x);
         key_gate[n][1] = log2_gate(gate.y);
       }
@@ -295,24 +434,53 @@ struct IntraChunk {
     }
   }
 
-  // The copy of the tile of keys that starts with `first_key`.
-  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, int stage, int first_key) {
+  static constexpr int kKeyPieces = HeadDim / 8;  // of 16 bytes in a row
+  static constexpr int kValuePieces = ValueDim / 8;
+
+  // Starts the copies of the next keys, the first of which is `first_key`.
+  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, int first_key) {
     int const left = work.rows.end_token() - first_key;
     if (left > 0) {
       int const thread = this_thread();
-      TileLoader<Element, kThreads, kTileKeys, HeadDim, KeyLayout>(
-          work.key + first_key * work.key_stride, work.key_stride, thread)
-          .load(shared.key, stage, left);
-      TileLoader<Element, kThreads, kTileKeys, ValueDim, ValueLayout>(
-          work.value + first_key * work.value_stride, work.value_stride, thread)
-          .load(shared.value, stage, left);
-      if (work.gate != nullptr && thread < kTileKeys) {
-        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
-            work.gate[(first_key + cute::min(thread, left - 1)) * work.gate_stride],
-            shared.gate[stage][thread], thread < left);
+      int const slot = first_key / kTileKeys % kSlots;
+      Source const source = shared.source[thread];
+      shared.source[thread] = {
+          copy<HeadDim, KeyLayout>(source.key, work.key_stride, shared.key, slot, left, thread),
+          copy<ValueDim, ValueLayout>(source.value, work.value_stride, shared.value, slot, left,
+                                      thread)};
+      if (work.gate != nullptr && thread < kLoadKeys) {
+        float const* gate = shared.gate_source[thread];
+        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*gate, shared.gate[slot][thread],
+                                                           thread < left);
+        shared.gate_source[thread] = gate + kLoadKeys * work.gate_stride;
       }
     }
     cute::cp_async_fence();
+  }
+
+  // The copy of kLoadKeys rows, zeros from row `left` on. Returns where the next ones are. That is
+  // in another register than any address of a copy: an instruction that changes one has to wait
+  // until the copy was issued.
+  template <int Columns, class Layout>
+  CUTE_DEVICE static Element const* copy(Element const* source, std::int64_t stride, Element* tiles,
+                                         int slot, int left, int thread) {
+    constexpr int kPieces = Columns / 8;
+    constexpr int kStepRows = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kTileKeys % kStepRows == 0, "steps of whole rows");
+    static_assert(kStepRows % 8 == 0, "steps differ by whole periods of the swizzle");
+    int const row = thread / kPieces;
+    Element* target = tiles + Layout{}(row, thread % kPieces * 8, 0) + Layout{}(0, 0, 1) * slot;
+#pragma unroll
+    for (int step = 0; step < kLoadKeys; step += kStepRows) {
+      // Where the predicate is false nothing is read.
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<cute::uint128_t const*>(source),
+          *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step % kTileKeys, 0, 0) +
+                                              Layout{}(0, 0, 1) * (step / kTileKeys)),
+          row + step < left);
+      source += kStepRows * stride;
+    }
+    return source;
   }
 };
 

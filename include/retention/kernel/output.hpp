@@ -148,14 +148,13 @@ struct Output {
                                     params.value_stride.token,
                                     params.gate_stride.token,
                                     rows,
-                                    gate != nullptr || kHasExponents};
+                                    power_of_two(-weight_exponent)};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
     }
     Element const* query = params.query + at(params.query_stride, head * params.group);
     int const first_row = thread / 32 * Tiling::kWarpRows;
-    bool const active = first_row < rows.count();
     float normalizer[kMmaRows][2] = {};
     cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
     cute::clear(output);
@@ -172,7 +171,7 @@ struct Output {
     }
     load_queries(params, shared, query, gate, weight_exponent, rows, thread);
     if (has_state) {
-      apply(shared.query, first_row, active, lane, output, normalizer);
+      apply(shared.query, first_row, lane, output, normalizer);
       __syncthreads();  // the keys come where the state was
       float state_scale = 1.0f, key_sum_scale = 1.0f;
       if constexpr (kHasExponents) {
@@ -180,14 +179,14 @@ struct Output {
         key_sum_scale =
             power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
       }
-      scale_rows(shared.row_gate + first_row + lane / 4, weight_exponent, state_scale,
-                 key_sum_scale, output, normalizer);
       Intra::prefetch(shared.intra, shared.work);
+      // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
+      float const decay =
+          Intra::exp2(shared.row_gate[first_row] + static_cast<float>(weight_exponent));
+      scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
-    if (active) {
-      store(params, shared.tile, shared.work.rows, output, normalizer);
-    }
+    store(params, shared.tile, shared.work.rows, output, normalizer);
   }
 
  private:
@@ -250,10 +249,8 @@ struct Output {
   }
   CUTE_DEVICE static float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 
-  // The larger magnitude of each half.
+  // The larger of each half, of numbers that are not negative.
   CUTE_DEVICE static std::uint32_t larger(std::uint32_t x, std::uint32_t y) {
-    x &= 0x7fff7fff;
-    y &= 0x7fff7fff;
 #if defined(__CUDA_ARCH__)
     std::uint32_t bits;
     if constexpr (cute::is_same_v<Element, cute::bfloat16_t>) {
@@ -270,7 +267,9 @@ struct Output {
   // Multiplies eight elements of a row by the power of two that gives the row its magnitude; the
   // lanes of a row are neighbours.
   CUTE_DEVICE static void rescale(std::uint32_t (&x)[4]) {
-    std::uint32_t both = larger(larger(x[0], x[1]), larger(x[2], x[3]));
+    constexpr std::uint32_t kMagnitude = 0x7fff7fff;
+    std::uint32_t both = larger(larger(x[0] & kMagnitude, x[1] & kMagnitude),
+                                larger(x[2] & kMagnitude, x[3] & kMagnitude));
 #pragma unroll
     for (int distance = 1; distance < kPieces; distance *= 2) {
       both = larger(both, __shfl_xor_sync(0xffffffffu, both, distance));
@@ -309,6 +308,15 @@ struct Output {
                                        Element const* query, float const* gate, int weight_exponent,
                                        Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
+    // Loaded first, to arrive together with the queries.
+    float row_gate[kRows / kThreads] = {};
+#pragma unroll
+    for (int i = 0; i < kRows / kThreads; ++i) {
+      int const row = thread + i * kThreads;
+      if (gate != nullptr && row < rows.count()) {
+        row_gate[i] = gate[rows.token(row) * params.gate_stride.token];
+      }
+    }
     constexpr int kStepRows = kThreads / kPieces;
     constexpr int kBatch = kRows / kStepRows < 8 ? kRows / kStepRows : 8;  // loads in flight
     static_assert(kRows % (kBatch * kStepRows) == 0, "whole batches");
@@ -337,33 +345,23 @@ struct Output {
             make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
       }
     }
-    for (int row = thread; row < kRows; row += kThreads) {
-      float const log_gate = gate == nullptr || row >= rows.count()
-                                 ? 0.0f
-                                 : gate[rows.token(row) * params.gate_stride.token];
-      shared.row_gate[row] = Intra::log2_gate(log_gate) - static_cast<float>(weight_exponent);
+#pragma unroll
+    for (int i = 0; i < kRows / kThreads; ++i) {
+      shared.row_gate[thread + i * kThreads] =
+          Intra::log2_gate(row_gate[i]) - static_cast<float>(weight_exponent);
     }
   }
 
-  // `row_gate` is that of the lane's first row.
   template <class Tensor>
-  CUTE_DEVICE static void scale_rows(float const* row_gate, int weight_exponent, float state_scale,
-                                     float key_sum_scale, Tensor& output,
-                                     float (&normalizer)[kMmaRows][2]) {
+  CUTE_DEVICE static void scale(float factor, float key_sum_factor, Tensor& output,
+                                float (&normalizer)[kMmaRows][2]) {
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int i = 0; i < 2 * kMmaRows; ++i) {
+      normalizer[i / 2][i % 2] *= key_sum_factor;
+    }
 #pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        float const decay =
-            Intra::exp2(row_gate[16 * m + 8 * upper] + static_cast<float>(weight_exponent));
-        normalizer[m][upper] *= decay * key_sum_scale;
-        float const factor = decay * state_scale;
-#pragma unroll
-        for (int n = 0; n < kValueDim / 8; ++n) {
-          output(cute::make_coord(0, upper), m, n) *= factor;
-          output(cute::make_coord(1, upper), m, n) *= factor;
-        }
-      }
+    for (int i = 0; i < cute::size(output); ++i) {
+      output(i) *= factor;
     }
   }
 
