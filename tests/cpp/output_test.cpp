@@ -314,7 +314,7 @@ void run_all_cases(std::uint64_t seed) {
       // Keys before a warp's rows, whose decay is taken apart at the first of the rows.
       make_case("gates in a long chunk",
                 [](Case& c) {
-                  c.log_gate = 0.5f, c.chunk_size = 320, c.lengths = {400}, c.initial = true;
+                  c.log_gate = 0.2f, c.chunk_size = 320, c.lengths = {400}, c.initial = true;
                 }),
       make_case("steep gates in a long chunk",  // a warp's last rows: exp(-3 * 63) is 0
                 [](Case& c) {
@@ -347,7 +347,7 @@ void run_all_cases(std::uint64_t seed) {
       // The first of a warp's rows is one of several of its token.
       make_case("shared key heads, gates in a long chunk",
                 [](Case& c) {
-                  c.log_gate = 0.5f, c.chunk_size = 192, c.lengths = {200}, c.group = 5,
+                  c.log_gate = 0.1f, c.chunk_size = 192, c.lengths = {200}, c.group = 5,
                   c.initial = true;
                 }),
       make_case("shared key heads, steep gates, packed",
