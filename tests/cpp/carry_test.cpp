@@ -163,7 +163,7 @@ void run(Case const& c, std::uint64_t seed) {
   params.gate = c.gate == 0.0f ? nullptr : gate.data();
   params.gate_stride = stride;
   if (c.scaled) {
-    params.exponents = {nullptr, state_exponent.data(), sum_exponent.data()};
+    params.exponents = {nullptr, nullptr, state_exponent.data(), sum_exponent.data()};
   }
   params.sequence_final_state = c.finals ? parts[0].result.data() : nullptr;
   params.sequence_final_key_sum = c.finals ? parts[1].result.data() : nullptr;

@@ -218,7 +218,7 @@ void run(Case const& c, std::uint64_t seed) {
   params.key_sums = key_sums.data() - none;
   if (scaled) {
     auto const no_exponents = no_slots * static_cast<std::int64_t>(heads);
-    params.exponents = {key_exponent.data(), state_exponent.data() - no_exponents,
+    params.exponents = {key_exponent.data(), nullptr, state_exponent.data() - no_exponents,
                         sum_exponent.data() - no_exponents};
   }
   params.final_state = final_state.data();

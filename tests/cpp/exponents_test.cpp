@@ -196,6 +196,7 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<StateRange> initial_ranges("initial_ranges",
                                          sequences * heads * size_t{Ranges::kStateParts});
   GlobalArray<int> key_exponent("key_exponent", sequences * heads);
+  GlobalArray<int> score_exponent("score_exponent", sequences * heads);
   GlobalArray<int> state_exponent("state_exponent", slots * heads);
   GlobalArray<int> sum_exponent("key_sum_exponent", slots * heads);
 
@@ -218,10 +219,12 @@ void run(Case const& c, std::uint64_t seed) {
   ChooseExponents::Params const second{ranges.data(),
                                        has_initial ? initial_ranges.data() : nullptr,
                                        key_exponent.data(),
+                                       score_exponent.data(),
                                        state_exponent.data(),
                                        sum_exponent.data(),
                                        where,
-                                       c.heads};
+                                       c.heads,
+                                       static_cast<int>(d)};
   if (!launch<Ranges>(first, sizeof(Ranges::SharedStorage), seed) ||
       !launch<ChooseExponents>(second, sizeof(ChooseExponents::SharedStorage), seed)) {
     return;
@@ -231,30 +234,36 @@ void run(Case const& c, std::uint64_t seed) {
     int const chunks = (c.lengths[s] + c.chunk_size - 1) / c.chunk_size;
     auto const first_slot = static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
     for (size_t h = 0; h < heads; ++h) {
-      // Of each chunk: max |k|, max |v|, n, G.
+      // Of each chunk: max |k|, max |k|_2^2, max |v|, n, G.
       struct Expected {
-        double key = 0.0, value = 0.0, count = 0.0, gate = 0.0;
+        double key = 0.0, norm = 0.0, value = 0.0, count = 0.0, gate = 0.0;
       };
       std::vector<Expected> expected(static_cast<size_t>(chunks));
-      double key_max = 0.0, value_max = 0.0;
+      double key_max = 0.0, norm_max = 0.0, value_max = 0.0;
       for (int chunk = 0; chunk < chunks; ++chunk) {
         Expected& e = expected[static_cast<size_t>(chunk)];
         int const begin = chunk * c.chunk_size;
         int const end = std::min(begin + c.chunk_size, c.lengths[s]);
         e.gate = gated ? double{gate[at(gate_stride, s, end - 1, h)]} : 0.0;
         for (int t = begin; t < end; ++t) {
+          double norm = 0.0;
           for (size_t i = 0; i < d; ++i) {
-            e.key = std::max(e.key, finite(float(key[at(key_stride, s, t, h) + i])));
+            double const x = finite(float(key[at(key_stride, s, t, h) + i]));
+            e.key = std::max(e.key, x);
+            norm += x * x;
           }
+          e.norm = std::max(e.norm, norm);
           for (size_t i = 0; i < dv; ++i) {
             e.value = std::max(e.value, finite(float(value[at(value_stride, s, t, h) + i])));
           }
           e.count += gated ? std::exp(e.gate - double{gate[at(gate_stride, s, t, h)]}) : 1.0;
         }
         key_max = std::max(key_max, e.key);
+        norm_max = std::max(norm_max, e.norm);
         value_max = std::max(value_max, e.value);
         ChunkRange const& range = ranges[(first_slot + static_cast<size_t>(chunk)) * heads + h];
         RETENTION_CHECK(range.key == e.key);
+        RETENTION_CHECK(range.norm >= e.norm && range.norm <= e.norm * (1 + 0x1p-14));
         RETENTION_CHECK(range.value == e.value);
         if (std::isnan(e.gate)) {
           continue;
@@ -267,6 +276,10 @@ void run(Case const& c, std::uint64_t seed) {
         }
       }
       RETENTION_CHECK_EQUAL(key_exponent[s * heads + h], exponent(key_max, 0, 40));
+      // A bound of the scores, rounded up by less than 2^-12.
+      double const score = std::sqrt(static_cast<double>(d) * norm_max);
+      RETENTION_CHECK(score_exponent[s * heads + h] >= exponent(score, 0, 40));
+      RETENTION_CHECK(score_exponent[s * heads + h] <= exponent(score * (1 + 0x1p-12), 0, 40));
 
       double initial_max = 0.0, initial_sum_max = 0.0;
       if (has_initial) {

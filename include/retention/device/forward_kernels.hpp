@@ -27,7 +27,7 @@ struct ForwardKernels {
   using Output = kernel::Output<kernel::OutputTraits<Element, HeadDim, ValueDim>>;
 
   static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
-  static_assert(sizeof(kernel::ChunkRange) == 4 * sizeof(float) &&
+  static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
                     kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts,
                 "the plan reserves memory for them");
@@ -83,6 +83,7 @@ struct ForwardKernels {
           gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
           gate(plan_.gate.template in<float>(workspace_)),
           exponents{plan_.key_exponents.template in<int>(workspace_),
+                    plan_.score_exponents.template in<int>(workspace_),
                     plan_.state_exponents.template in<int>(workspace_),
                     plan_.key_sum_exponents.template in<int>(workspace_)} {}
 
@@ -124,10 +125,12 @@ struct ForwardKernels {
       p.ranges = plan.chunk_ranges.template in<kernel::ChunkRange>(workspace);
       p.initial_ranges = plan.initial_ranges.template in<kernel::StateRange>(workspace);
       p.key = plan.key_exponents.template in<int>(workspace);
+      p.score = plan.score_exponents.template in<int>(workspace);
       p.state = plan.state_exponents.template in<int>(workspace);
       p.key_sum = plan.key_sum_exponents.template in<int>(workspace);
       p.sequences = sequences;
       p.heads = a.heads;
+      p.head_dim = HeadDim;
       return p;
     }
 

@@ -45,6 +45,7 @@ struct ForwardPlan {
   Region chunk_ranges;       // [slots, h]
   Region initial_ranges;     // [n, h, kStateParts]
   Region key_exponents;      // [n, h]
+  Region score_exponents;    // [n, h]
   Region state_exponents;    // [slots, h]
   Region key_sum_exponents;  // [slots, h]
   std::size_t workspace_bytes = 0;
@@ -87,8 +88,9 @@ struct ForwardPlan {
       plan.segment_key_sum = plan.take(plan.items * heads * D, sizeof(float));
     }
     if (a.element == ElementType::kFloat16) {
-      plan.chunk_ranges = plan.take(plan.slots * heads, 4 * sizeof(float));
+      plan.chunk_ranges = plan.take(plan.slots * heads, 5 * sizeof(float));
       plan.key_exponents = plan.take(a.sequences * heads, sizeof(int));
+      plan.score_exponents = plan.take(a.sequences * heads, sizeof(int));
       plan.state_exponents = plan.take(plan.slots * heads, sizeof(int));
       plan.key_sum_exponents = plan.take(plan.slots * heads, sizeof(int));
       if (a.initial_state != nullptr) {

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/detail/packed.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::detail {
@@ -65,8 +66,9 @@ struct Plus {
 namespace retention::kernel {
 
 /// What the exponents need to know of one chunk and head.
-struct alignas(16) ChunkRange {
-  float key;    // max |k|
+struct ChunkRange {
+  float key;    // max |k| over the elements
+  float norm;   // max of the squared Euclidean norm of a key, or a little more
   float value;  // max |v|
   float count;  // n_c or a little more
   float gate;   // G_c
@@ -90,7 +92,7 @@ struct ChunkRanges {
   static constexpr int kStateParts = 32;  // blocks that share an initial state
 
   struct SharedStorage {
-    float warps[3][kWarps];
+    float warps[4][kWarps];
   };
 
   struct Params {
@@ -106,7 +108,7 @@ struct ChunkRanges {
     StateRange* initial_ranges;    // [count, h, kStateParts]; with initial_state
     Sequences sequences;
     int heads;
-    int head_dim;   // d, a multiple of 8
+    int head_dim;   // d, 8 times a power of two
     int value_dim;  // dv, a multiple of 8
     int state_dim;  // D, a multiple of 4; with initial_state
   };
@@ -145,8 +147,9 @@ struct ChunkRanges {
     int const tokens =
         cute::min(params.sequences.chunk_size, sequence.length - static_cast<int>(first));
 
-    float key = max_magnitude(params.key + params.key_stride.at(sequence, first, head),
-                              params.key_stride.token, params.head_dim, tokens);
+    Element const* keys = params.key + params.key_stride.at(sequence, first, head);
+    float key = max_magnitude(keys, params.key_stride.token, params.head_dim, tokens);
+    float norm = max_norm(keys, params.key_stride.token, params.head_dim, tokens);
     float value = max_magnitude(params.value + params.value_stride.at(sequence, first, head),
                                 params.value_stride.token, params.value_dim, tokens);
     float count = static_cast<float>(tokens);
@@ -162,6 +165,7 @@ struct ChunkRanges {
     }
 
     key = detail::reduce_warp(key, detail::Maximum{});
+    norm = detail::reduce_warp(norm, detail::Maximum{});
     value = detail::reduce_warp(value, detail::Maximum{});
     if (params.gate != nullptr) {
       count = detail::reduce_warp(count, detail::Plus{});
@@ -170,6 +174,7 @@ struct ChunkRanges {
       shared.warps[0][thread / 32] = key;
       shared.warps[1][thread / 32] = value;
       shared.warps[2][thread / 32] = count;
+      shared.warps[3][thread / 32] = norm;
     }
     __syncthreads();
     if (thread == 0) {
@@ -178,12 +183,14 @@ struct ChunkRanges {
         key = fmaxf(key, shared.warps[0][warp]);
         value = fmaxf(value, shared.warps[1][warp]);
         count += params.gate == nullptr ? 0.0f : shared.warps[2][warp];
+        norm = fmaxf(norm, shared.warps[3][warp]);
       }
+      norm *= 1.0f + 0x1p-16f;  // rounding of up to 128 terms
       // Each term went through tokens / kThreads + 13 additions.
       float const additions = static_cast<float>(tokens / kThreads + 16);
       count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
-      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {key, value, count,
-                                                                              end_gate};
+      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {key, norm, value,
+                                                                              count, end_gate};
     }
   }
 
@@ -253,6 +260,35 @@ struct ChunkRanges {
     return float(Element::bitcast(static_cast<std::uint16_t>(magnitude)));
   }
 
+  // The thread's part of the largest squared norm of `tokens` rows of `width` elements: the lanes
+  // of a row are neighbours.
+  CUTE_DEVICE static float max_norm(Element const* rows, std::int64_t row_stride, int width,
+                                    int tokens) {
+    int const pieces = width / 8;
+    int const piece = static_cast<int>(threadIdx.x) % pieces;
+    float largest = 0.0f;
+#pragma unroll 1
+    for (int start = 0; start < tokens; start += kThreads / pieces) {
+      int const row = start + static_cast<int>(threadIdx.x) / pieces;
+      uint4 const x = row < tokens
+                          ? *reinterpret_cast<uint4 const*>(rows + row * row_stride + 8 * piece)
+                          : uint4{0, 0, 0, 0};
+      std::uint32_t const pairs[4] = {x.x, x.y, x.z, x.w};
+      float norm = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float const lo = detail::finite_magnitude(detail::unpack_lo<Element>(pairs[j]));
+        float const hi = detail::finite_magnitude(detail::unpack_hi<Element>(pairs[j]));
+        norm += lo * lo + hi * hi;
+      }
+      for (int lanes = 1; lanes < pieces; lanes *= 2) {
+        norm += __shfl_xor_sync(0xffffffffu, norm, lanes);
+      }
+      largest = fmaxf(largest, norm);
+    }
+    return largest;
+  }
+
   // The thread's part of max |x| over a part of `size` floats.
   CUTE_DEVICE static float max_magnitude(float const* x, std::int64_t size, int part) {
     float result = 0.0f;
@@ -282,10 +318,12 @@ struct ChooseExponents {
     ChunkRange const* ranges;          // [slots, h]
     StateRange const* initial_ranges;  // [count, h, kStateParts]; null without an initial state
     int* key;                          // [count, h]
+    int* score;                        // [count, h]
     int* state;                        // [slots, h]
     int* key_sum;                      // [slots, h]
     Sequences sequences;
     int heads;
+    int head_dim;
   };
 
  private:
@@ -300,7 +338,7 @@ struct ChooseExponents {
  public:
   struct SharedStorage {
     Step warps[kWarps];
-    float maxima[4][kWarps];
+    float maxima[5][kWarps];
   };
 
   /// (sequence, head)
@@ -319,12 +357,13 @@ struct ChooseExponents {
     std::int64_t const item = static_cast<std::int64_t>(blockIdx.x) * params.heads + head;
     std::int64_t const first = sequence.first_slot * params.heads + head;
 
-    float maxima[4] = {};  // |k|, |v|, |S_0|, |z_0|
+    float maxima[5] = {};  // |k|, |v|, |S_0|, |z_0|, |k|_2^2
 #pragma unroll 4
     for (int chunk = thread; chunk < chunks; chunk += kThreads) {
       ChunkRange const range = params.ranges[first + std::int64_t{chunk} * params.heads];
       maxima[0] = fmaxf(maxima[0], range.key);
       maxima[1] = fmaxf(maxima[1], range.value);
+      maxima[4] = fmaxf(maxima[4], range.norm);
     }
     if (params.initial_ranges != nullptr && thread < kStateParts) {
       StateRange const range = params.initial_ranges[item * kStateParts + thread];
@@ -332,7 +371,7 @@ struct ChooseExponents {
       maxima[3] = range.key_sum;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 5; ++i) {
       maxima[i] = detail::reduce_warp(maxima[i], detail::Maximum{});
       if (lane == 0) {
         shared.maxima[i][warp] = maxima[i];
@@ -340,12 +379,15 @@ struct ChooseExponents {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 5; ++i) {
       maxima[i] = detail::reduce_warp(shared.maxima[i][lane % kWarps], detail::Maximum{});
     }
     if (thread == 0) {
       // From -23 to 16 for fp16.
       params.key[item] = maxima[0] == 0.0f ? 0 : detail::exponent_above(maxima[0]);
+      // Elements of a query are below 1: its norm is below sqrt(d).
+      float const score = sqrtf(static_cast<float>(params.head_dim) * maxima[4]);
+      params.score[item] = score == 0.0f ? 0 : detail::exponent_above(score * (1.0f + 0x1p-20f));
     }
     float const token_bound = 2.0f * maxima[0] * maxima[0];
 

@@ -47,13 +47,9 @@ struct Output {
   // Queries are rescaled to magnitude [2^(kQueryExponent - 1), 2^kQueryExponent): in fp16 as large
   // as phi allows, so that products of small elements are not lost.
   static constexpr int kQueryExponent = kHasExponents ? 7 : 0;
-  // With |q| < 1 and |k| < 1 a weight is below d^2: what there is up to fp16's range keeps small
-  // weights among the normal numbers.
-  static constexpr int kWeightHeadroom = !kHasExponents   ? 0
-                                         : kHeadDim == 32 ? 5
-                                         : kHeadDim == 64 ? 3
-                                                          : 1;
-  static_assert(!kHasExponents || kHeadDim * kHeadDim << kWeightHeadroom <= 1 << 15);
+  // Weights are below 2^kWeightExponent where gates do not rise: near the end of fp16's range, so
+  // that small weights keep their digits. The rest, up to 2^16, is for gates that do.
+  static constexpr int kWeightExponent = kHasExponents ? 13 : 0;
 
   static_assert(kRows <= 256, "TileRows divides exactly up to there");
 
@@ -132,14 +128,14 @@ struct Output {
     };
     float const* gate =
         params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head);
-    // Accumulators hold weights over 2^weight_exponent: keys are below 2^x, and so weights below
-    // 2^15.
+    // Accumulators hold weights over 2^weight_exponent: see `Exponents` and
+    // kWeightExponent.
     int weight_exponent = 0;
     if constexpr (kHasExponents) {
       std::int64_t const sequence_head =
           static_cast<std::int64_t>(tile.sequence) * params.heads + head;
       weight_exponent =
-          2 * (exponent(params.exponents.key, sequence_head) + kQueryExponent) - kWeightHeadroom;
+          2 * (score_exponent(params, sequence_head) + kQueryExponent) - kWeightExponent;
     }
     typename Intra::Work const work{params.key + at(params.key_stride, head),
                                     params.value + at(params.value_stride, head),
@@ -235,6 +231,13 @@ struct Output {
     int const tiles = chunk_tiles(params.group, sequences.chunk_size);
     Chunk const chunk = sequences.find(block / tiles);
     return {chunk.sequence, chunk.index, tiles - 1 - block % tiles};
+  }
+
+  // Without exponents, that of keys whose elements are below 1.
+  CUTE_DEVICE static int score_exponent(Params const& params, std::int64_t sequence_head) {
+    constexpr int kOfUnitKeys = kHeadDim == 32 ? 5 : kHeadDim == 64 ? 6 : 7;
+    static_assert(1 << kOfUnitKeys == kHeadDim);
+    return params.exponents.score == nullptr ? kOfUnitKeys : params.exponents.score[sequence_head];
   }
 
   CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
@@ -394,7 +397,7 @@ struct Output {
     if constexpr (kHasExponents) {
       std::int64_t const sequence_head =
           static_cast<std::int64_t>(tile.sequence) * params.heads + head;
-      unit = power_of_two(2 * exponent(params.exponents.key, sequence_head) - kWeightHeadroom);
+      unit = power_of_two(2 * score_exponent(params, sequence_head) - kWeightExponent);
     }
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {

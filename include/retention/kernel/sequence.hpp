@@ -88,8 +88,10 @@ struct Sequences {
 /// Powers of two that keep 16-bit floats of a narrow exponent (fp16) in range, whatever the
 /// magnitude of keys and values and the length of the sequence. Null pointers stand for zeros.
 struct Exponents {
-  // [count, h]: |k| < 2^key for every key of the sequence and head.
+  // [count, h]: the elements of every key of the sequence and head are below 2^key, and its product
+  // with a query of elements below 1 is below 2^score. Scores take the tighter bound, from norms.
   int const* key;
+  int const* score;
   // [slots, h]: what is stored of a state is 2^-state S, and of its sum of keys 2^-key_sum z.
   int const* state;
   int const* key_sum;
