@@ -136,7 +136,8 @@ struct Errors {
   double actual = 0.0;  // sums of squares
   double plain = 0.0;
   double size = 0.0;
-  double normalizer = 0.0;        // sum of squares of relative errors
+  double normalizer = 0.0;
+  double normalizer_size = 0.0;
   double worst_normalizer = 0.0;  // relative to the magnitude of its terms
 
   void worsen_normalizer(double error) {
@@ -301,8 +302,8 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
           double{normalizer[(row * tokens + first + t) * heads * group + n]}, 2 * exponent);
       double const difference = std::abs(actual - expected.normalizer[t]);
       sum.worsen_normalizer(difference == 0.0 ? 0.0 : difference / expected.magnitude[t]);
-      double const relative = difference == 0.0 ? 0.0 : difference / expected.normalizer[t];
-      sum.normalizer += relative * relative;
+      sum.normalizer += difference * difference;
+      sum.normalizer_size += expected.normalizer[t] * expected.normalizer[t];
     }
   });
   Errors all;
@@ -311,6 +312,7 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
     all.plain += each.plain;
     all.size += each.size;
     all.normalizer += each.normalizer;
+    all.normalizer_size += each.normalizer_size;
     all.worsen_normalizer(each.worst_normalizer);
   }
 
@@ -338,8 +340,7 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   // Of the whole output: single rows may owe more to the cancellation of a state's terms.
   double const error = std::sqrt(all.actual / all.size) / u;
   double const plain_error = std::sqrt(all.plain / all.size) / u;
-  auto const rows = static_cast<double>(batch * tokens * heads * group);
-  double const normalizer_error = std::sqrt(all.normalizer / rows) / u;
+  double const normalizer_error = std::sqrt(all.normalizer / all.normalizer_size) / u;
   std::cout << c.name << ": " << to_string(configuration) << ": error " << error
             << " roundings (plain formula " << plain_error << "), normalizer " << normalizer_error
             << ", state " << state_error << " of its bound\n";
