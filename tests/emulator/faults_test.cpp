@@ -30,6 +30,7 @@ enum class Mistake {
   kSharedOffByOneRow,  // reads a row of shared memory that this stage never filled
   kMisaligned,
   kHalfBarrier,  // only some of the threads reach the barrier
+  kTwoBarriers,  // one warp meets the others at another barrier than theirs
   kDivergent,    // some lanes shuffle while others vote
   kMissingLane,  // a lane skips a warp-wide instruction
   kNoWarpSync,   // ldmatrix right after the lanes stored their rows
@@ -109,6 +110,15 @@ struct TileKernel {
       }
       if (M == Mistake::kStorePastShared && tile == 1) {
         buffer[kRows * 4 + row] = value[0];
+      }
+    }
+    if (M == Mistake::kTwoBarriers) {
+      if (row < 32) {
+        __syncthreads();
+        out[row * 4] += 0.0f;
+      } else {
+        __syncthreads();
+        out[row * 4] -= 0.0f;
       }
     }
     if (M == Mistake::kHalfBarrier && row < 32) {
@@ -234,6 +244,7 @@ int main() {
   expect(run_tiles<Mistake::kSharedOffByOneRow>, "shared off by one row", {Fault::kUninitialized});
   expect(run_tiles<Mistake::kMisaligned>, "misaligned", {Fault::kMisaligned, Fault::kOutOfBounds});
   expect(run_tiles<Mistake::kHalfBarrier>, "half barrier", {Fault::kDeadlock});
+  expect(run_tiles<Mistake::kTwoBarriers>, "two barriers", {Fault::kDivergence});
   expect(run_tiles<Mistake::kDivergent>, "divergent", {Fault::kDivergence});
   expect(run_tiles<Mistake::kMissingLane>, "missing lane", {Fault::kDeadlock});
   expect(run_tiles<Mistake::kNoWarpSync>, "no warp sync", {Fault::kRace});

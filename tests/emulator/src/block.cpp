@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -48,7 +49,8 @@ char* stack_of(int thread) {
   return pages + static_cast<std::size_t>(thread) * (kStackBytes + kGuard) + kGuard;
 }
 
-// The innermost source line at `site` that is not inside CuTe; empty if it cannot be told.
+// The innermost source line at `site` that is not inside CuTe nor one of the emulator's built-ins;
+// empty if it cannot be told.
 std::string source_line(void* site) {
   if (site == nullptr) {
     return "";
@@ -63,13 +65,25 @@ std::string source_line(void* site) {
     while (std::fgets(buffer, sizeof(buffer), pipe) != nullptr) {
       std::string line = buffer;
       line.erase(line.find_last_not_of("\r\n") + 1);
-      if (found.empty() && line.find("/cute/") == std::string::npos && line[0] != '?') {
+      bool const passed = line.find("/cute/") != std::string::npos ||
+                          line.find("/emulator/cuda.hpp") != std::string::npos;
+      if (found.empty() && !passed && line[0] != '?') {
         found = line.substr(line.find_last_of('/') + 1);
       }
     }
     pclose(pipe);
   }
   return found;
+}
+
+// Whether two places are one line of the source, of which the compiler made several copies.
+bool same_line(void* one, void* other) {
+  static std::map<std::pair<void*, void*>, bool> known;
+  auto const [found, is_new] = known.try_emplace({one, other}, false);
+  if (is_new) {
+    found->second = source_line(one) == source_line(other);
+  }
+  return found->second;
 }
 
 std::string to_text(Dim3 index) {
@@ -232,7 +246,7 @@ bool Launch::happened_before(Epoch epoch, Thread const& thread) const {
          epoch.clock() <= (*thread.known)[static_cast<std::size_t>(epoch.thread())];
 }
 
-void Launch::barrier(int id, int threads, bool wait) {
+void Launch::barrier(int id, int threads, bool wait, void* site) {
   if (id < 0 || id >= kBarriers || threads <= 0 || threads > num_threads() ||
       (threads % 32 != 0 && threads != num_threads())) {
     fail(Fault::kDivergence, "barrier " + std::to_string(id) + " for " + std::to_string(threads) +
@@ -243,6 +257,12 @@ void Launch::barrier(int id, int threads, bool wait) {
     fail(Fault::kDivergence, "barrier " + std::to_string(id) + " expects " +
                                  std::to_string(barrier.threads) + " threads for some and " +
                                  std::to_string(threads) + " for others");
+  }
+  if (barrier.arrived.empty()) {
+    barrier.site = site;
+  } else if (barrier.site != site && !same_line(barrier.site, site)) {
+    fail(Fault::kDivergence,
+         "__syncthreads() here, where other threads are at " + source_line(barrier.site), site);
   }
   barrier.threads = threads;
   int const me = current_;

@@ -47,6 +47,7 @@ struct Warp {
 
 struct Barrier {
   int threads = 0;
+  void* site = nullptr;  // of the __syncthreads() that the first thread came to
   std::vector<int> arrived;
   std::vector<int> waiting;
 };
@@ -66,7 +67,9 @@ class Launch {
   Dim3 block_index() const { return block_index_; }
   int num_threads() const { return static_cast<int>(threads_.size()); }
 
-  void barrier(int id, int threads, bool wait);
+  /// `site` is where a __syncthreads() stands, which must be one place for the whole block; null
+  /// for other barriers.
+  void barrier(int id, int threads, bool wait, void* site);
   /// A warp-wide instruction: returns once every lane of `mask` has called it.
   void warp_collective(char const* operation, std::uint32_t mask, void* operand, Combine combine,
                        bool synchronizes);

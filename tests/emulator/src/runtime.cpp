@@ -152,15 +152,15 @@ Dim3 grid_dim() {
 
 void barrier_sync(int id, int threads) {
   Inside const guard;
-  active->barrier(id, threads, true);
+  active->barrier(id, threads, true, nullptr);
 }
 void barrier_arrive(int id, int threads) {
   Inside const guard;
-  active->barrier(id, threads, false);
+  active->barrier(id, threads, false, nullptr);
 }
 void sync_threads() {
   Inside const guard;
-  active->barrier(0, active->num_threads(), true);
+  active->barrier(0, active->num_threads(), true, __builtin_return_address(0));
 }
 void sync_warp(std::uint32_t mask) {
   Inside const guard;
