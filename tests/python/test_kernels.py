@@ -1015,7 +1015,7 @@ def test_the_host_is_done_in_time(monkeypatch):
     )
     forward = torch.ops.retention.forward
 
-    def microseconds(arguments, calls=200, rounds=20):
+    def microseconds(arguments, calls=100, rounds=100):
         best = math.inf
         for _ in range(rounds):
             torch.cuda.synchronize()
