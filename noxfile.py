@@ -158,7 +158,10 @@ def tests(session: nox.Session) -> None:
         ),
     )
     session.run("cmake", "--build", build)
-    session.run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
+    session.run(
+        *("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"),
+        *("--parallel", str(os.cpu_count() or 1)),
+    )
     session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]))
 
 
