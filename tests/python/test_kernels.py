@@ -197,6 +197,9 @@ def test_workspace_sizes():
     assert chunked >= 2 * 8 * 2 * D * (64 + 1) * 2
     states = {"initial_state": 16, "initial_key_sum": 16}
     assert _C.forward_workspace_size(*packed(chunk_size=128, **states)) >= 2 * 2 * D * (64 + 1) * 2
+    # Many short packed sequences: what they hold, and not a state each.
+    many = packed(tokens=100_000, sequences=10_000, cu_seqlens=16)
+    assert _C.forward_workspace_size(*many) < 2 * 100_000 * 2 * 4
     # Whether states are held is the library's choice at this length: less would be no choice.
     assert _C.forward_workspace_size(*packed(tokens=2**20)) > 2**20
 

@@ -119,7 +119,10 @@ struct ForwardPlan {
   static int choose_chunk(ForwardArguments const& a) {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     std::int64_t const even = 4 * D * a.value_dim / (a.head_dim + a.value_dim);
-    if (a.tokens <= even / 2) {
+    // Every packed sequence has a slot for a state, needed or not: short ones, by their average,
+    // would ask for far more memory than they hold.
+    bool const short_sequences = a.cu_seqlens != nullptr && a.tokens / a.sequences <= even / 4;
+    if (a.tokens <= even / 2 || short_sequences) {
       return round_up(a.tokens + std::int64_t{1}, kTokenMultiple);
     }
     int chunk = 128;
