@@ -175,19 +175,23 @@ void run(Case const& c, std::uint64_t seed) {
                                            c.chunk_size, static_cast<int>(sequences)};
   auto const slots = static_cast<size_t>(where.num_slots());
   bool const has_initial = c.initial != 0.0f;
+  // Each sequence and head has a magnitude of its own.
+  auto const initial_of = [&](size_t i) {
+    return c.initial * std::ldexp(1.0f, -3 * static_cast<int>(i % 5));
+  };
   GlobalArray<float> initial_state("initial_state", has_initial ? sequences * heads * D * dv : 1);
   GlobalArray<float> initial_sum("initial_key_sum", has_initial ? sequences * heads * D : 1);
   if (has_initial) {
-    for (float& x : initial_state) {
-      x = c.initial * std::min(0.25f * std::abs(normal(rng)), 0.9f);
-    }
-    for (float& x : initial_sum) {
-      x = c.initial * std::min(0.25f * std::abs(normal(rng)), 0.9f);
-    }
-    // The largest is somewhere else in every state, and one number of it is not finite.
     for (size_t i = 0; i < sequences * heads; ++i) {
-      initial_state[i * D * dv + rng() % (D * dv - 8)] = -c.initial;
-      initial_sum[i * D + rng() % (D - 8)] = c.initial;
+      float const largest = initial_of(i);
+      for (size_t j = 0; j < D * dv; ++j) {
+        initial_state[i * D * dv + j] = largest * std::min(0.25f * std::abs(normal(rng)), 0.9f);
+      }
+      for (size_t j = 0; j < D; ++j) {
+        initial_sum[i * D + j] = largest * std::min(0.25f * std::abs(normal(rng)), 0.9f);
+      }
+      initial_state[i * D * dv + rng() % (D * dv - 8)] = -largest;
+      initial_sum[i * D + rng() % (D - 8)] = largest;
       initial_state[(i + 1) * D * dv - 1] = std::numeric_limits<float>::quiet_NaN();
       initial_sum[(i + 1) * D - 3] = -std::numeric_limits<float>::infinity();
     }
@@ -283,7 +287,7 @@ void run(Case const& c, std::uint64_t seed) {
 
       double initial_max = 0.0, initial_sum_max = 0.0;
       if (has_initial) {
-        initial_max = initial_sum_max = double{c.initial};
+        initial_max = initial_sum_max = double{initial_of(s * heads + h)};
       }
       double count = 0.0, log_decay = 0.0;
       // The state itself at row (block pair (0, 1), 0, 0), whose multiplicity is 2, and column 0.
