@@ -172,20 +172,9 @@ struct IntraChunk {
   /// token's own gate does not weigh its own key.
   CUTE_DEVICE static float log2_gate(float gate) {
 #if defined(__CUDA_ARCH__)
-    return __fmul_rn(gate, kLog2E);
+    return __fmul_rn(gate, detail::kLog2E);
 #else
-    return gate * kLog2E;
-#endif
-  }
-
-  /// 2^x; what is below 2^-126 is 0.
-  CUTE_DEVICE static float exp2(float x) {
-#if defined(__CUDA_ARCH__)
-    float result;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-    return result;
-#else
-    return exp2f(x);
+    return gate * detail::kLog2E;
 #endif
   }
 
@@ -202,8 +191,6 @@ struct IntraChunk {
   }
 
  private:
-  static constexpr float kLog2E = 1.44269504088896340736f;
-
   // One tile of keys; `Diagonal` where not all of them are before the warp's first token.
   template <bool Diagonal, class Output>
   CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Element const* query,
@@ -272,7 +259,7 @@ struct IntraChunk {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        float const factor = exp2(row_gate[16 * m + 8 * upper] - row_gates[first_row]);
+        float const factor = detail::exp2(row_gate[16 * m + 8 * upper] - row_gates[first_row]);
         shared.normalizer[m / 2][thread][m % 2 * 2 + upper] *= factor;
 #pragma unroll
         for (int n = 0; n < ValueDim / 8; ++n) {
@@ -377,8 +364,8 @@ struct IntraChunk {
       for (int n = 0; n < kTileKeys / 8; ++n) {
         float2 const gate = *reinterpret_cast<float2 const*>(
             reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
-        factor[n][0] = exp2(fmaf(gate.x, -kLog2E, row_gate));
-        factor[n][1] = exp2(fmaf(gate.y, -kLog2E, row_gate));
+        factor[n][0] = detail::exp2(fmaf(gate.x, -detail::kLog2E, row_gate));
+        factor[n][1] = detail::exp2(fmaf(gate.y, -detail::kLog2E, row_gate));
       }
     }
   }
@@ -406,7 +393,7 @@ struct IntraChunk {
         key_gate[n][1] = log2_gate(gate.y);
       }
       for_each(weight, [&](float& w, int m, int n, int upper, int c) {
-        w *= exp2(row_gates[first_row + 16 * m + 8 * upper] - key_gate[n][c]);
+        w *= detail::exp2(row_gates[first_row + 16 * m + 8 * upper] - key_gate[n][c]);
       });
       __syncwarp();
     }

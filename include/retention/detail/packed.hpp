@@ -68,33 +68,26 @@ CUTE_HOST_DEVICE std::uint32_t multiply(std::uint32_t x, std::uint32_t y) {
 #endif
 }
 
-/// exp(x) for x <= 0; a result below 2^-126 is 0.
-CUTE_HOST_DEVICE float exp_nonpositive(float x) {
-  constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLog2E = 1.44269504088896340736f;
+
+/// 2^x; what is below 2^-126 is 0.
+CUTE_HOST_DEVICE float exp2(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x * kLog2E);
+  return exp2f(x);
 #endif
 }
 
 /// 2^scale exp(x), for results within the range of floats; one below 2^-126 is 0.
-CUTE_HOST_DEVICE float exp_scaled(float x, float scale) {
-  constexpr float kLog2E = 1.44269504088896340736f;
-#if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(fmaf(x, kLog2E, scale)));
-  return y;
-#else
-  return exp2f(fmaf(x, kLog2E, scale));
-#endif
-}
+CUTE_HOST_DEVICE float exp_scaled(float x, float scale) { return exp2(fmaf(x, kLog2E, scale)); }
 
-/// 2^exponent, of the normal number that comes nearest.
+/// 2^exponent for an exponent of at least -149, and 2^127 where that is not finite.
 CUTE_HOST_DEVICE float power_of_two(int exponent) {
-  int const bits = (cute::max(-126, cute::min(exponent, 127)) + 127) << 23;
+  int const n = cute::min(exponent, 127);
+  int const bits = n >= -126 ? (n + 127) << 23 : 1 << cute::max(n + 149, 0);
 #if defined(__CUDA_ARCH__)
   return __int_as_float(bits);
 #else

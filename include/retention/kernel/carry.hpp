@@ -121,7 +121,7 @@ struct Carry {
         float own[kPiece];
         std::int64_t const item = first_item + static_cast<std::int64_t>(segment) * params.heads;
         load(finals + item * size + element, own);
-        float const decay = detail::exp_nonpositive(log_decay);
+        float const decay = detail::exp_scaled(log_decay, 0.0f);
 #pragma unroll
         for (int i = 0; i < kPiece; ++i) {
           carry[i] = decay == 0.0f ? own[i] : decay * carry[i] + own[i];
@@ -168,7 +168,7 @@ struct Carry {
       if constexpr (kScaled) {
         if (exponents != nullptr) {
           int const exponent = exponents[(sequence.first_slot + chunk) * params.heads + head];
-          scale = __uint_as_float(static_cast<unsigned>(127 - exponent) << 23);
+          scale = detail::power_of_two(-exponent);
         }
       }
     }
@@ -191,7 +191,7 @@ struct Carry {
       }
       log_decay += shared.warps[i];
     }
-    shared.factor[thread] = detail::exp_nonpositive(lane == 0 ? warp_log : warp_log + before);
+    shared.factor[thread] = detail::exp_scaled(lane == 0 ? warp_log : warp_log + before, 0.0f);
     shared.scale[thread] = scale;
     __syncthreads();
     return log_decay;

@@ -28,7 +28,6 @@ constexpr float kLargestFloat = 0x1.fffffep127f;
 
 /// Not below exp(x) and above it by a little, where the result is a normal number.
 CUTE_DEVICE float exp_above(float x) {
-  constexpr float kLog2E = 1.44269504088896340736f;
   // The product's rounding error grows with |x|, exp2f's own is two units of the last place.
   return exp2f(x * kLog2E) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
 }

@@ -144,7 +144,7 @@ struct Output {
                                     params.value_stride.token,
                                     params.gate_stride.token,
                                     rows,
-                                    power_of_two(-weight_exponent)};
+                                    detail::power_of_two(-weight_exponent)};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -171,14 +171,15 @@ struct Output {
       __syncthreads();  // the keys come where the state was
       float state_scale = 1.0f, key_sum_scale = 1.0f;
       if constexpr (kHasExponents) {
-        state_scale = power_of_two(exponent(params.exponents.state, slot_head) - weight_exponent);
+        state_scale =
+            detail::power_of_two(exponent(params.exponents.state, slot_head) - weight_exponent);
         key_sum_scale =
-            power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
+            detail::power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
       }
       Intra::prefetch(shared.intra, shared.work);
       // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
       float const decay =
-          Intra::exp2(shared.row_gate[first_row] + static_cast<float>(weight_exponent));
+          detail::exp2(shared.row_gate[first_row] + static_cast<float>(weight_exponent));
       scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
@@ -243,14 +244,6 @@ struct Output {
   CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
     return exponents == nullptr ? 0 : exponents[index];
   }
-
-  // 2^n for n >= -149, and the largest power of two where that is not finite.
-  CUTE_DEVICE static float power_of_two(int n) {
-    n = cute::min(n, 127);
-    return bits_to_float(n >= -126 ? static_cast<std::uint32_t>(n + 127) << 23
-                                   : 1u << cute::max(n + 149, 0));
-  }
-  CUTE_DEVICE static float bits_to_float(std::uint32_t bits) { return __uint_as_float(bits); }
 
   // The larger of each half, of numbers that are not negative.
   CUTE_DEVICE static std::uint32_t larger(std::uint32_t x, std::uint32_t y) {
@@ -397,7 +390,7 @@ struct Output {
     if constexpr (kHasExponents) {
       std::int64_t const sequence_head =
           static_cast<std::int64_t>(tile.sequence) * params.heads + head;
-      unit = power_of_two(2 * score_exponent(params, sequence_head) - kWeightExponent);
+      unit = detail::power_of_two(2 * score_exponent(params, sequence_head) - kWeightExponent);
     }
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
