@@ -3,10 +3,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <climits>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <retention/device/backward.hpp>
 #include <retention/device/build_info.hpp>
 #include <retention/device/forward.hpp>
 #include <retention/symmetric_power.hpp>
@@ -65,23 +67,41 @@ nb::tuple symmetric_power_row(std::int64_t row, std::int64_t head_dim, std::int6
 
 // ForwardArguments as two tuples of integers in these orders: the sizes, which a caller keeps from
 // call to call, and the addresses, 0 for null. The output is contiguous.
-constexpr char const* kForwardSizes[] = {
+constexpr std::array kForwardSizes = {
     "element",        "degree",        "head_dim",    "value_dim",   "sequences",  "tokens",
     "heads",          "query_heads",   "query_batch", "query_token", "query_head", "key_batch",
     "key_token",      "key_head",      "value_batch", "value_token", "value_head", "log_gate_batch",
     "log_gate_token", "log_gate_head", "chunk_size",
 };
-constexpr char const* kForwardPointers[] = {
-    "query",           "key",    "value",      "log_gate",    "cu_seqlens",    "initial_state",
-    "initial_key_sum", "output", "normalizer", "final_state", "final_key_sum",
+constexpr std::array kForwardPointers = {
+    "query",           "key",    "value",           "log_gate",   "cu_seqlens",  "initial_state",
+    "initial_key_sum", "output", "output_residual", "normalizer", "final_state", "final_key_sum",
 };
+
+template <std::size_t M, std::size_t N>
+constexpr auto joined(std::array<char const*, M> const& first,
+                      std::array<char const*, N> const& second) {
+  std::array<char const*, M + N> all{};
+  for (std::size_t i = 0; i < M + N; ++i) {
+    all[i] = i < M ? first[i] : second[i - M];
+  }
+  return all;
+}
+
+// BackwardArguments: those of forward, then its own.
+constexpr auto kBackwardSizes =
+    joined(kForwardSizes, std::array{"d_output_batch", "d_output_token", "d_output_head"});
+constexpr auto kBackwardPointers =
+    joined(kForwardPointers, std::array{"forward_workspace", "d_output", "d_final_state",
+                                        "d_final_key_sum", "d_query", "d_key", "d_value",
+                                        "d_log_gate", "d_initial_state", "d_initial_key_sum"});
 
 /// Takes the integers of a tuple one after the other.
 class Reader {
  public:
   template <std::size_t N>
-  Reader(nb::tuple const& values, char const* const (&names)[N], char const* argument)
-      : values_(values), names_(names) {
+  Reader(nb::tuple const& values, std::array<char const*, N> const& names, char const* argument)
+      : values_(values), names_(names.data()) {
     if (values.size() != N) {
       raise_value_error(std::string(argument) + ": expected " + std::to_string(N) +
                         " integers, got " + std::to_string(values.size()));
@@ -123,10 +143,8 @@ class Reader {
   Py_ssize_t position_ = 0;
 };
 
-retention::device::ForwardArguments read_forward(nb::tuple const& sizes,
-                                                 nb::tuple const& pointers) {
+retention::device::ForwardArguments read_forward(Reader& size, Reader& at) {
   retention::device::ForwardArguments a;
-  Reader size(sizes, kForwardSizes, "sizes");
   int const element = size.size();
   if (element != 0 && element != 1) {
     raise_value_error("element: expected 0 (bf16) or 1 (fp16), got " + std::to_string(element));
@@ -145,7 +163,6 @@ retention::device::ForwardArguments read_forward(nb::tuple const& sizes,
   a.log_gate_strides = size.strides();
   a.output_strides = retention::device::Strides::contiguous(a.tokens, a.query_heads, a.value_dim);
   a.chunk_size = size.size();
-  Reader at(pointers, kForwardPointers, "pointers");
   a.query = at.pointer<void>();
   a.key = at.pointer<void>();
   a.value = at.pointer<void>();
@@ -154,24 +171,59 @@ retention::device::ForwardArguments read_forward(nb::tuple const& sizes,
   a.initial_state = at.pointer<float>();
   a.initial_key_sum = at.pointer<float>();
   a.output = at.pointer<void>();
+  a.output_residual = at.pointer<void>();
   a.normalizer = at.pointer<float>();
   a.final_state = at.pointer<float>();
   a.final_key_sum = at.pointer<float>();
   return a;
 }
 
-nb::object forward_can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {
-  auto const status = retention::device::can_implement(read_forward(sizes, pointers));
+struct Forward {
+  static retention::device::ForwardArguments read(nb::tuple const& sizes,
+                                                  nb::tuple const& pointers) {
+    Reader size(sizes, kForwardSizes, "sizes");
+    Reader at(pointers, kForwardPointers, "pointers");
+    return read_forward(size, at);
+  }
+};
+
+struct Backward {
+  static retention::device::BackwardArguments read(nb::tuple const& sizes,
+                                                   nb::tuple const& pointers) {
+    Reader size(sizes, kBackwardSizes, "sizes");
+    Reader at(pointers, kBackwardPointers, "pointers");
+    retention::device::BackwardArguments a;
+    a.forward = read_forward(size, at);
+    a.d_output_strides = size.strides();
+    a.forward_workspace = at.pointer<void>();
+    a.d_output = at.pointer<void>();
+    a.d_final_state = at.pointer<float>();
+    a.d_final_key_sum = at.pointer<float>();
+    a.d_query = at.pointer<void>();
+    a.d_key = at.pointer<void>();
+    a.d_value = at.pointer<void>();
+    a.d_log_gate = at.pointer<float>();
+    a.d_initial_state = at.pointer<float>();
+    a.d_initial_key_sum = at.pointer<float>();
+    return a;
+  }
+};
+
+template <class Pass>
+nb::object can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {
+  auto const status = retention::device::can_implement(Pass::read(sizes, pointers));
   return status ? nb::object(nb::none()) : nb::cast(status.message());
 }
 
-std::size_t forward_workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
-  return retention::device::workspace_size(read_forward(sizes, pointers));
+template <class Pass>
+std::size_t workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
+  return retention::device::workspace_size(Pass::read(sizes, pointers));
 }
 
-void forward(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
-             std::uintptr_t stream) {
-  auto const arguments = read_forward(sizes, pointers);
+template <class Pass>
+void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
+         std::uintptr_t stream) {
+  auto const arguments = Pass::read(sizes, pointers);
   retention::device::Status status;
   {
     nb::gil_scoped_release const released;
@@ -188,7 +240,7 @@ void forward(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t w
 }
 
 template <std::size_t N>
-nb::tuple to_tuple(char const* const (&names)[N]) {
+nb::tuple to_tuple(std::array<char const*, N> const& names) {
   nb::list list;
   for (char const* name : names) {
     list.append(name);
@@ -205,7 +257,9 @@ nb::dict build_info() {
   }
   nb::list kernels;
   for (auto const& configuration : retention::device::compiled_configurations()) {
-    kernels.append("forward_" + retention::to_string(configuration));
+    for (char const* pass : {"forward_", "backward_"}) {
+      kernels.append(pass + retention::to_string(configuration));
+    }
   }
   auto const string_or_none = [](std::string const& text) {
     return text.empty() ? nb::object(nb::none()) : nb::cast(text);
@@ -254,8 +308,10 @@ what state_dim refuses.)");
 
   module.attr("FORWARD_SIZES") = to_tuple(kForwardSizes);
   module.attr("FORWARD_POINTERS") = to_tuple(kForwardPointers);
+  module.attr("BACKWARD_SIZES") = to_tuple(kBackwardSizes);
+  module.attr("BACKWARD_POINTERS") = to_tuple(kBackwardPointers);
 
-  module.def("forward_can_implement", &forward_can_implement, "sizes"_a, "pointers"_a,
+  module.def("forward_can_implement", &can_implement<Forward>, "sizes"_a, "pointers"_a,
              nb::sig("def forward_can_implement(sizes: tuple[int, ...], pointers: tuple[int, ...]) "
                      "-> str | None"),
              R"(Why forward refuses these arguments, or None if it takes them.
@@ -268,7 +324,7 @@ nothing is read from them.
 Raises ValueError for a wrong count, OverflowError or ValueError for a number out
 of range, and TypeError for what is not an integer.)");
 
-  module.def("forward_workspace_size", &forward_workspace_size, "sizes"_a, "pointers"_a,
+  module.def("forward_workspace_size", &workspace_size<Forward>, "sizes"_a, "pointers"_a,
              nb::sig("def forward_workspace_size(sizes: tuple[int, ...], "
                      "pointers: tuple[int, ...]) -> int"),
              R"(Bytes of device memory that forward needs as its workspace on the current device;
@@ -276,17 +332,47 @@ of range, and TypeError for what is not an integer.)");
 
 Arguments and errors as in forward_can_implement.)");
 
-  module.def("forward", &forward, "sizes"_a, "pointers"_a, "workspace"_a, "stream"_a,
+  module.def("forward", &run<Forward>, "sizes"_a, "pointers"_a, "workspace"_a, "stream"_a,
              nb::sig("def forward(sizes: tuple[int, ...], pointers: tuple[int, ...], "
                      "workspace: int, stream: int) -> None"),
              R"(Enqueue the forward kernels on a CUDA stream of the current device.
 
-`sizes` and `pointers` as in forward_can_implement; the output is contiguous.
-`workspace` is the address of forward_workspace_size(sizes, pointers) bytes,
-256-byte aligned, and `stream` that of a cudaStream_t. It neither allocates nor
-synchronises.
+`sizes` and `pointers` as in forward_can_implement; the output and its residual are
+contiguous. `workspace` is the address of forward_workspace_size(sizes, pointers)
+bytes, 256-byte aligned, and `stream` that of a cudaStream_t. It neither allocates
+nor synchronises.
 
 Raises ValueError for what forward_can_implement refuses, and RuntimeError for the
+workspace or where CUDA fails.)");
+
+  module.def("backward_can_implement", &can_implement<Backward>, "sizes"_a, "pointers"_a,
+             nb::sig("def backward_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             R"(Why backward refuses these arguments, or None if it takes them.
+
+They are the fields of the C++ BackwardArguments in the order of BACKWARD_SIZES and
+BACKWARD_POINTERS, which begin with those of forward. Errors as in
+forward_can_implement.)");
+
+  module.def("backward_workspace_size", &workspace_size<Backward>, "sizes"_a, "pointers"_a,
+             nb::sig("def backward_workspace_size(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> int"),
+             R"(Bytes of device memory that backward needs as its workspace on the current device;
+0 for sizes that make no sense. Of the pointers it matters which are 0.
+
+Arguments and errors as in backward_can_implement.)");
+
+  module.def("backward", &run<Backward>, "sizes"_a, "pointers"_a, "workspace"_a, "stream"_a,
+             nb::sig("def backward(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "workspace: int, stream: int) -> None"),
+             R"(Enqueue the backward kernels on a CUDA stream of the current device.
+
+`sizes` and `pointers` as in backward_can_implement; all but the inputs of forward
+and d_output are contiguous. `workspace` is the address of
+backward_workspace_size(sizes, pointers) bytes, 256-byte aligned, and `stream` that
+of a cudaStream_t. It neither allocates nor synchronises.
+
+Raises ValueError for what backward_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
 
   module.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, object]"),

@@ -17,22 +17,14 @@ Configuration configuration_of(ForwardArguments const& a) {
   return {a.element, a.head_dim, a.value_dim, a.degree};
 }
 
-CompiledForward const* find_compiled(Configuration const& wanted) {
-  for (CompiledForward const& compiled : compiled_forward()) {
-    if (compiled.configuration == wanted) {
-      return &compiled;
-    }
-  }
-  return nullptr;
-}
-
-Status check_configuration(Configuration const& wanted) {
-  if (find_compiled(wanted) != nullptr) {
+Status check_configuration(ForwardArguments const& arguments) {
+  if (find_compiled(arguments) != nullptr) {
     return {};
   }
+  Configuration const wanted = configuration_of(arguments);
   bool const known = std::find(std::begin(kConfigurations), std::end(kConfigurations), wanted) !=
                      std::end(kConfigurations);
-  if (known && compiled_forward().empty()) {
+  if (known && compiled_kernels().empty()) {
     return Status("this library was compiled without CUDA kernels");
   }
   if (known) {
@@ -44,6 +36,50 @@ Status check_configuration(Configuration const& wanted) {
 
 std::string got(char const* name, std::int64_t value) {
   return std::string(name) + ": got " + std::to_string(value) + ", expected ";
+}
+
+Status check_pointers(ForwardArguments const& a) {
+  struct Operand {
+    char const* name;
+    void const* data;
+    Strides const& strides;
+  };
+  for (Operand const& x : {Operand{"query", a.query, a.query_strides},
+                           {"key", a.key, a.key_strides},
+                           {"value", a.value, a.value_strides},
+                           {"output", a.output, a.output_strides}}) {
+    if (x.data == nullptr) {
+      return Status(std::string(x.name) + ": got a null pointer");
+    }
+    // Rows are copied 16 bytes at a time.
+    constexpr int kElements = 8;
+    if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || x.strides.batch % kElements != 0 ||
+        x.strides.token % kElements != 0 || x.strides.head % kElements != 0) {
+      return Status(std::string(x.name) +
+                    ": expected a 16-byte aligned pointer and strides that are multiples of 8");
+    }
+  }
+  if (a.normalizer == nullptr) {
+    return Status("normalizer: got a null pointer");
+  }
+  if ((a.initial_state == nullptr) != (a.initial_key_sum == nullptr)) {
+    return Status("initial_state and initial_key_sum: expected both or neither");
+  }
+  if ((a.final_state == nullptr) != (a.final_key_sum == nullptr)) {
+    return Status("final_state and final_key_sum: expected both or neither");
+  }
+  return {};
+}
+
+}  // namespace
+
+CompiledKernels const* find_compiled(ForwardArguments const& arguments) {
+  for (CompiledKernels const& compiled : compiled_kernels()) {
+    if (compiled.configuration == configuration_of(arguments)) {
+      return &compiled;
+    }
+  }
+  return nullptr;
 }
 
 Status check_sizes(ForwardArguments const& a) {
@@ -86,43 +122,8 @@ Status check_sizes(ForwardArguments const& a) {
   return {};
 }
 
-Status check_pointers(ForwardArguments const& a) {
-  struct Operand {
-    char const* name;
-    void const* data;
-    Strides const& strides;
-  };
-  for (Operand const& x : {Operand{"query", a.query, a.query_strides},
-                           {"key", a.key, a.key_strides},
-                           {"value", a.value, a.value_strides},
-                           {"output", a.output, a.output_strides}}) {
-    if (x.data == nullptr) {
-      return Status(std::string(x.name) + ": got a null pointer");
-    }
-    // Rows are copied 16 bytes at a time.
-    constexpr int kElements = 8;
-    if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || x.strides.batch % kElements != 0 ||
-        x.strides.token % kElements != 0 || x.strides.head % kElements != 0) {
-      return Status(std::string(x.name) +
-                    ": expected a 16-byte aligned pointer and strides that are multiples of 8");
-    }
-  }
-  if (a.normalizer == nullptr) {
-    return Status("normalizer: got a null pointer");
-  }
-  if ((a.initial_state == nullptr) != (a.initial_key_sum == nullptr)) {
-    return Status("initial_state and initial_key_sum: expected both or neither");
-  }
-  if ((a.final_state == nullptr) != (a.final_key_sum == nullptr)) {
-    return Status("final_state and final_key_sum: expected both or neither");
-  }
-  return {};
-}
-
-}  // namespace
-
 Status can_implement(ForwardArguments const& arguments) {
-  Status status = check_configuration(configuration_of(arguments));
+  Status status = check_configuration(arguments);
   if (status) {
     status = check_sizes(arguments);
   }
@@ -147,12 +148,12 @@ Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stre
        reinterpret_cast<std::uintptr_t>(workspace) % plan.kAlignment != 0)) {
     return Status("workspace: expected memory aligned to 256 bytes");
   }
-  return find_compiled(configuration_of(arguments))->run(plan, workspace, stream);
+  return find_compiled(arguments)->run_forward(plan, workspace, stream);
 }
 
 std::vector<Configuration> compiled_configurations() {
   std::vector<Configuration> configurations;
-  for (CompiledForward const& compiled : compiled_forward()) {
+  for (CompiledKernels const& compiled : compiled_kernels()) {
     configurations.push_back(compiled.configuration);
   }
   return configurations;

@@ -321,12 +321,18 @@ def _update_state(x: _Chunk, S: Tensor) -> None:
 
 
 def forward(
-    sequence: Sequence, S: Tensor | None, out: Tensor, norm: Tensor, keep_state: bool
+    sequence: Sequence,
+    S: Tensor | None,
+    out: Tensor,
+    norm: Tensor,
+    residual: Tensor | None,
+    keep_state: bool,
 ) -> Tensor | None:
-    """Writes ``out`` [b, t, hq, dv] and ``norm`` [b, t, hq]; returns the final state.
+    """Writes ``out`` [b, t, hq, dv], ``norm`` [b, t, hq] and ``residual``; returns the final state.
 
     ``S`` [N, D, e] or None is the initial state and is overwritten. ``norm`` is the sum of the
-    weights of the rescaled query (see the module's docstring).
+    weights of the rescaled query (see the module's docstring). ``residual``, if wanted, is what
+    rounding took from ``out``, in the same shape and dtype.
     """
     last = len(sequence.chunks) - 1
     for index, tokens in enumerate(sequence.chunks):
@@ -334,7 +340,10 @@ def forward(
         y = _state_numerator(x, S)
         _intra_forward(y, x.q, x.k, x.v, x.L, x.deg)
         n, z = y[..., :-1], y[..., -1:]
-        sequence.store(out, tokens, normalise(n, z))
+        o = normalise(n, z)
+        sequence.store(out, tokens, o)
+        if residual is not None:
+            sequence.store(residual, tokens, o - sequence.by_query_head(out, tokens))
         sequence.store(norm[..., None], tokens, z)
         if keep_state or index < last:
             if S is None:

@@ -80,6 +80,19 @@ def code_for(capability: tuple[int, int], architectures: list[str]) -> str | Non
     return usable[max(usable)] if usable else None
 
 
+@functools.cache
+def _compiled(dtype: torch.dtype, d: int, dv: int, deg: int) -> bool:
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    return f"forward_{element}_d{d}_dv{dv}_p{deg}" in _C.build_info()["kernels"]
+
+
+def cover(Q: Tensor, V: Tensor, deg: int) -> bool:
+    """Whether there are kernels for such tensors. A call may still be too large for them."""
+    return device_reason(Q.device.type, Q.device.index) is None and _compiled(
+        Q.dtype, int(Q.shape[3]), int(V.shape[3]), deg
+    )
+
+
 # ---- from tensors to the kernels ----------------------------------------------------------------
 
 
@@ -120,7 +133,7 @@ class Plan:
     """All that the shapes, strides, dtypes, devices and options of a call decide."""
 
     reason: str | None  # why the PyTorch path is taken; where None, all that follows is set
-    options: tuple[int | None, ...] = ()  # deg, chunk_size, switch_over_seq_len, return_final_state
+    options: tuple[int | None, ...] = ()  # of the operator, from deg on
     device: int = -1
     sizes: tuple[int, ...] = ()  # in the order of _C.FORWARD_SIZES
     copies: bool = False  # whether there are tensors that the kernels cannot read as they lie
@@ -129,7 +142,9 @@ class Plan:
     norm: Layout | None = None
     state: Layout | None = None
     keys: Layout | None = None
+    residual: Layout | None = None
     workspace: Layout | None = None  # None: not needed
+    kept: Layout | None = None  # None: the workspace is
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -148,6 +163,8 @@ def plan_forward(
     chunk_size: int | None,
     switch_over: int | None,
     return_final_state: bool,
+    save_for_backward: bool,
+    keep_states: bool,
 ) -> Plan:
     """How a call of ``retention::forward`` is carried out on a CUDA device.
 
@@ -179,6 +196,8 @@ def plan_forward(
         chunk_size,
         switch_over,
         return_final_state,
+        save_for_backward,
+        keep_states,
     )
     plan = _plans.get(key)
     if plan is None:
@@ -186,7 +205,8 @@ def plan_forward(
             _plans.clear()
         tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
         check_arguments(*tensors, deg, None)
-        plan = _make_plan(*tensors, deg, chunk_size, switch_over, return_final_state)
+        options = (deg, chunk_size, switch_over, return_final_state)
+        plan = _make_plan(*tensors, *options, save_for_backward, keep_states)
         _plans[key] = plan
     return plan
 
@@ -207,6 +227,8 @@ def _make_plan(
     chunk_size: int | None,
     switch_over: int | None,
     return_final_state: bool,
+    save_for_backward: bool,
+    keep_states: bool,
 ) -> Plan:
     b, t, hq, d = Q.shape
     h, dv = V.shape[2:]
@@ -232,7 +254,7 @@ def _make_plan(
     )
     # Only which addresses are null matters here, and that the others are aligned.
     given = [log_G is not None, cu_seqlens is not None, *[initial_state is not None] * 2]
-    there = (True, True, True, *given, True, True, *[return_final_state] * 2)
+    there = (True, True, True, *given, True, save_for_backward, True, *[return_final_state] * 2)
     pointers = tuple(256 * x for x in there)
     reason = _C.forward_can_implement(sizes, pointers)
     if reason is not None:
@@ -240,9 +262,10 @@ def _make_plan(
     with torch.cuda.device(Q.device):
         workspace = _C.forward_workspace_size(sizes, pointers)
     state = (sequences, h, state_dim(d, deg), dv) if return_final_state else (0, 0, 0, 0)
+    keeps = save_for_backward and keep_states
     return Plan(
         None,
-        (deg, chunk_size, switch_over, return_final_state),
+        (deg, chunk_size, switch_over, return_final_state, save_for_backward, keep_states),
         Q.get_device(),
         sizes,
         None in strides or not whole,
@@ -251,7 +274,9 @@ def _make_plan(
         Layout.of((b, t, hq), torch.float32),
         Layout.of(state, torch.float32),
         Layout.of(state[:3], torch.float32),
+        Layout.of((b, t, hq, dv) if save_for_backward else (0, 0, 0, 0), Q.dtype),
         Layout.of((workspace,), torch.uint8) if workspace else None,
+        None if keeps and workspace else Layout.of((0,), torch.uint8),
     )
 
 
@@ -272,7 +297,7 @@ def forward(
     initial_state: Tensor | None,
     sum_of_keys: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The operator ``retention::forward`` by the kernels, for a plan without a reason against."""
     if plan.device != _current_device():
         with torch.cuda.device(plan.device):
@@ -284,7 +309,7 @@ def forward(
     if plan.copies or (q | k | v | state_in | keys_in) & 15:
         return _forward_copies(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
 
-    out, norm = _allocate(*plan.out), _allocate(*plan.norm)
+    out, norm, residual = _allocate(*plan.out), _allocate(*plan.norm), _allocate(*plan.residual)
     state, keys = _allocate(*plan.state), _allocate(*plan.keys)
     if plan.has_state:
         state_out, keys_out = state.data_ptr(), keys.data_ptr()
@@ -299,6 +324,7 @@ def forward(
         state_in,
         keys_in,
         out.data_ptr(),
+        residual.data_ptr(),  # 0 for one that is empty
         norm.data_ptr(),
         state_out,
         keys_out,
@@ -309,20 +335,89 @@ def forward(
         0 if workspace is None else workspace.data_ptr(),
         _current_stream(plan.device),
     )
-    return out, norm, state, keys
+    kept = workspace if plan.kept is None else _allocate(*plan.kept)
+    return out, norm, state, keys, residual, kept
 
 
-def _forward_copies(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """With copies of the tensors that do not lie as the kernels read them."""
+def _forward_copies(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    tensors = _readable(*tensors)
+    return forward(plan_forward(*tensors, *plan.options), *tensors)
+
+
+def _readable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copies of those operands of forward that do not lie as the kernels read them."""
     Q, K, V, log_G, *states, cu_seqlens = tensors
     Q, K, V = (x if _row_strides(x) and not x.data_ptr() & 15 else _copy(x) for x in (Q, K, V))
-    states = [
-        x if x is None or (x.is_contiguous() and not x.data_ptr() & 15) else _copy(x)
-        for x in states
-    ]
+    states = [None if x is None else _whole(x) for x in states]
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    tensors = (Q, K, V, log_G, *states, cu_seqlens)
-    return forward(plan_forward(*tensors, *plan.options), *tensors)
+    return (Q, K, V, log_G, *states, cu_seqlens)
+
+
+def plan_backward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+) -> Plan:
+    """How forward was carried out when it saved what backward reads; errors as there."""
+    tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    return plan_forward(*tensors, deg, chunk_size, switch_over, False, True, False)
+
+
+def backward(
+    plan: Plan,
+    d_out: Tensor,
+    d_state: Tensor | None,
+    d_keys: Tensor | None,
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    residual: Tensor,
+    kept: Tensor,
+    norm: Tensor,
+    gradients: tuple[Tensor, ...],
+) -> None:
+    """The operator ``retention::backward`` by the kernels, for a plan without a reason against.
+
+    Writes ``gradients``, contiguous tensors like the inputs; those of inputs that are None are
+    empty.
+    """
+    tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    aligned = not any(x.data_ptr() & 15 for x in tensors[:3])
+    aligned &= initial_state is None or not (initial_state.data_ptr() | sum_of_keys.data_ptr()) & 15
+    if plan.copies or not aligned:
+        tensors = _readable(*tensors)
+        plan = plan_forward(*tensors, *plan.options)
+    if not _row_strides(d_out) or d_out.data_ptr() & 15:
+        d_out = _copy(d_out)
+    out, residual, norm = _whole(out), _whole(residual), _whole(norm)
+    d_state, d_keys = (None if x is None else _whole(x) for x in (d_state, d_keys))
+    states = kept if plan.workspace and kept.numel() >= plan.workspace.shape[0] else None
+
+    sizes = (*plan.sizes, *_row_strides(d_out))
+    arguments = (*tensors[:4], cu_seqlens, *tensors[4:6], out, residual, norm, None, None)
+    arguments += (states, d_out, d_state, d_keys, *gradients)
+    pointers = tuple(0 if x is None or not x.numel() else x.data_ptr() for x in arguments)
+    with torch.cuda.device(plan.device):
+        workspace = _C.backward_workspace_size(sizes, pointers)
+        memory = _allocate(*Layout.of((workspace,), torch.uint8))
+        _C.backward(sizes, pointers, memory.data_ptr(), _current_stream(plan.device))
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Contiguous and aligned to 16 bytes."""
+    return x if x.is_contiguous() and not x.data_ptr() & 15 else _copy(x)
 
 
 def _copy(x: Tensor) -> Tensor:

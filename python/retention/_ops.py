@@ -24,13 +24,15 @@ _library = torch.library.Library("retention", "DEF")
 _library.define(
     "forward(Tensor Q, Tensor K, Tensor V, Tensor? log_G, Tensor? initial_state, "
     "Tensor? sum_of_keys, Tensor? cu_seqlens, int deg, int? chunk_size, int? switch_over_seq_len, "
-    "bool return_final_state) -> (Tensor out, Tensor norm, Tensor state, Tensor sum_of_keys)",
+    "bool return_final_state, bool save_for_backward, bool keep_states) "
+    "-> (Tensor out, Tensor norm, Tensor state, Tensor sum_of_keys, Tensor residual, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "backward(Tensor d_out, Tensor? d_state, Tensor? d_keys, Tensor Q, Tensor K, Tensor V, "
     "Tensor? log_G, Tensor? initial_state, Tensor? sum_of_keys, Tensor? cu_seqlens, "
-    "Tensor norm, int deg, int? chunk_size, int? switch_over_seq_len) "
+    "Tensor out, Tensor residual, Tensor kept, Tensor norm, "
+    "int deg, int? chunk_size, int? switch_over_seq_len) "
     "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor d_log_G, Tensor d_initial_state, Tensor d_keys)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -94,15 +96,25 @@ def _state_shape(Q: Tensor, V: Tensor, cu_seqlens: Tensor | None, deg: int) -> t
 
 
 def _allocate_forward(
-    Q: Tensor, V: Tensor, cu_seqlens: Tensor | None, deg: int, return_final_state: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    Q: Tensor,
+    V: Tensor,
+    cu_seqlens: Tensor | None,
+    deg: int,
+    return_final_state: bool,
+    save_for_backward: bool,
+    kept_bytes: int,
+) -> tuple[Tensor, ...]:
     dtype = _checks.state_dtype(Q.dtype)
     state_shape = _state_shape(Q, V, cu_seqlens, deg) if return_final_state else (0, 0, 0, 0)
+    out_shape = (*Q.shape[:3], V.shape[3])
+    has_residual = save_for_backward and _kernels.cover(Q, V, deg)
     return (
-        Q.new_empty((*Q.shape[:3], V.shape[3])),
+        Q.new_empty(out_shape),
         Q.new_empty(Q.shape[:3], dtype=dtype),
         Q.new_empty(state_shape, dtype=dtype),
         Q.new_empty(state_shape[:3], dtype=dtype),
+        Q.new_empty(out_shape if has_residual else (0, 0, 0, 0)),
+        Q.new_empty(kept_bytes, dtype=torch.uint8),
     )
 
 
@@ -131,18 +143,23 @@ def _forward(
     chunk_size: int | None,
     switch_over_seq_len: int | None,
     return_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, norm, state, keys = _allocate_forward(Q, V, cu_seqlens, deg, return_final_state)
+    save_for_backward: bool,
+    keep_states: bool,
+) -> tuple[Tensor, ...]:
+    results = _allocate_forward(Q, V, cu_seqlens, deg, return_final_state, save_for_backward, 0)
+    out, norm, state, keys, residual, _ = results
     with torch.no_grad(), without_autocast(Q.device):
         for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
             sequence = _chunked_sequence(
                 Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len
             )
             S = sequence.join_state(_cut(initial_state, n), _cut(sum_of_keys, n))
-            S = _chunked.forward(sequence, S, out[:, tokens], norm[:, tokens], return_final_state)
+            rounded_off = residual[:, tokens] if residual.numel() else None
+            targets = (out[:, tokens], norm[:, tokens], rounded_off)
+            S = _chunked.forward(sequence, S, *targets, return_final_state)
             if return_final_state:
                 state[n], keys[n] = sequence.split_state(S)
-    return out, norm, state, keys
+    return results
 
 
 def _backward(
@@ -156,6 +173,9 @@ def _backward(
     initial_state: Tensor | None,
     sum_of_keys: Tensor | None,
     cu_seqlens: Tensor | None,
+    out: Tensor,
+    residual: Tensor,
+    kept: Tensor,
     norm: Tensor,
     deg: int,
     chunk_size: int | None,
@@ -181,11 +201,11 @@ def _backward(
     return gradients
 
 
-def _log_forward(Q: Tensor, V: Tensor, reason: str | None) -> None:
+def _log(what: str, Q: Tensor, V: Tensor, reason: str | None) -> None:
     path = "kernels" if reason is None else f"PyTorch path ({reason})"
     dtype = str(Q.dtype).removeprefix("torch.")
     _logger.debug(
-        "forward on %s: %s; %s, Q %s, V %s", Q.device, path, dtype, [*Q.shape], [*V.shape]
+        "%s on %s: %s; %s, Q %s, V %s", what, Q.device, path, dtype, [*Q.shape], [*V.shape]
     )
 
 
@@ -201,6 +221,8 @@ def _forward_cuda(
     chunk_size,
     switch_over_seq_len,
     return_final_state,
+    save_for_backward,
+    keep_states,
 ):
     plan = _kernels.plan_forward(
         Q,
@@ -214,24 +236,47 @@ def _forward_cuda(
         chunk_size,
         switch_over_seq_len,
         return_final_state,
+        save_for_backward,
+        keep_states,
     )
     if _logger.isEnabledFor(logging.DEBUG):
-        _log_forward(Q, V, plan.reason)
+        _log("forward", Q, V, plan.reason)
     if plan.reason is None:
         return _kernels.forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
-    return _forward(*tensors, deg, chunk_size, switch_over_seq_len, return_final_state)
+    options = (deg, chunk_size, switch_over_seq_len)
+    return _forward(*tensors, *options, return_final_state, save_for_backward, keep_states)
 
 
 def _forward_elsewhere(Q, K, V, *rest):
     if _logger.isEnabledFor(logging.DEBUG):
-        _log_forward(Q, V, _kernels.device_reason(Q.device.type, Q.device.index))
+        _log("forward", Q, V, _kernels.device_reason(Q.device.type, Q.device.index))
     return _forward(Q, K, V, *rest)
+
+
+def _backward_cuda(d_out, d_state, d_keys, *arguments):
+    tensors, results, options = arguments[:7], arguments[7:11], arguments[11:]
+    Q, V = tensors[0], tensors[2]
+    plan = _kernels.plan_backward(*tensors, *options)
+    if _logger.isEnabledFor(logging.DEBUG):
+        _log("backward", Q, V, plan.reason)
+    if plan.reason is not None:
+        return _backward(d_out, d_state, d_keys, *arguments)
+    gradients = _allocate_backward(*tensors[:6])
+    _kernels.backward(plan, d_out, d_state, d_keys, *tensors, *results, gradients)
+    return gradients
+
+
+def _backward_elsewhere(d_out, d_state, d_keys, Q, K, V, *rest):
+    if _logger.isEnabledFor(logging.DEBUG):
+        _log("backward", Q, V, _kernels.device_reason(Q.device.type, Q.device.index))
+    return _backward(d_out, d_state, d_keys, Q, K, V, *rest)
 
 
 _library.impl("forward", _forward_cuda, "CUDA")
 _library.impl("forward", _forward_elsewhere, "CompositeExplicitAutograd")
-_library.impl("backward", _backward, "CompositeExplicitAutograd")
+_library.impl("backward", _backward_cuda, "CUDA")
+_library.impl("backward", _backward_elsewhere, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("retention::forward", lib=_library)
@@ -247,8 +292,14 @@ def _forward_fake(
     chunk_size,
     switch_over_seq_len,
     return_final_state,
+    save_for_backward,
+    keep_states,
 ):
-    return _allocate_forward(Q, V, cu_seqlens, deg, return_final_state)
+    kept_bytes = 0
+    if save_for_backward and keep_states and _kernels.cover(Q, V, deg):
+        kept_bytes = torch.library.get_ctx().new_dynamic_size()  # the device decides
+    options = (return_final_state, save_for_backward, kept_bytes)
+    return _allocate_forward(Q, V, cu_seqlens, deg, *options)
 
 
 @torch.library.register_fake("retention::backward", lib=_library)
@@ -278,8 +329,10 @@ def _forward_autograd(
     chunk_size,
     switch_over_seq_len,
     return_final_state,
+    save_for_backward,
+    keep_states,
 ):
-    """The operator at the Autograd key.
+    """The operator at the Autograd key, which knows whether anything is to be saved for backward.
 
     It is ``torch.library.register_autograd`` by hand: that one's layer takes two thirds as long as
     all else that the host does for a call. Where the CUDA kernel is next, it is called from here,
@@ -308,16 +361,18 @@ def _forward_autograd(
             chunk_size,
             switch_over_seq_len,
             return_final_state,
+            save_for_backward,
+            keep_states,
         )
     arguments = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg)
     arguments += (chunk_size, switch_over_seq_len, return_final_state)
     if not apply:
-        return _forward_below_autograd(keys, *arguments)
+        return _forward_below_autograd(keys, *arguments, save_for_backward, keep_states)
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "retention: torch.func does not differentiate power retention; use torch.autograd"
         )
-    return _Forward.apply(keys, *arguments)
+    return _Forward.apply(keys, *arguments, differentiable, keep_states)
 
 
 def _forward_below_autograd(keys, *arguments):
@@ -330,17 +385,23 @@ def _forward_below_autograd(keys, *arguments):
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keys, *arguments):
-        output = _forward_below_autograd(keys, *arguments)
-        *tensors, ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len, ctx.has_state = arguments
-        ctx.save_for_backward(*tensors, output[1])
-        ctx.mark_non_differentiable(output[1])
+        results = _forward_below_autograd(keys, *arguments)
+        *tensors, ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len = arguments[:10]
+        ctx.has_state = arguments[10]
+        out, norm, _, _, residual, kept = results
+        # The PyTorch path has its own way to what the output is for, and keeps only the normaliser.
+        ctx.has_out = residual.numel() > 0
+        ctx.save_for_backward(*tensors, out if ctx.has_out else None, residual, kept, norm)
+        ctx.mark_non_differentiable(norm, residual, kept)
         ctx.set_materialize_grads(False)
-        return output
+        return results
 
     @staticmethod
-    def backward(ctx, d_out, _, d_state, d_keys):
-        *inputs, norm = ctx.saved_tensors
+    def backward(ctx, d_out, _, d_state, d_keys, *__):
+        *inputs, out, residual, kept, norm = ctx.saved_tensors
         Q, V, cu_seqlens = inputs[0], inputs[2], inputs[6]
+        if not ctx.has_out:
+            out = residual
         if d_out is None:
             d_out = Q.new_zeros(*norm.shape, V.shape[3])
         if not ctx.has_state:
@@ -351,11 +412,14 @@ class _Forward(torch.autograd.Function):
                 d_state = norm.new_zeros(shape)
             if d_keys is None:
                 d_keys = norm.new_zeros(shape[:3])
+        results = (out, residual, kept, norm)
         options = (ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len)
-        gradients = torch.ops.retention.backward(d_out, d_state, d_keys, *inputs, norm, *options)
+        gradients = torch.ops.retention.backward(
+            d_out, d_state, d_keys, *inputs, *results, *options
+        )
         needed = ctx.needs_input_grad[1:]
         gradients = [g if n else None for g, n in zip(gradients, needed, strict=False)]
-        return (None, *gradients, *(None,) * 5)  # of the keys; of cu_seqlens and the options
+        return (None, *gradients, *(None,) * 7)  # of the keys; of cu_seqlens and the options
 
     @staticmethod
     def jvp(ctx, *tangents):

@@ -23,6 +23,7 @@ def power_retention(
     *,
     sum_of_keys: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    keep_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Causal power retention, at a cost linear in the sequence's length.
 
@@ -70,6 +71,9 @@ def power_retention(
             ``cu_seqlens[i + 1]``, each with a state of its own. A sequence of length 0 hands its
             initial state through. Values on a CUDA device are not checked by the kernels, which
             would have to wait for them: they are clamped to [0, t].
+        keep_states: keep the states before each chunk for backward, where kernels take the call:
+            n h D dv elements of Q's dtype for every chunk of c tokens. Default False: backward
+            computes them again, and what is kept are the inputs and twice the output.
 
     Returns:
         ``O`` ``[b, t, hq, dv]`` in Q's dtype; with ``return_final_state``,
@@ -86,7 +90,7 @@ def power_retention(
         _checks.check_integer("chunk_size", chunk_size, 1)
     if switch_over_seq_len is not None:
         _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 0)
-    out, _, state, keys = torch.ops.retention.forward(
+    out, _, state, keys, _, _ = torch.ops.retention.forward(
         Q,
         K,
         V,
@@ -98,5 +102,7 @@ def power_retention(
         chunk_size,
         switch_over_seq_len,
         return_final_state,
+        False,  # save_for_backward: autograd decides
+        keep_states,
     )
     return (out, state, keys) if return_final_state else out

@@ -123,8 +123,10 @@ def test_info_is_laid_out_in_aligned_lines():
 def test_types_are_shipped():
     assert (INSTALLED / "py.typed").exists()
     stub = (INSTALLED / "_C.pyi").read_text()
-    forward = ("forward", "forward_can_implement", "forward_workspace_size")
-    for name in ("block_width", "state_dim", "symmetric_power_row", "build_info", *forward):
+    functions = ["block_width", "state_dim", "symmetric_power_row", "build_info"]
+    for run in ("forward", "backward"):
+        functions += [run, f"{run}_can_implement", f"{run}_workspace_size"]
+    for name in functions:
         assert f"def {name}(" in stub
         assert getattr(_C, name).__doc__
 

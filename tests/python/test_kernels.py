@@ -89,39 +89,76 @@ POINTERS = {
     "initial_state": 0,
     "initial_key_sum": 0,
     "output": 256,
+    "output_residual": 0,
     "normalizer": 4,
     "final_state": 0,
     "final_key_sum": 0,
 }
+BACKWARD_SIZES = SIZES | {
+    "d_output_batch": 100 * 4 * 64,
+    "d_output_token": 4 * 64,
+    "d_output_head": 64,
+}
+BACKWARD_POINTERS = POINTERS | {
+    "output_residual": 256,
+    "forward_workspace": 0,
+    "d_output": 256,
+    "d_final_state": 0,
+    "d_final_key_sum": 0,
+    "d_query": 256,
+    "d_key": 256,
+    "d_value": 256,
+    "d_log_gate": 4,
+    "d_initial_state": 0,
+    "d_initial_key_sum": 0,
+}
+
+
+def changed(sizes, pointers, changes):
+    assert changes.keys() <= sizes.keys() | pointers.keys()
+    return tuple(
+        tuple(changes.get(name, x) for name, x in values.items()) for values in (sizes, pointers)
+    )
 
 
 def packed(**changes):
-    sizes = SIZES | {name: x for name, x in changes.items() if name in SIZES}
-    pointers = POINTERS | {name: x for name, x in changes.items() if name in POINTERS}
-    assert changes.keys() <= sizes.keys() | pointers.keys()
-    return tuple(sizes.values()), tuple(pointers.values())
+    return changed(SIZES, POINTERS, changes)
+
+
+def packed_backward(**changes):
+    return changed(BACKWARD_SIZES, BACKWARD_POINTERS, changes)
 
 
 def test_the_order_of_the_bindings_arguments():
     assert tuple(SIZES) == _C.FORWARD_SIZES
     assert tuple(POINTERS) == _C.FORWARD_POINTERS
+    assert tuple(BACKWARD_SIZES) == _C.BACKWARD_SIZES
+    assert tuple(BACKWARD_POINTERS) == _C.BACKWARD_POINTERS
 
 
 @pytest.mark.parametrize(
-    "function",
+    ("function", "packed"),
     [
-        _C.forward_can_implement,
-        _C.forward_workspace_size,
-        lambda sizes, pointers: _C.forward(sizes, pointers, 0, 0),
+        (_C.forward_can_implement, packed),
+        (_C.forward_workspace_size, packed),
+        (lambda sizes, pointers: _C.forward(sizes, pointers, 0, 0), packed),
+        (_C.backward_can_implement, packed_backward),
+        (_C.backward_workspace_size, packed_backward),
+        (lambda sizes, pointers: _C.backward(sizes, pointers, 0, 0), packed_backward),
     ],
-    ids=["can_implement", "workspace_size", "forward"],
+    ids=[
+        *("forward_can_implement", "forward_workspace_size", "forward"),
+        *("backward_can_implement", "backward_workspace_size", "backward"),
+    ],
 )
-def test_the_binding_refuses_what_it_cannot_read(function):
+def test_the_binding_refuses_what_it_cannot_read(function, packed):
     sizes, pointers = packed()
+    expected = f"sizes: expected {len(sizes)} integers, got "
     for wrong in (sizes[:-1], (*sizes, 0), ()):
-        with pytest.raises(ValueError, match=f"sizes: expected 21 integers, got {len(wrong)}"):
+        with pytest.raises(ValueError, match=f"{expected}{len(wrong)}"):
             function(wrong, pointers)
-    with pytest.raises(ValueError, match="pointers: expected 11 integers, got 10"):
+    n = len(pointers)
+    with pytest.raises(ValueError, match=f"pointers: expected {n} integers, got {n - 1}"):
         function(sizes, pointers[:-1])
     with pytest.raises(ValueError, match=r"element: expected 0 \(bf16\) or 1 \(fp16\), got 2"):
         function(*packed(element=2))
@@ -283,6 +320,13 @@ def device(monkeypatch):
     monkeypatch.setattr(_kernels, "_C", binding)
     monkeypatch.setattr(_kernels, "_plans", {})
     monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(
+        _kernels,
+        "_compiled",
+        lambda dtype, d, dv, deg: (
+            dtype in DTYPES.values() and {d, dv} <= {32, 64, 128} and deg == 2
+        ),
+    )
     monkeypatch.setattr(_kernels, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(_kernels, "_current_stream", lambda device: 77)
     allocated = []
@@ -306,8 +350,17 @@ def lowered(case, dtype=torch.bfloat16, device="cpu", sequences=None):
     }
 
 
-def operands(inputs, cu_seqlens=None, deg=2, chunk=None, switch_over=None, final=False):
-    return (*inputs.values(), cu_seqlens, deg, chunk, switch_over, final)
+def operands(
+    inputs,
+    cu_seqlens=None,
+    deg=2,
+    chunk=None,
+    switch_over=None,
+    final=False,
+    save=False,
+    keep=False,
+):
+    return (*inputs.values(), cu_seqlens, deg, chunk, switch_over, final, save, keep)
 
 
 FULL = Case(t=100, d=64, dv=32, state=True)
@@ -315,7 +368,10 @@ FULL = Case(t=100, d=64, dv=32, state=True)
 
 def test_what_is_passed_to_the_kernels(device):
     inputs = lowered(FULL)
-    out, norm, state, keys = _ops._forward_cuda(*operands(inputs, chunk=65, final=True))
+    out, norm, state, keys, residual, kept = _ops._forward_cuda(
+        *operands(inputs, chunk=65, final=True, save=True)
+    )
+    assert kept.shape == (0,)
     ((sizes, pointers, workspace, stream),) = device.calls
     assert dict(zip(_C.FORWARD_SIZES, sizes, strict=True)) == {
         "element": 0,
@@ -349,6 +405,7 @@ def test_what_is_passed_to_the_kernels(device):
         "initial_state": inputs["initial_state"].data_ptr(),
         "initial_key_sum": inputs["sum_of_keys"].data_ptr(),
         "output": out.data_ptr(),
+        "output_residual": residual.data_ptr(),
         "normalizer": norm.data_ptr(),
         "final_state": state.data_ptr(),
         "final_key_sum": keys.data_ptr(),
@@ -360,7 +417,7 @@ def test_what_is_passed_to_the_kernels(device):
 @pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, 0), (torch.float16, 1)], ids=str)
 def test_without_gate_states_and_workspace(device, dtype, element):
     case = Case(t=5, d=64, dv=64, gate=None)
-    *_, state, keys = _ops._forward_cuda(*operands(lowered(case, dtype)))
+    _, _, state, keys, residual, _ = _ops._forward_cuda(*operands(lowered(case, dtype)))
     ((sizes, pointers, workspace, _),) = device.calls
     assert sizes[0] == element
     null = ("log_gate", "cu_seqlens", "initial_state", "initial_key_sum", "final_state")
@@ -380,7 +437,8 @@ def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate,
     cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32)
     _ops._forward_cuda(*operands(inputs, cu_seqlens, chunk=64, switch_over=0, final=final))
     ((sizes, pointers, workspace, _),) = device.calls
-    (allocated,) = [x for x in device.allocated if x.dtype == torch.uint8]
+    allocated, kept = [x for x in device.allocated if x.dtype == torch.uint8]
+    assert kept.shape == (0,)
     assert allocated.data_ptr() == workspace
     assert allocated.shape == (_C.forward_workspace_size(sizes, pointers),)
 
@@ -389,7 +447,7 @@ def test_packed_sequences_are_counted_not_read(device):
     # Values that the PyTorch path would refuse: nobody looks at them here.
     cu_seqlens = torch.tensor([3, 900, -7, 2, 1, 0, 5, 6], dtype=torch.int32)[::2]
     inputs = lowered(Case(t=100, b=1, d=64, dv=32))
-    *_, state, keys = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=True))
+    _, _, state, keys, _, _ = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=True))
     ((sizes, pointers, *_),) = device.calls
     assert sizes[4] == 3
     assert state.shape == (3, 2, retention.state_dim(64), 32)
@@ -397,17 +455,18 @@ def test_packed_sequences_are_counted_not_read(device):
     assert pointers[4] not in (0, cu_seqlens.data_ptr())  # every other value: copied
 
 
+@pytest.mark.parametrize("save", [False, True])
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
 @pytest.mark.parametrize("hq", [2, 4])
 @pytest.mark.parametrize("gate", [None, -1.0])
-def test_fakes_agree_with_what_is_allocated(device, final, bounds, hq, gate):
+def test_fakes_agree_with_what_is_allocated(device, save, final, bounds, hq, gate):
     inputs = lowered(Case(t=100, b=1, hq=hq, d=64, dv=32, gate=gate))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    real = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=final))
+    real = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=final, save=save))
     meta = {name: x if x is None else x.to("meta") for name, x in inputs.items()}
     cu_seqlens = None if bounds is None else cu_seqlens.to("meta")
-    fake = torch.ops.retention.forward(*operands(meta, cu_seqlens, final=final))
+    fake = torch.ops.retention.forward(*operands(meta, cu_seqlens, final=final, save=save))
     for x, wanted in zip(fake, real, strict=True):
         assert x.is_meta
         assert (x.shape, x.dtype, x.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
@@ -578,7 +637,7 @@ def test_every_option_has_a_plan_of_its_own(device):
                 _ops._forward_cuda(*operands(inputs, None, 2, chunk, switch_over, final))
     chunks = [sizes[-1] for sizes, *_ in device.calls]
     assert chunks == [64, 64, 1024, 1024, 128, 128, 1024, 1024]
-    assert [pointers[9] != 0 for _, pointers, *_ in device.calls] == [False, True] * 4
+    assert [pointers[10] != 0 for _, pointers, *_ in device.calls] == [False, True] * 4
 
 
 @pytest.fixture
@@ -602,9 +661,11 @@ def test_the_kernels_come_right_after_autograd(at_once, monkeypatch, name, grad_
         results = torch.ops.retention.forward(*operands(inputs, final=True))
     ((_, pointers, *_),) = at_once.calls
     assert pointers[:3] == tuple(inputs[n].data_ptr() for n in "QKV")
-    assert pointers[7:] == tuple(x.data_ptr() for x in results)
-    out, norm, state, keys = results
+    out, norm, state, keys, residual, kept = results
+    assert pointers[7:] == tuple(x.data_ptr() for x in (out, residual, norm, state, keys))
     recorded = name is not None and grad_mode is torch.enable_grad
+    assert residual.shape == (out.shape if recorded else (0, 0, 0, 0))
+    assert kept.shape == (0,)
     assert [x.requires_grad for x in (out, state, keys)] == [recorded] * 3
     assert not norm.requires_grad
 

@@ -115,16 +115,18 @@ def test_torch_func_is_right_or_refused():
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
 def test_opcheck(state):
     inputs = leaves(Case(t=9, b=1, hq=2, h=1, d=8, dv=4, state=state), torch.float32)
-    arguments = (*inputs.values(), None, 2, 4, 0, True)
+    arguments = (*inputs.values(), None, 2, 4, 0, True, False, False)
     torch.library.opcheck(torch.ops.retention.forward, arguments)
     packed = torch.tensor([0, 4, 9], dtype=torch.int32)
     two = [x if x is None or n < 4 else x.detach().repeat(2, *[1] * (x.dim() - 1))
            for n, x in enumerate(inputs.values())]  # fmt: skip
-    torch.library.opcheck(torch.ops.retention.forward, (*two, packed, 2, 4, 0, False))
+    torch.library.opcheck(torch.ops.retention.forward, (*two, packed, 2, 4, 0, *[False] * 3))
     constants = [x if x is None else x.detach() for x in inputs.values()]
-    out, norm, state, keys = torch.ops.retention.forward(*constants, None, 2, 4, 0, True)
+    results = torch.ops.retention.forward(*constants, None, 2, 4, 0, True, True, False)
+    out, norm, state, keys, residual, kept = results
+    saved = (out, residual, kept, norm)
     torch.library.opcheck(
-        torch.ops.retention.backward, (out, state, keys, *constants, None, norm, 2, 4, 0)
+        torch.ops.retention.backward, (out, state, keys, *constants, None, *saved, 2, 4, 0)
     )
 
 

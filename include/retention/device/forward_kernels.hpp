@@ -36,6 +36,15 @@ struct ForwardKernels {
   /// Status: CudaLauncher, or one of the caller's own.
   template <class Launcher>
   static Status run(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
+    if (Status status = run_states(plan, workspace, launcher); !status) {
+      return status;
+    }
+    return launcher.template launch<Output>(Call(plan, workspace).output());
+  }
+
+  /// All that comes before the output, which backward computes again.
+  template <class Launcher>
+  static Status run_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
     Call const call(plan, workspace);
     if (plan.arguments.log_gate != nullptr) {
       if (Status status = launcher.template launch<kernel::Gates>(call.gates()); !status) {
@@ -61,7 +70,7 @@ struct ForwardKernels {
         return status;
       }
     }
-    return launcher.template launch<Output>(call.output());
+    return {};
   }
 
  private:

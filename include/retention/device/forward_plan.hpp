@@ -23,10 +23,28 @@ struct Region {
   }
 };
 
+/// Divides a workspace into regions, one after the other.
+class Regions {
+ public:
+  static constexpr std::size_t kAlignment = 256;
+
+  explicit Regions(std::size_t bytes = 0) : bytes_(bytes) {}
+
+  Region take(std::int64_t count, std::size_t size) {
+    Region const region{bytes_, static_cast<std::size_t>(count) * size};
+    bytes_ += (region.bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return region;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::size_t bytes_;
+};
+
 struct ForwardPlan {
   static constexpr int kTokenMultiple = 64;  // of chunks: the tile of the kernels
-  static constexpr std::size_t kAlignment = 256;
-  static constexpr int kStateParts = 32;  // that an initial state's range is found in
+  static constexpr std::size_t kAlignment = Regions::kAlignment;
+  static constexpr int kStateParts = 32;  // that a state's range is found in
 
   ForwardArguments arguments;  // with chunk_size and segment_tokens filled in
   bool reads_states = false;   // whether queries read a state
@@ -35,12 +53,11 @@ struct ForwardPlan {
   std::int64_t slots = 0;      // of chunks, see kernel/sequence.hpp
   std::int64_t items = 0;      // of segments
 
-  // Workspace.
-  Region gate;             // [b, h, t] cumulative log gate since the start of the chunk
-  Region states;           // [slots, h, D, dv] before each chunk, in the element type
-  Region key_sums;         // [slots, h, D]
-  Region segment_state;    // [items, h, D, dv] fp32, of each segment alone
-  Region segment_key_sum;  // [items, h, D]
+  // Workspace. What backward reads comes first, in the same place whether a final state is wanted
+  // or not.
+  Region gate;      // [b, h, t] cumulative log gate since the start of the chunk
+  Region states;    // [slots, h, D, dv] before each chunk, in the element type
+  Region key_sums;  // [slots, h, D]
   // fp16 only, see kernel/exponents.hpp.
   Region chunk_ranges;       // [slots, h]
   Region initial_ranges;     // [n, h, kStateParts]
@@ -48,6 +65,8 @@ struct ForwardPlan {
   Region score_exponents;    // [n, h]
   Region state_exponents;    // [slots, h]
   Region key_sum_exponents;  // [slots, h]
+  Region segment_state;      // [items, h, D, dv] fp32, of each segment alone
+  Region segment_key_sum;    // [items, h, D]
   std::size_t workspace_bytes = 0;
 
   /// For arguments that can be implemented.
@@ -76,41 +95,43 @@ struct ForwardPlan {
     plan.items = slots_of(a, a.segment_tokens);
 
     std::int64_t const heads = a.heads;
+    Regions regions;
     if (a.log_gate != nullptr) {
-      plan.gate = plan.take(rows * heads * a.tokens, sizeof(float));
+      plan.gate = regions.take(rows * heads * a.tokens, sizeof(float));
     }
     if (plan.reads_states) {
-      plan.states = plan.take(plan.slots * heads * D * a.value_dim, 2);
-      plan.key_sums = plan.take(plan.slots * heads * D, 2);
-    }
-    if (plan.segmented) {
-      plan.segment_state = plan.take(plan.items * heads * D * a.value_dim, sizeof(float));
-      plan.segment_key_sum = plan.take(plan.items * heads * D, sizeof(float));
+      plan.states = regions.take(plan.slots * heads * D * a.value_dim, 2);
+      plan.key_sums = regions.take(plan.slots * heads * D, 2);
     }
     if (a.element == ElementType::kFloat16) {
-      plan.chunk_ranges = plan.take(plan.slots * heads, 5 * sizeof(float));
-      plan.key_exponents = plan.take(a.sequences * heads, sizeof(int));
-      plan.score_exponents = plan.take(a.sequences * heads, sizeof(int));
-      plan.state_exponents = plan.take(plan.slots * heads, sizeof(int));
-      plan.key_sum_exponents = plan.take(plan.slots * heads, sizeof(int));
+      plan.chunk_ranges = regions.take(plan.slots * heads, 5 * sizeof(float));
+      plan.key_exponents = regions.take(a.sequences * heads, sizeof(int));
+      plan.score_exponents = regions.take(a.sequences * heads, sizeof(int));
+      plan.state_exponents = regions.take(plan.slots * heads, sizeof(int));
+      plan.key_sum_exponents = regions.take(plan.slots * heads, sizeof(int));
       if (a.initial_state != nullptr) {
-        plan.initial_ranges = plan.take(a.sequences * heads * kStateParts, 2 * sizeof(float));
+        plan.initial_ranges = regions.take(a.sequences * heads * kStateParts, 2 * sizeof(float));
       }
     }
+    if (plan.segmented) {
+      plan.segment_state = regions.take(plan.items * heads * D * a.value_dim, sizeof(float));
+      plan.segment_key_sum = regions.take(plan.items * heads * D, sizeof(float));
+    }
+    plan.workspace_bytes = regions.bytes();
     return plan;
+  }
+
+  /// Of pieces of `size` tokens, as kernel::Sequences::num_slots.
+  static std::int64_t slots_of(ForwardArguments const& a, int size) {
+    return a.cu_seqlens != nullptr
+               ? std::int64_t{a.tokens / size} + a.sequences
+               : std::int64_t{a.sequences} * ((std::int64_t{a.tokens} + size - 1) / size);
   }
 
  private:
   static int round_up(std::int64_t x, int multiple) {
     std::int64_t const rounded = (x + multiple - 1) / multiple * multiple;
     return static_cast<int>(std::min<std::int64_t>(rounded, INT32_MAX / multiple * multiple));
-  }
-
-  // As kernel::Sequences::num_slots.
-  static std::int64_t slots_of(ForwardArguments const& a, int size) {
-    return a.cu_seqlens != nullptr
-               ? std::int64_t{a.tokens / size} + a.sequences
-               : std::int64_t{a.sequences} * ((std::int64_t{a.tokens} + size - 1) / size);
   }
 
   // A token's products are 4 D dv with the state, or 2 (d + dv) with each of the t / 2 tokens
@@ -159,12 +180,6 @@ struct ForwardPlan {
     std::int64_t const tokens = segments == 1 ? std::int64_t{a.tokens} + 1
                                               : (chunks + segments - 1) / segments * a.chunk_size;
     return round_up(tokens, a.chunk_size);
-  }
-
-  Region take(std::int64_t count, std::size_t size) {
-    Region const region{workspace_bytes, static_cast<std::size_t>(count) * size};
-    workspace_bytes += (region.bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return region;
   }
 };
 

@@ -1,0 +1,113 @@
+// How a backward call is carried out: what is computed, and the workspace divided. Plain
+// arithmetic, the same with and without a device.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "retention/device/backward.hpp"
+#include "retention/device/forward_plan.hpp"
+
+namespace retention::device {
+
+struct BackwardPlan {
+  static constexpr std::size_t kAlignment = Regions::kAlignment;
+  static constexpr int kTileTokens = 64;    // of a range of gradients
+  static constexpr int kGateTokens = 1024;  // of a partial sum of gate gradients
+  static constexpr int kProductParts = 64;  // that the product of two states is summed in
+
+  BackwardArguments arguments;
+  // Of the call before, in `arguments.forward_workspace`, or of the states that are computed again,
+  // in the workspace.
+  ForwardPlan forward;
+  bool recomputes = true;
+  bool reads_gradients = false;  // whether keys and values read the gradient of a state
+  bool makes_gradients = false;  // whether such gradients are computed, to be read or the initial
+  bool segmented = false;        // whether a sequence is cut and a carry follows
+  bool gate_of_final_state = false;  // whether the final state is needed, for the gates' gradient
+
+  // Workspace; the first two with `gate_of_final_state`.
+  Region final_state;    // [n, h, D, dv] fp32
+  Region final_key_sum;  // [n, h, D]
+  Region products;       // [n, h, kProductParts] of the final state and its gradient
+  Region query;          // [b, hq, t, d] rescaled by powers of two, see kernel/gradient_rows.hpp
+  Region inverse;        // [b, hq, t], as those that follow
+  Region delta;
+  Region weight;
+  Region scale;
+  Region d_gate;             // [b, t, h] of the gate's cumulative sum
+  Region gate_sums;          // [gate slots, h] of d_gate
+  Region d_states;           // [slots, h, D, dv] after each chunk, in the element type
+  Region d_key_sums;         // [slots, h, D]
+  Region d_segment_state;    // [items, h, D, dv] fp32, of each segment alone
+  Region d_segment_key_sum;  // [items, h, D]
+  // fp16 only, see kernel/gradient_exponents.hpp.
+  Region tile_ranges;       // [tile slots, h]
+  Region final_ranges;      // [n, h, kStateParts]
+  Region weight_exponents;  // [slots, h], as those that follow
+  Region state_exponents;
+  Region key_sum_exponents;
+  Region score_exponents;
+  std::size_t workspace_bytes = 0;
+
+  /// For arguments that can be implemented.
+  static BackwardPlan make(BackwardArguments const& arguments, int multiprocessors) {
+    BackwardPlan plan;
+    plan.arguments = arguments;
+    bool const has_final = arguments.d_final_state != nullptr;
+    plan.gate_of_final_state = has_final && arguments.d_log_gate != nullptr;
+    plan.recomputes = arguments.forward_workspace == nullptr || plan.gate_of_final_state;
+
+    ForwardArguments forward = arguments.forward;
+    // Whether it is null is all that matters before the workspace is known.
+    forward.final_state =
+        plan.gate_of_final_state ? const_cast<float*>(arguments.d_final_state) : nullptr;
+    forward.final_key_sum = forward.final_state;
+    plan.forward = ForwardPlan::make(forward, multiprocessors);
+    ForwardArguments const& a = plan.forward.arguments;
+    plan.reads_gradients = a.chunk_size < a.tokens || has_final;
+    plan.makes_gradients = plan.reads_gradients || arguments.d_initial_state != nullptr;
+    // The states' segments suit their gradients as well, where there are any.
+    plan.segmented = plan.makes_gradients && a.segment_tokens < a.tokens;
+
+    std::int64_t const D = state_dim(a.head_dim, a.degree);
+    std::int64_t const sequences = a.sequences;
+    std::int64_t const heads = a.heads;
+    std::int64_t const tokens = (a.cu_seqlens != nullptr ? 1 : sequences) * a.tokens;
+    std::int64_t const slots = plan.forward.slots;
+    std::int64_t const items = plan.forward.items;
+    Regions regions(plan.recomputes ? plan.forward.workspace_bytes : 0);
+    if (plan.gate_of_final_state) {
+      plan.final_state = regions.take(sequences * heads * D * a.value_dim, sizeof(float));
+      plan.final_key_sum = regions.take(sequences * heads * D, sizeof(float));
+      plan.products = regions.take(sequences * heads * kProductParts, sizeof(float));
+    }
+    plan.query = regions.take(tokens * a.query_heads * a.head_dim, 2);
+    for (Region* row : {&plan.inverse, &plan.delta, &plan.weight, &plan.scale}) {
+      *row = regions.take(tokens * a.query_heads, sizeof(float));
+    }
+    if (arguments.d_log_gate != nullptr) {
+      plan.d_gate = regions.take(tokens * heads, sizeof(float));
+      plan.gate_sums = regions.take(ForwardPlan::slots_of(a, kGateTokens) * heads, sizeof(double));
+    }
+    // By the time that gradients of states are written, nobody reads the states any more.
+    bool const reuses = plan.recomputes && plan.forward.reads_states;
+    if (plan.reads_gradients) {
+      plan.d_states =
+          reuses ? plan.forward.states : regions.take(slots * heads * D * a.value_dim, 2);
+      plan.d_key_sums = reuses ? plan.forward.key_sums : regions.take(slots * heads * D, 2);
+    }
+    if (plan.segmented) {
+      bool const there = plan.recomputes && plan.forward.segmented;
+      plan.d_segment_state = there ? plan.forward.segment_state
+                                   : regions.take(items * heads * D * a.value_dim, sizeof(float));
+      plan.d_segment_key_sum =
+          there ? plan.forward.segment_key_sum : regions.take(items * heads * D, sizeof(float));
+    }
+    plan.workspace_bytes = regions.bytes();
+    return plan;
+  }
+};
+
+}  // namespace retention::device

@@ -1,0 +1,82 @@
+// The host side of the backward kernels.
+
+#include "retention/device/backward.hpp"
+
+#include <cstdint>
+#include <string>
+
+#include "compiled.hpp"
+#include "retention/device/backward_plan.hpp"
+
+namespace retention::device {
+
+namespace {
+
+bool aligned(void const* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
+
+Status check_backward(BackwardArguments const& a) {
+  struct Pointer {
+    char const* name;
+    void const* data;
+  };
+  for (Pointer const& x : {Pointer{"output_residual", a.forward.output_residual},
+                           {"d_output", a.d_output},
+                           {"d_query", a.d_query},
+                           {"d_key", a.d_key},
+                           {"d_value", a.d_value}}) {
+    if (x.data == nullptr || !aligned(x.data)) {
+      return Status(std::string(x.name) + ": expected a 16-byte aligned pointer, not null");
+    }
+  }
+  constexpr int kElements = 8;
+  Strides const& strides = a.d_output_strides;
+  if (strides.batch % kElements != 0 || strides.token % kElements != 0 ||
+      strides.head % kElements != 0) {
+    return Status("d_output: expected strides that are multiples of 8");
+  }
+  if ((a.d_final_state == nullptr) != (a.d_final_key_sum == nullptr)) {
+    return Status("d_final_state and d_final_key_sum: expected both or neither");
+  }
+  if ((a.d_initial_state == nullptr) != (a.d_initial_key_sum == nullptr)) {
+    return Status("d_initial_state and d_initial_key_sum: expected both or neither");
+  }
+  if (a.d_initial_state != nullptr && a.forward.initial_state == nullptr) {
+    return Status("d_initial_state: expected null where there is no initial_state");
+  }
+  if (a.d_log_gate != nullptr && a.forward.log_gate == nullptr) {
+    return Status("d_log_gate: expected null where there is no log_gate");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status can_implement(BackwardArguments const& arguments) {
+  Status status = can_implement(arguments.forward);
+  return status ? check_backward(arguments) : status;
+}
+
+std::size_t workspace_size(BackwardArguments const& arguments) {
+  // Sizes that make no sense have no plan.
+  return check_sizes(arguments.forward)
+             ? BackwardPlan::make(arguments, multiprocessors()).workspace_bytes
+             : 0;
+}
+
+Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  auto const plan = BackwardPlan::make(arguments, multiprocessors());
+  for (void const* memory : {static_cast<void const*>(workspace), arguments.forward_workspace}) {
+    if (reinterpret_cast<std::uintptr_t>(memory) % Regions::kAlignment != 0) {
+      return Status("workspace, forward_workspace: expected memory aligned to 256 bytes");
+    }
+  }
+  if (workspace == nullptr) {
+    return Status("workspace: got a null pointer");
+  }
+  return find_compiled(arguments.forward)->run_backward(plan, workspace, stream);
+}
+
+}  // namespace retention::device
