@@ -42,9 +42,10 @@ struct Strides {
 
 /// b, t: a batch of rows of equal length; or, with cu_seqlens, b = 1 and n sequences end to end.
 /// n is b otherwise. D = state_dim(d, degree). All pointers are to memory of the device; those of
-/// query, key, value and output are 16-byte aligned, and so are their rows.
+/// query, key, value, output and output_residual are 16-byte aligned, and so are their rows.
 struct ForwardArguments {
-  ElementType element = ElementType::kBFloat16;  // of query, key, value and output
+  // Of query, key, value, output and output_residual.
+  ElementType element = ElementType::kBFloat16;
   int degree = 2;
   int head_dim = 0;     // d
   int value_dim = 0;    // dv
@@ -68,6 +69,9 @@ struct ForwardArguments {
 
   void* output = nullptr;  // [b, t, hq, dv]
   Strides output_strides;
+  /// [b, t, hq, dv] with output_strides; null: not wanted. What output lacks of o, rounded in turn:
+  /// output + output_residual is o to twice the digits, as gradients need it.
+  void* output_residual = nullptr;
   /// [b, t, hq], contiguous: sum_j w_ij with the query scaled by the power of two that brings its
   /// largest magnitude into [1/2, 1).
   float* normalizer = nullptr;
