@@ -43,12 +43,14 @@ Status check_pointers(ForwardArguments const& a) {
     char const* name;
     void const* data;
     Strides const& strides;
+    bool optional = false;
   };
   for (Operand const& x : {Operand{"query", a.query, a.query_strides},
                            {"key", a.key, a.key_strides},
                            {"value", a.value, a.value_strides},
-                           {"output", a.output, a.output_strides}}) {
-    if (x.data == nullptr) {
+                           {"output", a.output, a.output_strides},
+                           {"output_residual", a.output_residual, a.output_strides, true}}) {
+    if (x.data == nullptr && !x.optional) {
       return Status(std::string(x.name) + ": got a null pointer");
     }
     // Rows are copied 16 bytes at a time.

@@ -98,6 +98,10 @@ int main() {
   expect(says(device::can_implement(a), why), "query_heads");
   expect(says(device::run(a, nullptr, nullptr), why), "run refuses what can_implement refuses");
   expect(device::workspace_size(a) == 0, "workspace_size of sizes that make no sense");
+  a = arguments_for(compiled.empty() ? retention::kConfigurations[0] : compiled[0]);
+  a.output_residual = static_cast<char*>(a.output) + 2;
+  expect(says(device::can_implement(a), compiled.empty() ? why : "output_residual: expected"),
+         "output_residual");
 
   if (failures == 0) {
     std::printf("all as expected\n");

@@ -60,4 +60,12 @@ inline double rounded(ElementType element, double x) {
   return std::abs(result) < least ? std::nearbyint(x / spacing) * spacing : result;
 }
 
+/// The distance of the numbers around `x`, a value of the type, on the side away from zero.
+inline double spacing(ElementType element, double x) {
+  int const mantissa_bits = element == ElementType::kBFloat16 ? 7 : 10;
+  int const least = element == ElementType::kBFloat16 ? -126 : -14;
+  int const exponent = x == 0.0 ? least : std::ilogb(x);
+  return std::ldexp(1.0, (exponent < least ? least : exponent) - mantissa_bits);
+}
+
 }  // namespace retention::test

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "element.hpp"
 #include "emulator/emulator.hpp"
 #include "reference.hpp"
 #include "retention/kernel/output.hpp"
@@ -40,6 +41,8 @@ struct Case {
   float value_scale = 1.0f;
   bool zeros = false;  // some rows of queries and of keys are zero
   int keys = 1 << 30;  // keys after so many tokens of a sequence are zero
+  bool exact = false;  // keys are unit vectors, queries powers of two: so are the weights
+  bool residual = true;
 };
 
 /// Relative rounding error of one conversion to Element.
@@ -107,6 +110,7 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<Element> value("value", size_of(params.value_stride, heads, dv), true);
   GlobalArray<float> gate("gate", size_of(params.gate_stride, heads, 1), true);
   GlobalArray<Element> output("output", size_of(params.output_stride, heads * group, dv));
+  GlobalArray<Element> residual("residual", output.size());
   GlobalArray<float> normalizer("normalizer", size_of(params.normalizer_stride, heads * group, 1));
   GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
   params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
@@ -130,6 +134,7 @@ void run(Case const& c, std::uint64_t seed) {
   params.states = states.data();
   params.key_sums = key_sums.data();
   params.output = output.data();
+  params.residual = c.residual ? residual.data() : nullptr;
   params.normalizer = normalizer.data();
   params.heads = c.heads;
   params.group = c.group;
@@ -160,6 +165,12 @@ void run(Case const& c, std::uint64_t seed) {
         fill(&key[offset(params.key_stride, s, t, h)], d,
              (c.zeros && t % 3 == 1) || t >= static_cast<size_t>(c.keys) ? 0.0f : c.key_scale,
              in.key);
+        if (c.exact) {
+          for (size_t i = 0; i < d; ++i) {
+            in.key[t * d + i] = i == 7 * t % d ? 1.0f : 0.0f;
+            key[offset(params.key_stride, s, t, h) + i] = Element(in.key[t * d + i]);
+          }
+        }
         fill(&value[offset(params.value_stride, s, t, h)], dv, c.value_scale, in.value);
         double norm = 0.0;
         for (size_t i = 0; i < d; ++i) {
@@ -220,6 +231,13 @@ void run(Case const& c, std::uint64_t seed) {
         for (size_t t = 0; t < length; ++t) {
           fill(&query[offset(params.query_stride, s, t, h * group + n)], d,
                c.zeros && t % 4 == 3 ? 0.0f : c.query_scale, in.query);
+          if (c.exact) {
+            for (size_t i = 0; i < d; ++i) {
+              in.query[t * d + i] = std::ldexp(1.0f, -static_cast<int>(rng() % 5));
+              query[offset(params.query_stride, s, t, h * group + n) + i] =
+                  Element(in.query[t * d + i]);
+            }
+          }
           rescale(&in.query[t * d], d);
         }
         inputs[(s * heads + h) * group + n] = in;
@@ -236,7 +254,10 @@ void run(Case const& c, std::uint64_t seed) {
     return;
   }
 
-  double error = 0.0, size = 0.0, normalizer_error = 0.0, worst = 0.0;
+  double error = 0.0, size = 0.0, normalizer_error = 0.0, worst = 0.0, refined = 0.0;
+  bool residual_right = true;
+  auto const element =
+      kExponents ? retention::ElementType::kFloat16 : retention::ElementType::kBFloat16;
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t n = 0; n < heads * group; ++n) {
       Inputs const& in = inputs[s * heads * group + n];
@@ -248,6 +269,13 @@ void run(Case const& c, std::uint64_t seed) {
           double const difference = float(output[offset(params.output_stride, s, t, n) + e]) - o;
           row_error += difference * difference;
           row_size += o * o;
+          if (c.residual) {
+            double const stored = float(output[offset(params.output_stride, s, t, n) + e]);
+            double const rest = float(residual[offset(params.output_stride, s, t, n) + e]);
+            double const half = 0.5 * retention::test::spacing(element, stored);
+            residual_right = residual_right && std::abs(rest) <= half;
+            refined = std::max(refined, std::abs(stored + rest - o));
+          }
         }
         double const z = normalizer[offset(params.normalizer_stride, s, t, n)];
         if (expected.normalizer[t] <= FLT_MIN) {
@@ -274,13 +302,21 @@ void run(Case const& c, std::uint64_t seed) {
   std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << ", "
             << (std::is_same_v<Element, cute::half_t> ? "fp16" : "bf16") << ", seed " << seed
             << ": error " << std::sqrt(error / size) / u << " roundings, worst row " << worst / u
-            << ", normalizer " << normalizer_error / u << '\n';
+            << ", normalizer " << normalizer_error / u << ", with the residual " << refined << '\n';
   // Over all rows: phi, the state, the weights and the output are each rounded once, by u / sqrt(3)
   // on average, and errors of terms average out; 0.57 to 0.64 was seen.
   RETENTION_CHECK(std::sqrt(error / size) <= u);
   // Single rows owe more to cancellation: about 1.1 and 0.4 were seen. A wrong row is off by 1 / u.
   RETENTION_CHECK(worst <= 4 * u);
   RETENTION_CHECK(normalizer_error <= 2 * u);
+  RETENTION_CHECK(residual_right);
+  // Weights are exact: what is left are the residual's own rounding and that of sums in fp32.
+  RETENTION_CHECK(!c.exact || refined <= (kExponents ? 0x1p-19 : 0x1p-16) * c.value_scale);
+  for (size_t i = 0; i < residual.size(); ++i) {
+    residual_right =
+        residual_right && std::isnan(float(residual[i])) == std::isnan(float(output[i]));
+  }
+  RETENTION_CHECK(residual_right || !c.residual);
 }
 
 /// A case with the settings that `set` changes.
@@ -295,7 +331,13 @@ template <class Element, int HeadDim, int ValueDim>
 void run_all_cases(std::uint64_t seed) {
   constexpr bool kIsHalf = std::is_same_v<Element, cute::half_t>;
   std::vector<Case> const cases = {
-      {"one chunk", 128, {100}},
+      make_case("one chunk, no residual",
+                [](Case& c) { c.chunk_size = 128, c.lengths = {100}, c.residual = false; }),
+      make_case("weights that are powers of two",
+                [](Case& c) {
+                  c.chunk_size = 128, c.lengths = {100}, c.gated = false, c.exact = true,
+                  c.value_scale = 4.0f;
+                }),
       {"chunks", 64, {150}, false, 2},
       {"long chunk", 320, {330}},
       {"shared key heads, no gates", 64, {129}, false, 1, 3, false},

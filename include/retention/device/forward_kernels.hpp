@@ -193,6 +193,7 @@ struct ForwardKernels {
       p.states = plan.states.template in<Element>(workspace);
       p.key_sums = plan.key_sums.template in<Element>(workspace);
       p.output = static_cast<Element*>(a.output);
+      p.residual = static_cast<Element*>(a.output_residual);
       p.normalizer = a.normalizer;
       p.query_stride = stride(a.query_strides);
       p.key_stride = stride(a.key_strides);

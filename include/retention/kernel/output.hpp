@@ -19,6 +19,7 @@
 #include "retention/collective/expand_apply.hpp"
 #include "retention/collective/intra_chunk.hpp"
 #include "retention/collective/tile.hpp"
+#include "retention/detail/rescale.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -86,6 +87,7 @@ struct Output {
     Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
     Element const* key_sums;  // [slots, h, D]
     Element* output;          // [b, t, hq, dv]
+    Element* residual;        // [b, t, hq, dv] o - output, strides as output's; null: not wanted
     float* normalizer;        // [b, t, hq]
     TokenStride query_stride;
     TokenStride key_stride;
@@ -245,58 +247,6 @@ struct Output {
     return exponents == nullptr ? 0 : exponents[index];
   }
 
-  // The larger of each half, of numbers that are not negative.
-  CUTE_DEVICE static std::uint32_t larger(std::uint32_t x, std::uint32_t y) {
-#if defined(__CUDA_ARCH__)
-    std::uint32_t bits;
-    if constexpr (cute::is_same_v<Element, cute::bfloat16_t>) {
-      asm("max.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(x), "r"(y));
-    } else {
-      asm("max.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(x), "r"(y));
-    }
-    return bits;
-#else
-    return cute::max(x & 0xffff, y & 0xffff) | cute::max(x >> 16, y >> 16) << 16;
-#endif
-  }
-
-  // Multiplies eight elements of a row by the power of two that gives the row its magnitude; the
-  // lanes of a row are neighbours.
-  CUTE_DEVICE static void rescale(std::uint32_t (&x)[4]) {
-    constexpr std::uint32_t kMagnitude = 0x7fff7fff;
-    std::uint32_t both = larger(larger(x[0] & kMagnitude, x[1] & kMagnitude),
-                                larger(x[2] & kMagnitude, x[3] & kMagnitude));
-#pragma unroll
-    for (int distance = 1; distance < kPieces; distance *= 2) {
-      both = larger(both, __shfl_xor_sync(0xffffffffu, both, distance));
-    }
-    float const magnitude = detail::unpack_lo<Element>(larger(both, both >> 16));
-    // magnitude = 2^e times [1/2, 1); a zero row gets an exponent as well, and stays zero.
-    int const e = static_cast<int>(__float_as_uint(magnitude) >> 23) - 126;
-    if constexpr (kHasExponents) {
-      // Elements down to 2^-24 take more than one factor.
-      int const n = kQueryExponent - cute::max(cute::min(e, 16), -23);
-      int const first = cute::min(n, 15);
-      std::uint32_t const factor = half_power_of_two(first);
-      std::uint32_t const rest = half_power_of_two(n - first);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = detail::multiply<Element>(detail::multiply<Element>(x[i], factor), rest);
-      }
-    } else {
-      int const n = -cute::max(cute::min(e, 126), -126);
-      std::uint32_t const factor = detail::broadcast_lo(static_cast<std::uint32_t>(n + 127) << 7);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[i] = detail::multiply<Element>(x[i], factor);
-      }
-    }
-  }
-
-  CUTE_DEVICE static std::uint32_t half_power_of_two(int n) {
-    return detail::broadcast_lo(static_cast<std::uint32_t>(n + 15) << 10);
-  }
-
   static constexpr int kPieces = kHeadDim / 8;  // of 16 bytes in a row of queries, a lane each
 
   // Rows that stand for nothing are zero.
@@ -336,7 +286,7 @@ struct Output {
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        rescale(x[i]);
+        detail::rescale_row<Element, kPieces, kQueryExponent>(x[i]);
         *reinterpret_cast<uint4*>(&tile(first + i * kStepRows, column, 0)) =
             make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
       }
@@ -408,20 +358,30 @@ struct Output {
         bool const valid = row < rows.count();
         int const token = first_token + rows.token(row);
         int const query_head = head * params.group + rows.head(row);
-        Element* target =
-            params.output + params.output_stride.at(sequence, token, query_head) + 8 * (lane % 4);
+        std::int64_t const offset =
+            params.output_stride.at(sequence, token, query_head) + 8 * (lane % 4);
 #pragma unroll
         for (int first = 0; first < kValueDim / 8; first += 4) {
           std::uint32_t x[4];
+          std::uint32_t residual[4];
 #pragma unroll
           for (int n = 0; n < 4; ++n) {
-            x[n] =
-                detail::pack<Element>(inverse * output(cute::make_coord(0, upper), m, first + n),
-                                      inverse * output(cute::make_coord(1, upper), m, first + n));
+            float const lo = inverse * output(cute::make_coord(0, upper), m, first + n);
+            float const hi = inverse * output(cute::make_coord(1, upper), m, first + n);
+            x[n] = detail::pack<Element>(lo, hi);
+            residual[n] = detail::pack<Element>(lo - detail::unpack_lo<Element>(x[n]),
+                                                hi - detail::unpack_hi<Element>(x[n]));
           }
-          transpose_quad(x, lane);
-          if (valid) {
-            *reinterpret_cast<uint4*>(target + 8 * first) = make_uint4(x[0], x[1], x[2], x[3]);
+          auto const store_pieces = [&](Element* target, std::uint32_t (&pieces)[4]) {
+            transpose_quad(pieces, lane);
+            if (valid) {
+              *reinterpret_cast<uint4*>(target + offset + 8 * first) =
+                  make_uint4(pieces[0], pieces[1], pieces[2], pieces[3]);
+            }
+          };
+          store_pieces(params.output, x);
+          if (params.residual != nullptr) {
+            store_pieces(params.residual, residual);
           }
         }
         if (valid && lane % 4 == 0) {
