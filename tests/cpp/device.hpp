@@ -4,14 +4,18 @@
 #pragma once
 
 #include <cstdint>
+#include <iostream>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "check.hpp"
+#include "retention/device/backward.hpp"
 #include "retention/device/forward.hpp"
 
 #ifdef RETENTION_EMULATOR
 #include "emulator/emulator.hpp"
+#include "retention/device/backward_kernels.hpp"
 #include "retention/device/forward_kernels.hpp"
 #else
 #include <cuda_runtime.h>
@@ -20,7 +24,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <iostream>
 #include <thread>
 #endif
 
@@ -68,13 +71,29 @@ struct EmulatorLauncher {
   }
 };
 
-/// Empty, or what went wrong.
-inline std::string run_forward(device::ForwardArguments const& arguments, std::uint64_t seed) {
-  using Kernels = device::ForwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
-  constexpr int kMultiprocessors = 4;
-  auto const plan = device::ForwardPlan::make(arguments, kMultiprocessors);
-  emulator::GlobalArray<char> workspace("workspace", plan.workspace_bytes + 1);
-  return Kernels::run(plan, workspace.data(), EmulatorLauncher{seed}).message();
+using Memory = emulator::GlobalArray<char>;
+using ForwardKernels = device::ForwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
+using BackwardKernels = device::BackwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
+inline constexpr int kMultiprocessors = 4;
+
+inline auto plan(device::ForwardArguments const& arguments) {
+  return device::ForwardPlan::make(arguments, kMultiprocessors);
+}
+inline auto plan(device::BackwardArguments const& arguments) {
+  return device::BackwardPlan::make(arguments, kMultiprocessors);
+}
+
+template <class Arguments>
+std::size_t workspace_size(Arguments const& arguments) {
+  return plan(arguments).workspace_bytes;
+}
+
+// A template, so that a test compiles no kernels but those it runs.
+template <class Arguments>
+device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t seed) {
+  using Kernels = std::conditional_t<std::is_same_v<Arguments, device::ForwardArguments>,
+                                     ForwardKernels, BackwardKernels>;
+  return Kernels::run(plan(arguments), workspace.data(), EmulatorLauncher{seed});
 }
 
 #else
@@ -137,17 +156,74 @@ class Array {
 
 inline std::vector<Configuration> configurations() { return device::compiled_configurations(); }
 
-inline std::string run_forward(device::ForwardArguments const& arguments, std::uint64_t) {
-  std::size_t const bytes = device::workspace_size(arguments);
-  Array<char> workspace("workspace", bytes + 1);
-  char* const data = workspace.upload();
-  device::Status const status = device::run(arguments, data, nullptr);
+/// Of the device. Bytes are 0xff at first: NaN.
+class Memory {
+ public:
+  Memory(char const*, std::size_t bytes) {
+    require(cudaMalloc(&data_, bytes));
+    require(cudaMemset(data_, 0xff, bytes));
+  }
+  Memory(Memory const&) = delete;
+  Memory& operator=(Memory const&) = delete;
+  ~Memory() { cudaFree(data_); }
+
+  char* data() { return data_; }
+
+ private:
+  char* data_ = nullptr;
+};
+
+using device::workspace_size;
+
+template <class Arguments>
+device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t) {
+  device::Status const status = device::run(arguments, workspace.data(), nullptr);
   cudaError_t const error = cudaDeviceSynchronize();
-  return !status                ? status.message()
-         : error != cudaSuccess ? cudaGetErrorString(error)
-                                : std::string();
+  return status && error != cudaSuccess ? device::Status(cudaGetErrorString(error)) : status;
 }
 
 #endif
+
+/// Empty, or what went wrong.
+template <class Arguments>
+std::string run_forward(Arguments const& arguments, std::uint64_t seed) {
+  Memory workspace("workspace", workspace_size(arguments) + 1);
+  return run(arguments, workspace, seed).message();
+}
+
+/// Forward and backward; `keeps` the workspace of forward, for its states.
+template <class Arguments>
+std::string run_backward(Arguments arguments, bool keeps, std::uint64_t seed) {
+  Memory forward_workspace("forward workspace", workspace_size(arguments.forward) + 1);
+  if (device::Status status = run(arguments.forward, forward_workspace, seed); !status) {
+    return "forward: " + status.message();
+  }
+  arguments.forward_workspace = keeps ? forward_workspace.data() : nullptr;
+  Memory workspace("workspace", workspace_size(arguments) + 1);
+  return run(arguments, workspace, seed).message();
+}
+
+/// The main function of a test. Arguments, on a device: `small` leaves out the long cases, as a
+/// sanitizer needs it; anything else is a part of the name of the configurations to run.
+template <class Run>
+int run_configurations(int count, char** arguments, Run run_configuration) {
+  if (!device_available()) {
+    std::cout << "skipped: no CUDA device\n";
+    return 77;
+  }
+  bool small = false;
+  std::string wanted;
+  for (int i = 1; i < count; ++i) {
+    std::string const argument = arguments[i];
+    small = small || argument == "small";
+    wanted = argument == "small" ? wanted : argument;
+  }
+  for (Configuration const& configuration : configurations()) {
+    if (to_string(configuration).find(wanted) != std::string::npos) {
+      run_configuration(configuration, small);
+    }
+  }
+  return finish();
+}
 
 }  // namespace retention::test

@@ -109,4 +109,163 @@ Output attend(Inputs const& inputs, State const& initial, double scale) {
   return out;
 }
 
+namespace {
+
+void add(Sum& sum, size_t i, double term) {
+  sum.value[i] += term;
+  sum.magnitude[i] += std::abs(term);
+}
+
+// dx += weight J(x)^T dphi, the Jacobian of phi with or without its multiplicities; `size` is that
+// of dphi's own terms.
+void add_through_phi(std::vector<Row> const& rows, float const* x, bool multiplicity,
+                     std::vector<double> const& dphi, std::vector<double> const& size, Sum& dx,
+                     size_t first) {
+  for (size_t m = 0; m < rows.size(); ++m) {
+    double const factor = multiplicity ? rows[m].multiplicity : 1.0;
+    auto const add_one = [&](size_t to, size_t other) {
+      dx.value[first + to] += factor * dphi[m] * x[other];
+      dx.magnitude[first + to] += std::abs(factor * size[m] * x[other]);
+    };
+    add_one(rows[m].first, rows[m].second);
+    add_one(rows[m].second, rows[m].first);
+  }
+}
+
+}  // namespace
+
+Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initial,
+                          std::vector<std::vector<float>> const& d_outputs, State const& d_final) {
+  Inputs const& in = queries[0];
+  auto const d = static_cast<size_t>(in.head_dim), dv = static_cast<size_t>(in.value_dim);
+  auto const tokens = static_cast<size_t>(in.tokens);
+  auto const rows = state_rows(in.head_dim);
+  size_t const D = rows.size();
+  bool const has_initial = !initial.state.value.empty();
+  Gradients out{std::vector<Sum>(queries.size(), Sum(tokens * d)),
+                Sum(tokens * d),
+                Sum(tokens * dv),
+                Sum(tokens),
+                {}};
+  if (has_initial) {
+    out.initial = {Sum(D * dv), Sum(D)};
+  }
+  std::vector<double> total(tokens);  // sum of log gates up to and with a token
+  double sum = 0.0;
+  for (size_t t = 0; t < tokens; ++t) {
+    total[t] = sum += gate_of(in, t);
+  }
+  Sum d_total(tokens);
+  std::vector<double> dphi(D), size(D);
+
+  for (size_t n = 0; n < queries.size(); ++n) {
+    auto const expected = attend(queries[n], initial, 1.0);
+    for (size_t i = 0; i < tokens; ++i) {
+      double const z = expected.normalizer[i];
+      if (z == 0.0) {
+        continue;
+      }
+      float const* query = queries[n].query.data() + i * d;
+      float const* d_output = d_outputs[n].data() + i * dv;
+      double delta = 0.0, delta_size = 0.0;
+      for (size_t e = 0; e < dv; ++e) {
+        delta += d_output[e] * expected.output[i * dv + e];
+        delta_size += std::abs(d_output[e] * expected.output[i * dv + e]);
+      }
+      for (size_t j = 0; j <= i; ++j) {
+        float const* key = in.key.data() + j * d;
+        double score = 0.0, product = 0.0, product_size = 0.0;
+        for (size_t c = 0; c < d; ++c) {
+          score += double{query[c]} * key[c];
+        }
+        for (size_t e = 0; e < dv; ++e) {
+          product += double{d_output[e]} * in.value[j * dv + e];
+          product_size += std::abs(double{d_output[e]} * in.value[j * dv + e]);
+        }
+        double const decay = std::exp(total[i] - total[j]) / z;
+        double const d_score = 2 * score * decay * (product - delta);
+        double const d_score_size = 2 * std::abs(score) * decay * (product_size + delta_size);
+        for (size_t c = 0; c < d; ++c) {
+          out.query[n].value[i * d + c] += d_score * key[c];
+          out.query[n].magnitude[i * d + c] += std::abs(d_score_size * key[c]);
+          out.key.value[j * d + c] += d_score * query[c];
+          out.key.magnitude[j * d + c] += std::abs(d_score_size * query[c]);
+        }
+        for (size_t e = 0; e < dv; ++e) {
+          add(out.value, j * dv + e, score * score * decay * d_output[e]);
+        }
+        d_total.value[i] += score * d_score / 2;
+        d_total.value[j] -= score * d_score / 2;
+        d_total.magnitude[j] += std::abs(score * d_score_size / 2);
+      }
+      if (has_initial) {
+        double const decay = std::exp(total[i]) / z;
+        double change = 0.0;
+        for (size_t m = 0; m < D; ++m) {
+          double const phi = double{query[rows[m].first]} * query[rows[m].second];
+          double from_state = 0.0, from_size = 0.0;
+          for (size_t e = 0; e < dv; ++e) {
+            double const term = d_output[e] * initial.state.value[m * dv + e];
+            from_state += term;
+            from_size += std::abs(term);
+            add(out.initial.state, m * dv + e, decay * phi * d_output[e]);
+          }
+          add(out.initial.key_sum, m, -decay * phi * delta);
+          dphi[m] = decay * (from_state - delta * initial.key_sum.value[m]);
+          size[m] = decay * (from_size + std::abs(delta * initial.key_sum.value[m]));
+          change += phi * dphi[m];
+        }
+        add_through_phi(rows, query, false, dphi, size, out.query[n], i * d);
+        d_total.value[i] += change;
+      }
+    }
+  }
+  if (!d_final.state.value.empty()) {
+    double const last = tokens == 0 ? 0.0 : total[tokens - 1];
+    double change = 0.0;  // of the last cumulative gate
+    for (size_t j = 0; j < tokens; ++j) {
+      float const* key = in.key.data() + j * d;
+      double const decay = std::exp(last - total[j]);
+      double own = 0.0;
+      for (size_t m = 0; m < D; ++m) {
+        double const phi = rows[m].multiplicity * double{key[rows[m].first]} * key[rows[m].second];
+        double from_state = d_final.key_sum.value[m], from_size = std::abs(from_state);
+        for (size_t e = 0; e < dv; ++e) {
+          double const term = in.value[j * dv + e] * d_final.state.value[m * dv + e];
+          from_state += term;
+          from_size += std::abs(term);
+          add(out.value, j * dv + e, decay * phi * d_final.state.value[m * dv + e]);
+        }
+        dphi[m] = decay * from_state;
+        size[m] = decay * from_size;
+        own += phi * dphi[m];
+      }
+      add_through_phi(rows, key, true, dphi, size, out.key, j * d);
+      d_total.value[j] -= own;
+      d_total.magnitude[j] += std::abs(own);
+      change += own;
+    }
+    if (has_initial) {
+      for (size_t m = 0; m < D; ++m) {
+        add(out.initial.key_sum, m, std::exp(last) * d_final.key_sum.value[m]);
+        change += std::exp(last) * d_final.key_sum.value[m] * initial.key_sum.value[m];
+        for (size_t e = 0; e < dv; ++e) {
+          double const term = std::exp(last) * d_final.state.value[m * dv + e];
+          add(out.initial.state, m * dv + e, term);
+          change += term * initial.state.value[m * dv + e];
+        }
+      }
+    }
+    if (tokens > 0) {
+      add(d_total, tokens - 1, change);
+    }
+  }
+  for (size_t t = tokens; t-- > 0;) {
+    bool const is_last = t + 1 == tokens;
+    out.gate.value[t] = d_total.value[t] + (is_last ? 0.0 : out.gate.value[t + 1]);
+    out.gate.magnitude[t] = d_total.magnitude[t] + (is_last ? 0.0 : out.gate.magnitude[t + 1]);
+  }
+  return out;
+}
+
 }  // namespace retention::test

@@ -43,4 +43,18 @@ struct Output {
 /// Attends to the tokens up to each query and to the initial state (empty for none).
 Output attend(Inputs const& inputs, State const& initial, double scale);
 
+/// Of one key head and the query heads that share it.
+struct Gradients {
+  std::vector<Sum> query;  // [t, d] of each query head
+  Sum key;                 // [t, d]
+  Sum value;               // [t, dv]
+  Sum gate;                // [t]
+  State initial;           // empty without an initial state
+};
+
+/// The gradients of sum(output * d_output), with `queries[n]` and `d_outputs[n]` [t, dv] those of
+/// query head n, plus those of <state, d_final> (empty for none).
+Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initial,
+                          std::vector<std::vector<float>> const& d_outputs, State const& d_final);
+
 }  // namespace retention::test

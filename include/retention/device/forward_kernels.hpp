@@ -19,6 +19,26 @@
 
 namespace retention::device {
 
+/// What the kernels of a call share, forward and backward.
+struct PlannedCall {
+  ForwardArguments const& a;
+  kernel::Sequences sequences;
+  kernel::TokenStride gate_stride;  // of the cumulative gates, [b, h, t]
+  float* gate;
+  kernel::Exponents exponents;
+
+  PlannedCall(ForwardPlan const& plan, void* workspace)
+      : a(plan.arguments),
+        sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
+        gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
+        gate(plan.gate.in<float>(workspace)),
+        exponents{plan.key_exponents.in<int>(workspace), plan.score_exponents.in<int>(workspace),
+                  plan.state_exponents.in<int>(workspace),
+                  plan.key_sum_exponents.in<int>(workspace)} {}
+
+  static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
+};
+
 template <class Element, int HeadDim, int ValueDim>
 struct ForwardKernels {
   using Ranges = kernel::ChunkRanges<cute::half_t>;
@@ -75,28 +95,12 @@ struct ForwardKernels {
 
  private:
   // A plan and its workspace as the kernels take them.
-  struct Call {
+  struct Call : PlannedCall {
     ForwardPlan const& plan;
     void* workspace;
-    ForwardArguments const& a;
-    kernel::Sequences sequences;
-    kernel::TokenStride gate_stride;  // of the cumulative gates, [b, h, t]
-    float* gate;
-    kernel::Exponents exponents;
 
     Call(ForwardPlan const& plan_, void* workspace_)
-        : plan(plan_),
-          workspace(workspace_),
-          a(plan_.arguments),
-          sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
-          gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
-          gate(plan_.gate.template in<float>(workspace_)),
-          exponents{plan_.key_exponents.template in<int>(workspace_),
-                    plan_.score_exponents.template in<int>(workspace_),
-                    plan_.state_exponents.template in<int>(workspace_),
-                    plan_.key_sum_exponents.template in<int>(workspace_)} {}
-
-    static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
+        : PlannedCall(plan_, workspace_), plan(plan_), workspace(workspace_) {}
 
     kernel::Gates::Params gates() const {
       kernel::Gates::Params p{};

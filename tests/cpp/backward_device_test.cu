@@ -1,0 +1,3 @@
+// backward_test.cpp, compiled for a device.
+
+#include "backward_test.cpp"

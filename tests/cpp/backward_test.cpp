@@ -1,0 +1,209 @@
+// The gradients through the host API against float64 loops: on the emulator, for the configuration
+// that TEST_ELEMENT, TEST_HEAD_DIM and TEST_VALUE_DIM name; on a CUDA device, for all that were
+// compiled. Exits with 77, which ctest reports as skipped, where there is no device.
+
+#include "retention/device/backward.hpp"
+
+#include <cmath>
+#include <iostream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "call.hpp"
+#include "check.hpp"
+#include "device.hpp"
+#include "element.hpp"
+#include "reference.hpp"
+
+namespace {
+
+using retention::Configuration;
+using retention::device::BackwardArguments;
+using retention::test::Array;
+using retention::test::Call;
+using retention::test::Case;
+using retention::test::decode;
+using retention::test::Gradients;
+using retention::test::Inputs;
+using retention::test::Layout;
+using retention::test::State;
+using retention::test::Sum;
+using std::size_t;
+
+// Of a whole tensor: single elements may owe more to the cancellation of their terms.
+struct Error {
+  double error = 0.0;  // sums of squares
+  double size = 0.0;
+  double magnitude = 0.0;  // of the terms, before any cancels
+
+  void add(double actual, double expected, double terms) {
+    error += (actual - expected) * (actual - expected);
+    size += expected * expected;
+    magnitude += terms * terms;
+  }
+  double relative() const { return error == 0.0 ? 0.0 : std::sqrt(error / size); }
+  double of_terms() const { return error == 0.0 ? 0.0 : std::sqrt(error / magnitude); }
+};
+
+void run_case(Configuration const& configuration, Case const& c, std::uint64_t seed) {
+  Call call(configuration, c, seed);
+  size_t const d = call.d, dv = call.dv, D = call.D, heads = call.heads, group = call.group;
+  retention::device::ForwardArguments forward = call.upload();
+  // A final state that nobody asked for can have no gradient; forward does the same work without.
+  forward.final_state = forward.final_key_sum = nullptr;
+
+  Layout const gate_layout(false, call.batch, call.tokens, heads, 1);
+  Layout const query_layout(false, call.batch, call.tokens, heads * group, d);
+  Layout const key_layout(false, call.batch, call.tokens, heads, d);
+  Layout const value_layout(false, call.batch, call.tokens, heads, dv);
+  size_t const initial = c.initial ? call.states() : 0, final = c.final ? call.states() : 0;
+  Array<std::uint16_t> d_output("d_output", call.output_layout.size);
+  Array<std::uint16_t> d_query("d_query", query_layout.size), d_key("d_key", key_layout.size);
+  Array<std::uint16_t> d_value("d_value", value_layout.size);
+  Array<float> d_gate("d_log_gate", gate_layout.size);
+  Array<float> d_initial_state("d_initial_state", initial * D * dv + 1);
+  Array<float> d_initial_key_sum("d_initial_key_sum", initial * D + 1);
+  Array<float> d_final_state("d_final_state", final * D * dv + 1);
+  Array<float> d_final_key_sum("d_final_key_sum", final * D + 1);
+  std::vector<std::vector<float>> d_outputs(call.inputs.size());
+  for (size_t index = 0; index < call.inputs.size(); ++index) {
+    size_t const s = index / (heads * group), n = index % (heads * group);
+    for (size_t t = 0; t < static_cast<size_t>(c.lengths[s]); ++t) {
+      size_t const at = call.output_layout.at(call.row(s), call.first_token(s) + t, n);
+      call.fill(&d_output[at], dv, c.gradient_magnitude, d_outputs[index]);
+    }
+  }
+  // As large as the gradients that outputs hand to a state: products of keys, values and 1 / z.
+  std::vector<State> d_final(call.states());
+  std::normal_distribution<double> normal;
+  double const state_gradient =
+      c.gradient_magnitude / (c.key_magnitude * c.key_magnitude * static_cast<double>(d * d));
+  for (size_t index = 0; index < final; ++index) {
+    d_final[index] = {Sum(D * dv), Sum(D)};
+    auto fill = [&](Sum& sum, float* target, double magnitude) {
+      for (size_t i = 0; i < sum.value.size(); ++i) {
+        target[i] = static_cast<float>(magnitude * normal(call.rng));
+        sum.value[i] = static_cast<double>(target[i]);
+      }
+    };
+    fill(d_final[index].state, &d_final_state[index * D * dv], state_gradient);
+    fill(d_final[index].key_sum, &d_final_key_sum[index * D], c.value_magnitude * state_gradient);
+  }
+
+  BackwardArguments a;
+  a.forward = forward;
+  a.d_output = d_output.upload();
+  a.d_output_strides = call.output_layout.strides;
+  a.d_final_state = c.final ? d_final_state.upload() : nullptr;
+  a.d_final_key_sum = c.final ? d_final_key_sum.upload() : nullptr;
+  a.d_query = d_query.upload();
+  a.d_key = d_key.upload();
+  a.d_value = d_value.upload();
+  a.d_log_gate = c.gate != 0.0 ? d_gate.upload() : nullptr;
+  a.d_initial_state = c.initial ? d_initial_state.upload() : nullptr;
+  a.d_initial_key_sum = c.initial ? d_initial_key_sum.upload() : nullptr;
+  std::string const problem = retention::test::run_backward(a, seed % 2 == 1, seed);
+  RETENTION_CHECK_EQUAL(problem, std::string());
+  if (!problem.empty()) {
+    return;
+  }
+  d_query.download();
+  d_key.download();
+  d_value.download();
+  d_gate.download();
+  d_initial_state.download();
+  d_initial_key_sum.download();
+
+  std::vector<Gradients> expected(call.states());
+  retention::test::parallel_for(expected.size(), [&](size_t index) {
+    auto const part = [&](auto const& all) {
+      auto const first = all.begin() + static_cast<std::ptrdiff_t>(index * group);
+      return std::vector(first, first + static_cast<std::ptrdiff_t>(group));
+    };
+    expected[index] = retention::test::attend_gradient(part(call.inputs), call.initial[index],
+                                                       part(d_outputs), d_final[index]);
+  });
+
+  Error query, key, value, gate, initial_state, initial_key_sum;
+  for (size_t index = 0; index < call.states(); ++index) {
+    size_t const s = index / heads, h = index % heads;
+    auto const rows = [&](Error& error, Array<std::uint16_t>& actual, Layout const& layout,
+                          size_t head, size_t width, Sum const& sum) {
+      for (size_t i = 0; i < sum.value.size(); ++i) {
+        size_t const at = layout.at(call.row(s), call.first_token(s) + i / width, head);
+        error.add(decode(call.element, actual[at + i % width]), sum.value[i], sum.magnitude[i]);
+      }
+    };
+    Gradients const& g = expected[index];
+    for (size_t n = 0; n < group; ++n) {
+      rows(query, d_query, query_layout, h * group + n, d, g.query[n]);
+    }
+    rows(key, d_key, key_layout, h, d, g.key);
+    rows(value, d_value, value_layout, h, dv, g.value);
+    for (size_t t = 0; c.gate != 0.0 && t < g.gate.value.size(); ++t) {
+      gate.add(d_gate[gate_layout.at(call.row(s), call.first_token(s) + t, h)], g.gate.value[t],
+               g.gate.magnitude[t]);
+    }
+    for (size_t i = 0; i < g.initial.state.value.size(); ++i) {
+      initial_state.add(d_initial_state[index * D * dv + i], g.initial.state.value[i],
+                        g.initial.state.magnitude[i]);
+    }
+    for (size_t i = 0; i < g.initial.key_sum.value.size(); ++i) {
+      initial_key_sum.add(d_initial_key_sum[index * D + i], g.initial.key_sum.value[i],
+                          g.initial.key_sum.magnitude[i]);
+    }
+  }
+  double const u = retention::test::roundoff(call.element);
+  struct Named {
+    char const* name;
+    Error const& error;
+  };
+  std::cout << c.name << ": " << to_string(configuration) << ": roundings (of the terms)";
+  for (Named const& x : {Named{"query", query},
+                         {"key", key},
+                         {"value", value},
+                         {"gate", gate},
+                         {"initial state", initial_state},
+                         {"initial key sum", initial_key_sum}}) {
+    std::cout << ", " << x.name << ' ' << x.error.relative() / u << " (" << x.error.of_terms() / u
+              << ')';
+  }
+  std::cout << '\n';
+  // Scores' gradients, phi, states and the results are rounded once each.
+  for (Error const* x : {&query, &key, &value, &initial_state, &initial_key_sum}) {
+    RETENTION_CHECK(x->relative() <= 3 * u);
+    RETENTION_CHECK(x->of_terms() <= u);
+  }
+  // A sum over the tokens after it, of k . dk with a rounding each.
+  RETENTION_CHECK(gate.of_terms() <= u);
+}
+
+void run_configuration(Configuration const& configuration, bool small) {
+  std::uint64_t seed = 0;
+  auto run = [&](Case const& c) { run_case(configuration, c, seed++); };
+  // name, lengths, chunk, segment, packed, heads, group, gate, initial, final, strided, magnitudes
+  run({"one chunk", {70}, 0, 0, false, 1, 1, -0.1});
+  run({"chunks", {100, 100}, 64, 0, false, 1, 1, -0.2, false, true});
+  run({"segments", {200}, 64, 64, false, 1, 2, -0.05, true, true});
+  run({"packed", {70, 0, 1, 130}, 64, 64, true, 1, 1, -0.1, true, true});
+  run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0});
+  run({"strong gates, strided", {90, 90}, 64, 0, false, 1, 2, -60.0, true, true, true});
+  run({"large keys", {130}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
+  // A host takes long for their references: the size that most models have must do.
+  bool const usual = configuration.head_dim == 64 && configuration.value_dim == 64;
+  if (retention::test::kOnDevice && usual && !small) {
+    run({"long", {1700}, 512, 0, false, 2, 2, -0.01, true, true});
+    run({"long, one chunk", {1500}, 0, 0, false, 1, 1, -0.01});
+    run({"long, packed", {1000, 0, 1, 63, 64, 65, 1500}, 256, 512, true, 2, 2, -0.02, true, true});
+    run({"many sequences", std::vector<int>(100, 40), 64, 0, true, 2, 1, -0.02, false, true});
+    run({"long, no gates", {1300}, 128, 0, false, 3, 1, 0.0, false, true, true});
+    run({"many heads a group", {300}, 128, 0, false, 1, 16, -0.05});
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  return retention::test::run_configurations(count, arguments, run_configuration);
+}
