@@ -26,10 +26,15 @@ CUTE_DEVICE std::uint32_t larger(std::uint32_t x, std::uint32_t y) {
 #endif
 }
 
-/// Multiplies eight elements of a row by the power of two 2^n that brings the largest of all into
-/// [2^(Exponent - 1), 2^Exponent), as far as n's range allows; returns n. The row is spread over
-/// `Lanes` neighbouring lanes. A zero row gets an n as well, and stays zero.
-template <class Element, int Lanes, int Exponent>
+/// Queries are rescaled to magnitude [2^(kQueryExponent - 1), 2^kQueryExponent): in fp16 as large
+/// as phi allows, so that products of small elements are not lost.
+template <class Element>
+constexpr int kQueryExponent = cute::is_same_v<Element, cute::half_t> ? 7 : 0;
+
+/// Multiplies eight elements of a query by the power of two 2^n that gives it its magnitude, as far
+/// as n's range allows; returns n. The row is spread over `Lanes` neighbouring lanes. A zero row
+/// gets an n as well, and stays zero.
+template <class Element, int Lanes>
 CUTE_DEVICE int rescale_row(std::uint32_t (&x)[4]) {
   constexpr std::uint32_t kMagnitude = 0x7fff7fff;
   std::uint32_t both = larger<Element>(larger<Element>(x[0] & kMagnitude, x[1] & kMagnitude),
@@ -44,7 +49,7 @@ CUTE_DEVICE int rescale_row(std::uint32_t (&x)[4]) {
   if constexpr (cute::is_same_v<Element, cute::half_t>) {
     auto const power = [](int n) { return broadcast_lo(static_cast<std::uint32_t>(n + 15) << 10); };
     // Elements down to 2^-24 take more than one factor.
-    int const n = Exponent - cute::max(cute::min(e, 16), -23);
+    int const n = kQueryExponent<Element> - cute::max(cute::min(e, 16), -23);
     int const first = cute::min(n, 15);
     std::uint32_t const factor = power(first);
     std::uint32_t const rest = power(n - first);
@@ -54,8 +59,8 @@ CUTE_DEVICE int rescale_row(std::uint32_t (&x)[4]) {
     }
     return n;
   } else {
-    static_assert(Exponent == 0, "n stays within the exponents of normal numbers");
-    int const n = -cute::max(cute::min(e, 126), -126);
+    // Its exponent is that of a normal number.
+    int const n = kQueryExponent<Element> - cute::max(cute::min(e, 126), -126);
     std::uint32_t const factor = broadcast_lo(static_cast<std::uint32_t>(n + 127) << 7);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -45,9 +45,7 @@ struct Output {
   static constexpr int kMinBlocks = 2;
   // fp16 has too few exponents for the keys of a head and their sums: see `Exponents`.
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
-  // Queries are rescaled to magnitude [2^(kQueryExponent - 1), 2^kQueryExponent): in fp16 as large
-  // as phi allows, so that products of small elements are not lost.
-  static constexpr int kQueryExponent = kHasExponents ? 7 : 0;
+  static constexpr int kQueryExponent = detail::kQueryExponent<Element>;
   // Weights are below 2^kWeightExponent where gates do not rise: near the end of fp16's range, so
   // that small weights keep their digits. The rest, up to 2^16, is for gates that do.
   static constexpr int kWeightExponent = kHasExponents ? 13 : 0;
@@ -286,7 +284,7 @@ struct Output {
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        detail::rescale_row<Element, kPieces, kQueryExponent>(x[i]);
+        detail::rescale_row<Element, kPieces>(x[i]);
         *reinterpret_cast<uint4*>(&tile(first + i * kStepRows, column, 0)) =
             make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
       }
