@@ -109,6 +109,9 @@ struct Contract {
   }
 
  private:
+  // Whether x[8 I + a] is read for every pair: y takes so many registers that it cannot be kept.
+  static constexpr bool kReloadOuter = ValueDim > 64;
+
   static constexpr int kPieces = ValueDim / 8;  // of 16 bytes in a row of the state
   static constexpr int kStepRows = kThreads / kPieces;
   static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
@@ -149,25 +152,18 @@ struct Contract {
       for (int k = 0; k < ValueDim / 16; ++k) {
         load_mma_a(y, first_row + 16 * m, 16 * k, lane, a[m][k]);
       }
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        shared_.gradient[block][m][thread_] = {0.0f, 0.0f, 0.0f, 0.0f};
+      }
     }
 
     int stage = 0;
 #pragma unroll 1
     for (int I = 0; I < kBlocks; ++I) {
       float outer[kMmaRows][2][8];  // x[8 I + a]: [m, upper, a]
-#pragma unroll
-      for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          uint4 const bits = *reinterpret_cast<uint4 const*>(&x(first_row + group, 8 * I, 0) +
-                                                             RowLayout{}(16 * m + 8 * upper, 0, 0));
-          std::uint32_t const pairs[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            outer[m][upper][2 * i] = detail::unpack_lo<Element>(pairs[i]);
-            outer[m][upper][2 * i + 1] = detail::unpack_hi<Element>(pairs[i]);
-          }
-        }
+      if constexpr (!kReloadOuter) {
+        load_outer(x, first_row + group, I, outer);
       }
       float outer_sum[kMmaRows][2][8] = {};  // dx[8 I + a], of the lane's b
 #pragma unroll 1
@@ -175,6 +171,9 @@ struct Contract {
         cute::cp_async_wait<kStages - 2>();
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1);
+        if constexpr (kReloadOuter) {
+          load_outer(x, first_row + group, I, outer);
+        }
         Element const* tile = shared_.state + stage * (kTileRows * ValueDim);
         float const multiplicity = Multiplicity && I < J ? 2.0f : 1.0f;
         float native[kMmaRows][2][2];  // x[8 J + b] and, as everything that follows, [m, upper, b]
@@ -221,7 +220,7 @@ struct Contract {
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
           float4& sums = shared_.gradient[J][m][thread_];
-          float4 const before = I == 0 ? float4{0.0f, 0.0f, 0.0f, 0.0f} : sums;
+          float4 const before = sums;
           sums = {fmaf(multiplicity, native_sum[m][0][0], before.x),
                   fmaf(multiplicity, native_sum[m][0][1], before.y),
                   fmaf(multiplicity, native_sum[m][1][0], before.z),
@@ -236,6 +235,24 @@ struct Contract {
         add_quad(outer_sum[m][0], quad, result.x, result.y);
         add_quad(outer_sum[m][1], quad, result.z, result.w);
         sums = result;
+      }
+    }
+  }
+
+  template <class X>
+  CUTE_DEVICE static void load_outer(X const& x, int row, int I, float (&outer)[kMmaRows][2][8]) {
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        uint4 const bits = *reinterpret_cast<uint4 const*>(&x(row, 8 * I, 0) +
+                                                           RowLayout{}(16 * m + 8 * upper, 0, 0));
+        std::uint32_t const pairs[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          outer[m][upper][2 * i] = detail::unpack_lo<Element>(pairs[i]);
+          outer[m][upper][2 * i + 1] = detail::unpack_hi<Element>(pairs[i]);
+        }
       }
     }
   }
