@@ -36,6 +36,26 @@ using StagedTileLayout = decltype(cute::tile_to_shape(
     SwizzledRows<Columns>{},
     cute::Shape<cute::Int<Rows>, cute::Int<Columns>, cute::Int<Stages>>{}));
 
+/// Of an element of a tile of 16-bit elements, in bytes from its start.
+template <class Layout>
+CUTE_HOST_DEVICE constexpr int byte_offset(int row, int column, int stage = 0) {
+  return 2 * Layout{}(row, column, stage);
+}
+
+/// The byte offset `columns` further, a multiple of 16, from that of one of a row's first 16
+/// columns: the swizzle flips bits of the column, and so does this. Rows a multiple of 8 apart lie
+/// a constant apart: one offset serves all of a tile.
+template <class Layout>
+CUTE_HOST_DEVICE constexpr int advance_columns(int offset, int columns) {
+  return (offset ^ 2 * (columns % 64)) + byte_offset<Layout>(0, columns / 64 * 64);
+}
+
+/// 16 bytes of a tile.
+template <class Element>
+CUTE_DEVICE cute::uint128_t const& piece_at(Element const* tile, int offset) {
+  return *reinterpret_cast<cute::uint128_t const*>(reinterpret_cast<char const*>(tile) + offset);
+}
+
 /// The A operand of mma.m16n8k16 from a [row, column] tile: rows `row` and on, columns `column` and
 /// on.
 template <class Tile>
