@@ -83,6 +83,21 @@ CUTE_DEVICE void load_rows_transposed(Element const* tile, Layout const& layout,
   }
 }
 
+/// Rows and columns change places among the four lanes of a quad: lane t ends with x[t] of each.
+CUTE_DEVICE void transpose_quad(std::uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    bool const upper = (lane & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & bit) == 0) {
+        std::uint32_t const received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i | bit], bit);
+        (upper ? x[i] : x[i | bit]) = received;
+      }
+    }
+  }
+}
+
 /// `source` + `offset`, in a way that the compiler cannot trace: the sum is in the registers of
 /// `source` where this stands, and not moved there after its uses.
 template <class T>
