@@ -15,59 +15,35 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/expand_apply.hpp"
+#include "retention/collective/key_tiles.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/packed.hpp"
 
 namespace retention::collective {
 
-/// A tile of rows: row r stands for head r % group of its token r / group.
-struct TileRows {
-  int group;
-  int first_token;  // in the chunk
-  int tokens;
-  int reciprocal;  // 2^16 / group, rounded up
-
-  TileRows() = default;
-
-  CUTE_DEVICE TileRows(int group_, int first_token_, int tokens_)
-      : group(group_),
-        first_token(first_token_),
-        tokens(tokens_),
-        reciprocal((65535 + group_) / group_) {}
-
-  CUTE_DEVICE int count() const { return tokens * group; }  // rows that stand for something
-  CUTE_DEVICE int end_token() const { return first_token + tokens; }
-  /// r / group for r < 256: the error of the product, below r / 2^16, is smaller than 1 / group.
-  CUTE_DEVICE int tile_token(int row) const { return row * reciprocal >> 16; }
-  CUTE_DEVICE int head(int row) const { return row - tile_token(row) * group; }
-  /// In the chunk. A row attends to no later token than its own.
-  CUTE_DEVICE int token(int row) const { return first_token + tile_token(row); }
-};
-
 template <class Element_, int HeadDim, int ValueDim, class Tiling_>
-struct IntraChunk {
+struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> {
+  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps>;
   using Element = Element_;
   using Tiling = Tiling_;
+  using Tiles::kLoadKeys;
+  using Tiles::kSlots;
+  using Tiles::kThreads;
+  using Tiles::kTileKeys;
+  using Tiles::load;
+  using Tiles::log2_gate;
+  using Tiles::this_thread;
+  using typename Tiles::KeyLayout;
+  using typename Tiles::Reach;
+  using typename Tiles::ValueLayout;
+  using typename Tiles::Work;
 
-  static constexpr int kTileKeys = 32;
-  // Of these, how many are loaded at a time: more of long rows would leave one block less room.
-  static constexpr int kLoadTiles = HeadDim > 64 ? 1 : 2;
-  static constexpr int kLoadKeys = kLoadTiles * kTileKeys;
-  static constexpr int kSlots = 2 * kLoadTiles;
-  static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   // Of these, how many have scores at one time: together with the outputs that registers can hold.
   static constexpr int kScoreRows = ValueDim == 64 ? 2 : kMmaRows;
 
-  using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;    // [row, d, 1]
-  using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kSlots>;     // [key, d, slot]
-  using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kSlots>;  // [key, dv, slot]
+  using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;  // [row, d, 1]
 
-  /// Where a thread reads of the next tile.
-  struct alignas(16) Source {
-    Element const* key;
-    Element const* value;
-  };
   /// Where a thread reads its first operands, in bytes from the start of each tile.
   struct alignas(16) Offsets {
     int query;
@@ -75,35 +51,12 @@ struct IntraChunk {
     int value;
     int gate;
   };
-  /// Of a warp's rows, tokens in the chunk.
-  struct alignas(8) Reach {
-    int first_token;
-    int last_token;  // -1 where no row stands for anything
-  };
 
-  struct SharedStorage {
-    alignas(128) Element key[cute::cosize_v<KeyLayout>];
-    alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    alignas(16) float gate[kSlots][kTileKeys];
+  struct SharedStorage : Tiles::SharedStorage {
     // Each thread's own: here they take no registers.
     alignas(16) float normalizer[kMmaRows / 2][kThreads][4];
-    Source source[kThreads];
-    float const* gate_source[kLoadKeys];
     Offsets offsets[kThreads];
     Reach reach[kThreads];
-  };
-
-  /// What the loop needs beside its registers, all of which outputs and scores take: it stays in
-  /// shared memory, out of reach of whoever moves code out of loops.
-  struct Work {
-    Element const* key;  // of the chunk's first token, as value and gate
-    Element const* value;
-    float const* gate;  // null for none
-    std::int64_t key_stride;
-    std::int64_t value_stride;
-    std::int64_t gate_stride;
-    TileRows rows;
-    float unit;  // what weights are multiplied by where there is no gate
   };
 
   /// Starts the first loads.
@@ -111,22 +64,14 @@ struct IntraChunk {
     int const thread = this_thread();
     int const lane = thread % 32;
     int const first_row = thread / 32 * Tiling::kWarpRows;
-    shared.source[thread] = {
-        work.key + thread / kKeyPieces * work.key_stride + thread % kKeyPieces * 8,
-        work.value + thread / kValuePieces * work.value_stride + thread % kValuePieces * 8};
-    if (thread < kLoadKeys) {
-      shared.gate_source[thread] = work.gate + thread * work.gate_stride;
-    }
     // Keys of the B operand: (0-7, low d), (0-7, high d), (8-15, low d), (8-15, high d). Values:
     // (keys 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
-    shared.offsets[thread] = {bytes<QueryLayout>(first_row + lane % 16, lane / 16 * 8),
-                              bytes<KeyLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
-                              bytes<ValueLayout>(lane % 16, lane / 16 * 8),
+    shared.offsets[thread] = {byte_offset<QueryLayout>(first_row + lane % 16, lane / 16 * 8),
+                              byte_offset<KeyLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
+                              byte_offset<ValueLayout>(lane % 16, lane / 16 * 8),
                               static_cast<int>(sizeof(float)) * 2 * (lane % 4)};
-    int const last_row = cute::min(first_row + Tiling::kWarpRows, work.rows.count()) - 1;
-    shared.reach[thread] = {work.rows.token(first_row),
-                            last_row < first_row ? -1 : work.rows.token(last_row)};
-    load(shared, work, 0);
+    shared.reach[thread] = {work.rows, first_row, Tiling::kWarpRows};
+    Tiles::prefetch(shared, work);
   }
 
   /// Of the tile of rows: `query` and, by `log2_gate` and plus log2(unit), the gate of each row,
@@ -168,28 +113,6 @@ struct IntraChunk {
     }
   }
 
-  /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
-  /// token's own gate does not weigh its own key.
-  CUTE_DEVICE static float log2_gate(float gate) {
-#if defined(__CUDA_ARCH__)
-    return __fmul_rn(gate, detail::kLog2E);
-#else
-    return gate * detail::kLog2E;
-#endif
-  }
-
-  /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the
-  /// compiler that it is not negative.
-  CUTE_DEVICE static int this_thread() {
-#if defined(__CUDA_ARCH__)
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread & (kThreads - 1);
-#else
-    return static_cast<int>(threadIdx.x) & (kThreads - 1);
-#endif
-  }
-
  private:
   // One tile of keys; `Diagonal` where not all of them are before the warp's first token.
   template <bool Diagonal, class Output>
@@ -201,7 +124,7 @@ struct IntraChunk {
     Offsets const offsets = shared.offsets[thread];
     float factor[kTileKeys / 8][2];  // C_j
     if constexpr (!Diagonal) {
-      column_factors(shared, work, row_gate[first_row], slot, offsets.gate, factor);
+      Tiles::column_factors(shared, work, row_gate[first_row], slot, offsets.gate, factor);
     }
     std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
 #pragma unroll
@@ -231,10 +154,11 @@ struct IntraChunk {
       std::uint32_t b[ValueDim / 8][2];
 #pragma unroll
       for (int n = 0; n < ValueDim / 8; n += 2) {
-        cute::SM75_U16x8_LDSM_T::copy(at(shared.value, advance<ValueLayout>(offsets.value, 8 * n) +
-                                                           bytes<ValueLayout>(16 * k, 0) +
-                                                           bytes<ValueLayout>(0, 0, 1) * slot),
-                                      b[n][0], b[n][1], b[n + 1][0], b[n + 1][1]);
+        cute::SM75_U16x8_LDSM_T::copy(
+            piece_at(shared.value, advance_columns<ValueLayout>(offsets.value, 8 * n) +
+                                       byte_offset<ValueLayout>(16 * k, 0) +
+                                       byte_offset<ValueLayout>(0, 0, 1) * slot),
+            b[n][0], b[n][1], b[n + 1][0], b[n + 1][1]);
       }
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
@@ -301,25 +225,6 @@ struct IntraChunk {
     }
   }
 
-  // Of an element of a tile in shared memory.
-  template <class Layout>
-  CUTE_HOST_DEVICE static constexpr int bytes(int row, int column, int slot = 0) {
-    return static_cast<int>(sizeof(Element)) * Layout{}(row, column, slot);
-  }
-
-  /// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
-  /// the swizzle flips bits of the column, and so does this. Rows a multiple of 8 apart lie a
-  /// constant apart: one offset serves all of a tile.
-  template <class Layout>
-  CUTE_HOST_DEVICE static constexpr int advance(int offset, int columns) {
-    return (offset ^ static_cast<int>(sizeof(Element)) * (columns % 64)) +
-           bytes<Layout>(0, columns / 64 * 64);
-  }
-
-  CUTE_DEVICE static cute::uint128_t const& at(Element const* tile, int offset) {
-    return *reinterpret_cast<cute::uint128_t const*>(reinterpret_cast<char const*>(tile) + offset);
-  }
-
   // score += Q K^T for the mma tiles of the warp's rows from `first` on.
   CUTE_DEVICE static void multiply(SharedStorage const& shared, Element const* query,
                                    Offsets const& offsets, int first, int slot,
@@ -327,18 +232,21 @@ struct IntraChunk {
 #pragma unroll
     for (int k = 0; k < HeadDim; k += 16) {
       std::uint32_t b[kTileKeys / 16][4];
-      int const keys = advance<KeyLayout>(offsets.key, k) + bytes<KeyLayout>(0, 0, 1) * slot;
+      int const keys =
+          advance_columns<KeyLayout>(offsets.key, k) + byte_offset<KeyLayout>(0, 0, 1) * slot;
 #pragma unroll
       for (int n = 0; n < kTileKeys / 16; ++n) {
-        cute::SM75_U32x4_LDSM_N::copy(at(shared.key, keys + bytes<KeyLayout>(16 * n, 0)), b[n][0],
-                                      b[n][1], b[n][2], b[n][3]);
+        cute::SM75_U32x4_LDSM_N::copy(
+            piece_at(shared.key, keys + byte_offset<KeyLayout>(16 * n, 0)), b[n][0], b[n][1],
+            b[n][2], b[n][3]);
       }
-      int const queries = advance<QueryLayout>(offsets.query, k);
+      int const queries = advance_columns<QueryLayout>(offsets.query, k);
 #pragma unroll
       for (int m = 0; m < kScoreRows; ++m) {
         std::uint32_t a[4];
-        cute::SM75_U32x4_LDSM_N::copy(at(query, queries + bytes<QueryLayout>(16 * (first + m), 0)),
-                                      a[0], a[1], a[2], a[3]);
+        cute::SM75_U32x4_LDSM_N::copy(
+            piece_at(query, queries + byte_offset<QueryLayout>(16 * (first + m), 0)), a[0], a[1],
+            a[2], a[3]);
 #pragma unroll
         for (int n = 0; n < kTileKeys / 8; ++n) {
           float (&c)[4] = score[m][n];
@@ -346,26 +254,6 @@ struct IntraChunk {
                                            b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], c[0], c[1],
                                            c[2], c[3]);
         }
-      }
-    }
-  }
-
-  // C_j of the lane's columns. That it is fused does no harm: only later tokens have these keys.
-  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
-                                         float row_gate, int slot, int offset,
-                                         float (&factor)[kTileKeys / 8][2]) {
-    if (work.gate == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kTileKeys / 4; ++i) {
-        factor[i / 2][i % 2] = work.unit;
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kTileKeys / 8; ++n) {
-        float2 const gate = *reinterpret_cast<float2 const*>(
-            reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
-        factor[n][0] = detail::exp2(fmaf(gate.x, -detail::kLog2E, row_gate));
-        factor[n][1] = detail::exp2(fmaf(gate.y, -detail::kLog2E, row_gate));
       }
     }
   }
@@ -419,55 +307,6 @@ struct IntraChunk {
         }
       }
     }
-  }
-
-  static constexpr int kKeyPieces = HeadDim / 8;  // of 16 bytes in a row
-  static constexpr int kValuePieces = ValueDim / 8;
-
-  // Starts the copies of the next keys, the first of which is `first_key`.
-  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, int first_key) {
-    int const left = work.rows.end_token() - first_key;
-    if (left > 0) {
-      int const thread = this_thread();
-      int const slot = first_key / kTileKeys % kSlots;
-      Source const source = shared.source[thread];
-      shared.source[thread] = {
-          copy<HeadDim, KeyLayout>(source.key, work.key_stride, shared.key, slot, left, thread),
-          copy<ValueDim, ValueLayout>(source.value, work.value_stride, shared.value, slot, left,
-                                      thread)};
-      if (work.gate != nullptr && thread < kLoadKeys) {
-        float const* gate = shared.gate_source[thread];
-        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*gate, shared.gate[slot][thread],
-                                                           thread < left);
-        shared.gate_source[thread] = gate + kLoadKeys * work.gate_stride;
-      }
-    }
-    cute::cp_async_fence();
-  }
-
-  // The copy of kLoadKeys rows, zeros from row `left` on. Returns where the next ones are. That is
-  // in another register than any address of a copy: an instruction that changes one has to wait
-  // until the copy was issued.
-  template <int Columns, class Layout>
-  CUTE_DEVICE static Element const* copy(Element const* source, std::int64_t stride, Element* tiles,
-                                         int slot, int left, int thread) {
-    constexpr int kPieces = Columns / 8;
-    constexpr int kStepRows = kThreads / kPieces;
-    static_assert(kThreads % kPieces == 0 && kTileKeys % kStepRows == 0, "steps of whole rows");
-    static_assert(kStepRows % 8 == 0, "steps differ by whole periods of the swizzle");
-    int const row = thread / kPieces;
-    Element* target = tiles + Layout{}(row, thread % kPieces * 8, 0) + Layout{}(0, 0, 1) * slot;
-#pragma unroll
-    for (int step = 0; step < kLoadKeys; step += kStepRows) {
-      // Where the predicate is false nothing is read.
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<cute::uint128_t const*>(source),
-          *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step % kTileKeys, 0, 0) +
-                                              Layout{}(0, 0, 1) * (step / kTileKeys)),
-          row + step < left);
-      source += kStepRows * stride;
-    }
-    return source;
   }
 };
 

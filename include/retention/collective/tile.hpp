@@ -36,6 +36,26 @@ using StagedTileLayout = decltype(cute::tile_to_shape(
     SwizzledRows<Columns>{},
     cute::Shape<cute::Int<Rows>, cute::Int<Columns>, cute::Int<Stages>>{}));
 
+/// Of an element of a tile of 16-bit elements, in bytes from its start.
+template <class Layout>
+CUTE_HOST_DEVICE constexpr int byte_offset(int row, int column, int stage = 0) {
+  return 2 * Layout{}(row, column, stage);
+}
+
+/// The byte offset `columns` further, a multiple of 16, from that of one of a row's first 16
+/// columns: the swizzle flips bits of the column, and so does this. Rows a multiple of 8 apart lie
+/// a constant apart: one offset serves all of a tile.
+template <class Layout>
+CUTE_HOST_DEVICE constexpr int advance_columns(int offset, int columns) {
+  return (offset ^ 2 * (columns % 64)) + byte_offset<Layout>(0, columns / 64 * 64);
+}
+
+/// 16 bytes of a tile.
+template <class Element>
+CUTE_DEVICE cute::uint128_t const& piece_at(Element const* tile, int offset) {
+  return *reinterpret_cast<cute::uint128_t const*>(reinterpret_cast<char const*>(tile) + offset);
+}
+
 /// The A operand of mma.m16n8k16 from a [row, column] tile: rows `row` and on, columns `column` and
 /// on.
 template <class Tile>
@@ -60,6 +80,21 @@ CUTE_DEVICE void load_rows_transposed(Element const* tile, Layout const& layout,
                             layout(row, 0, 0) + layout(0, 0, stage);
     cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(source), pairs(0, n),
                                   pairs(1, n), pairs(0, n + 1), pairs(1, n + 1));
+  }
+}
+
+/// Rows and columns change places among the four lanes of a quad: lane t ends with x[t] of each.
+CUTE_DEVICE void transpose_quad(std::uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    bool const upper = (lane & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & bit) == 0) {
+        std::uint32_t const received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i | bit], bit);
+        (upper ? x[i] : x[i | bit]) = received;
+      }
+    }
   }
 }
 

@@ -7,9 +7,7 @@
 // with w_ij = (q_i . k_j)^2 exp(g_i - g_j). The output does not depend on a query's magnitude; the
 // normaliser z_i is that of the query rescaled by a power of two to magnitude [1/2, 1).
 //
-// A tile of rows holds consecutive tokens, and of each token all the query heads that read one key
-// head: they share the state, the keys and the values that the block loads. With a chunk as long as
-// the sequence nothing comes from a state: that is the quadratic form.
+// With a chunk as long as the sequence nothing comes from a state: that is the quadratic form.
 
 #pragma once
 
@@ -20,6 +18,7 @@
 #include "retention/collective/intra_chunk.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/rescale.hpp"
+#include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -50,19 +49,12 @@ struct Output {
   // that small weights keep their digits. The rest, up to 2^16, is for gates that do.
   static constexpr int kWeightExponent = kHasExponents ? 13 : 0;
 
-  static_assert(kRows <= 256, "TileRows divides exactly up to there");
-
   using Apply = collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling>;
   using Intra = collective::IntraChunk<Element, kHeadDim, kValueDim, Tiling>;
+  using Tiles = RowTiles<kRows>;
+  using Tile = typename Tiles::Tile;
   using Rows = collective::TileRows;
   using QueryLayout = typename Apply::QueryLayout;
-
-  /// Where a block's rows are.
-  struct Tile {
-    int sequence;
-    int chunk;  // of the sequence
-    int index;  // in the chunk
-  };
 
   struct SharedStorage {
     alignas(128) Element query[cute::cosize_v<QueryLayout>];
@@ -102,10 +94,7 @@ struct Output {
 
   /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const tiles =
-        is_quadratic(params.sequences)
-            ? tiles_of(params).num_slots()
-            : params.sequences.num_slots() * chunk_tiles(params.group, params.sequences.chunk_size);
+    std::int64_t const tiles = Tiles{params.sequences, params.group}.count();
     return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(params.heads), 1);
   }
 
@@ -115,9 +104,10 @@ struct Output {
     int const lane = thread % 32;
     int const head = blockIdx.y;
 
-    Tile const tile = find_tile(params, blockIdx.x);
+    Tiles const tiles{params.sequences, params.group};
+    Tile const tile = tiles.find(static_cast<int>(blockIdx.x));
     Sequence const sequence = params.sequences.get(tile.sequence);
-    Rows const rows = rows_of(params, tile, sequence);
+    Rows const rows = tiles.rows(tile, sequence);
     if (rows.tokens <= 0) {
       return;  // the same for the whole block
     }
@@ -187,53 +177,6 @@ struct Output {
   }
 
  private:
-  CUTE_DEVICE static Rows rows_of(Params const& params, Tile const& tile,
-                                  Sequence const& sequence) {
-    int const chunk_size = params.sequences.chunk_size;
-    int const tile_size = tile_tokens(params.group, chunk_size);
-    int const first_query = tile.index * tile_size;
-    std::int64_t const left =
-        sequence.length - static_cast<std::int64_t>(tile.chunk) * chunk_size - first_query;
-    int const tokens = cute::min(tile_size, chunk_size - first_query);
-    int const queries = left < tokens ? static_cast<int>(left) : tokens;
-    return {params.group, first_query, queries};
-  }
-
-  // One chunk a sequence.
-  CUTE_HOST_DEVICE static bool is_quadratic(Sequences const& sequences) {
-    return sequences.chunk_size >= sequences.length;
-  }
-  CUTE_HOST_DEVICE static int tile_tokens(int group, int chunk_size) {
-    return cute::min(kRows / group, chunk_size);
-  }
-  CUTE_HOST_DEVICE static int chunk_tiles(int group, int chunk_size) {
-    return cute::ceil_div(chunk_size, tile_tokens(group, chunk_size));
-  }
-  /// The sequences cut into tiles. In a long chunk cut into fixed tiles, packed sequences would
-  /// each have as many tiles as the longest could need.
-  CUTE_HOST_DEVICE static Sequences tiles_of(Params const& params) {
-    Sequences const& sequences = params.sequences;
-    return {sequences.cu_seqlens, sequences.length, tile_tokens(params.group, sequences.chunk_size),
-            sequences.count};
-  }
-
-  // The tiles of a chunk are neighbours, for they share its state, its keys and its values. Where
-  // chunks are long the last tiles have the most work, and come first.
-  CUTE_DEVICE static Tile find_tile(Params const& params, int block) {
-    Sequences const& sequences = params.sequences;
-    if (is_quadratic(sequences)) {
-      Sequences const tiles = tiles_of(params);
-      if (!sequences.packed()) {
-        return {block % sequences.count, 0, tiles.max_chunks() - 1 - block / sequences.count};
-      }
-      Chunk const tile = tiles.find(static_cast<int>(tiles.num_slots()) - 1 - block);
-      return {tile.sequence, 0, tile.index};
-    }
-    int const tiles = chunk_tiles(params.group, sequences.chunk_size);
-    Chunk const chunk = sequences.find(block / tiles);
-    return {chunk.sequence, chunk.index, tiles - 1 - block % tiles};
-  }
-
   // Without exponents, that of keys whose elements are below 1.
   CUTE_DEVICE static int score_exponent(Params const& params, std::int64_t sequence_head) {
     constexpr int kOfUnitKeys = kHeadDim == 32 ? 5 : kHeadDim == 64 ? 6 : 7;
@@ -309,22 +252,6 @@ struct Output {
     }
   }
 
-  // Rows and columns change places among the four lanes of a quad: lane t ends with x[t] of each.
-  CUTE_DEVICE static void transpose_quad(std::uint32_t (&x)[4], int lane) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-      bool const upper = (lane & bit) != 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if ((i & bit) == 0) {
-          std::uint32_t const received =
-              __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i | bit], bit);
-          (upper ? x[i] : x[i | bit]) = received;
-        }
-      }
-    }
-  }
-
   template <class Tensor>
   CUTE_DEVICE static void store(Params const& params, Tile const& tile, Rows const& rows,
                                 Tensor const& output, float const (&normalizer)[kMmaRows][2]) {
@@ -371,7 +298,7 @@ struct Output {
                                                 hi - detail::unpack_hi<Element>(x[n]));
           }
           auto const store_pieces = [&](Element* target, std::uint32_t (&pieces)[4]) {
-            transpose_quad(pieces, lane);
+            collective::transpose_quad(pieces, lane);
             if (valid) {
               *reinterpret_cast<uint4*>(target + offset + 8 * first) =
                   make_uint4(pieces[0], pieces[1], pieces[2], pieces[3]);

@@ -1,0 +1,199 @@
+// Tiles of a chunk's keys, values and gates in shared memory, for main loops inside a chunk: copied
+// while those before are in use. And which rows of queries they are for.
+
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "retention/collective/tile.hpp"
+#include "retention/detail/packed.hpp"
+
+namespace retention::collective {
+
+/// A tile of rows: row r stands for head r % group of its token r / group.
+struct TileRows {
+  int group;
+  int first_token;  // in the chunk
+  int tokens;
+  int reciprocal;  // 2^16 / group, rounded up
+
+  TileRows() = default;
+
+  CUTE_DEVICE TileRows(int group_, int first_token_, int tokens_)
+      : group(group_),
+        first_token(first_token_),
+        tokens(tokens_),
+        reciprocal((65535 + group_) / group_) {}
+
+  CUTE_DEVICE int count() const { return tokens * group; }  // rows that stand for something
+  CUTE_DEVICE int end_token() const { return first_token + tokens; }
+  /// r / group for r < 256: the error of the product, below r / 2^16, is smaller than 1 / group.
+  CUTE_DEVICE int tile_token(int row) const { return row * reciprocal >> 16; }
+  CUTE_DEVICE int head(int row) const { return row - tile_token(row) * group; }
+  /// In the chunk. A row attends to no later token than its own.
+  CUTE_DEVICE int token(int row) const { return first_token + tile_token(row); }
+};
+
+template <class Element_, int HeadDim, int ValueDim, int Threads>
+struct KeyTiles {
+  using Element = Element_;
+
+  static constexpr int kTileKeys = 32;
+  // Of these, how many are loaded at a time: more of long rows would leave one block less room.
+  static constexpr int kLoadTiles = HeadDim > 64 ? 1 : 2;
+  static constexpr int kLoadKeys = kLoadTiles * kTileKeys;
+  static constexpr int kSlots = 2 * kLoadTiles;
+  static constexpr int kThreads = Threads;
+
+  using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kSlots>;     // [key, d, slot]
+  using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kSlots>;  // [key, dv, slot]
+
+  /// Where a thread reads of the next tile.
+  struct alignas(16) Source {
+    Element const* key;
+    Element const* value;
+  };
+
+  struct SharedStorage {
+    alignas(128) Element key[cute::cosize_v<KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    alignas(16) float gate[kSlots][kTileKeys];
+    // Each thread's own: here they take no registers.
+    Source source[kThreads];
+    float const* gate_source[kLoadKeys];
+  };
+
+  /// What a loop needs beside its registers, all of which its operands take: it stays in shared
+  /// memory, out of reach of whoever moves code out of loops.
+  struct Work {
+    Element const* key;  // of the chunk's first token, as value and gate
+    Element const* value;
+    float const* gate;  // null for none
+    std::int64_t key_stride;
+    std::int64_t value_stride;
+    std::int64_t gate_stride;
+    TileRows rows;
+    float unit;  // what weights are multiplied by where there is no gate
+  };
+
+  /// Of a warp's rows, tokens in the chunk.
+  struct alignas(8) Reach {
+    int first_token;
+    int last_token;  // -1 where no row stands for anything
+
+    Reach() = default;
+
+    CUTE_DEVICE Reach(TileRows const& rows, int first_row, int warp_rows)
+        : first_token(rows.token(first_row)) {
+      int const last_row = cute::min(first_row + warp_rows, rows.count()) - 1;
+      last_token = last_row < first_row ? -1 : rows.token(last_row);
+    }
+  };
+
+  /// Starts the first loads.
+  CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
+    int const thread = this_thread();
+    shared.source[thread] = {
+        work.key + thread / kKeyPieces * work.key_stride + thread % kKeyPieces * 8,
+        work.value + thread / kValuePieces * work.value_stride + thread % kValuePieces * 8};
+    if (thread < kLoadKeys) {
+      shared.gate_source[thread] = work.gate + thread * work.gate_stride;
+    }
+    load(shared, work, 0);
+  }
+
+  /// Starts the copies of the next keys, the first of which is `first_key`.
+  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, int first_key) {
+    int const left = work.rows.end_token() - first_key;
+    if (left > 0) {
+      int const thread = this_thread();
+      int const slot = first_key / kTileKeys % kSlots;
+      Source const source = shared.source[thread];
+      shared.source[thread] = {
+          copy<HeadDim, KeyLayout>(source.key, work.key_stride, shared.key, slot, left, thread),
+          copy<ValueDim, ValueLayout>(source.value, work.value_stride, shared.value, slot, left,
+                                      thread)};
+      if (work.gate != nullptr && thread < kLoadKeys) {
+        float const* gate = shared.gate_source[thread];
+        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*gate, shared.gate[slot][thread],
+                                                           thread < left);
+        shared.gate_source[thread] = gate + kLoadKeys * work.gate_stride;
+      }
+    }
+    cute::cp_async_fence();
+  }
+
+  /// C_j = exp(row_gate - g_j) of the lane's columns, whose gates are `offset` bytes from those of
+  /// each eight keys. That it is fused does no harm: only later tokens have these keys.
+  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
+                                         float row_gate, int slot, int offset,
+                                         float (&factor)[kTileKeys / 8][2]) {
+    if (work.gate == nullptr) {
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 4; ++i) {
+        factor[i / 2][i % 2] = work.unit;
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        float2 const gate = *reinterpret_cast<float2 const*>(
+            reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
+        factor[n][0] = detail::exp2(fmaf(gate.x, -detail::kLog2E, row_gate));
+        factor[n][1] = detail::exp2(fmaf(gate.y, -detail::kLog2E, row_gate));
+      }
+    }
+  }
+
+  /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
+  /// token's own gate does not weigh its own key.
+  CUTE_DEVICE static float log2_gate(float gate) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(gate, detail::kLog2E);
+#else
+    return gate * detail::kLog2E;
+#endif
+  }
+
+  /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the
+  /// compiler that it is not negative.
+  CUTE_DEVICE static int this_thread() {
+#if defined(__CUDA_ARCH__)
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread & (kThreads - 1);
+#else
+    return static_cast<int>(threadIdx.x) & (kThreads - 1);
+#endif
+  }
+
+ private:
+  static constexpr int kKeyPieces = HeadDim / 8;  // of 16 bytes in a row
+  static constexpr int kValuePieces = ValueDim / 8;
+
+  // The copy of kLoadKeys rows, zeros from row `left` on. Returns where the next ones are. That is
+  // in another register than any address of a copy: an instruction that changes one has to wait
+  // until the copy was issued.
+  template <int Columns, class Layout>
+  CUTE_DEVICE static Element const* copy(Element const* source, std::int64_t stride, Element* tiles,
+                                         int slot, int left, int thread) {
+    constexpr int kPieces = Columns / 8;
+    constexpr int kStepRows = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kTileKeys % kStepRows == 0, "steps of whole rows");
+    static_assert(kStepRows % 8 == 0, "steps differ by whole periods of the swizzle");
+    int const row = thread / kPieces;
+    Element* target = tiles + Layout{}(row, thread % kPieces * 8, 0) + Layout{}(0, 0, 1) * slot;
+#pragma unroll
+    for (int step = 0; step < kLoadKeys; step += kStepRows) {
+      // Where the predicate is false nothing is read.
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<cute::uint128_t const*>(source),
+          *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step % kTileKeys, 0, 0) +
+                                              Layout{}(0, 0, 1) * (step / kTileKeys)),
+          row + step < left);
+      source += kStepRows * stride;
+    }
+    return source;
+  }
+};
+
+}  // namespace retention::collective
