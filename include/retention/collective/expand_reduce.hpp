@@ -10,6 +10,8 @@
 // native ones make a *unit* of 8 x 2 x 8 = 128 rows: two block pairs that share a block. Sharing it
 // halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
 // for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma.
+//
+// Gradients of a state need the same sums over queries, with weights of their own for z.
 
 #pragma once
 
@@ -58,14 +60,16 @@ struct StateUnit {
 };
 
 /// The part of a block of `Warps` warps. Warp w of a block has the *task* first_task + w, where
-/// first_task is a multiple of Warps.
-template <class Element_, int HeadDim, int ValueDim, int Warps>
+/// first_task is a multiple of Warps. With `KeySumWeights`, tokens have other weights in z than in
+/// S.
+template <class Element_, int HeadDim, int ValueDim, int Warps, bool KeySumWeights = false>
 struct ExpandReduce {
   using Element = Element_;
 
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kTileTokens = 64;
   static constexpr int kStages = 3;
+  static constexpr int kWeights = KeySumWeights ? 2 : 1;  // of a token
   // A warp holds 128 accumulators a lane whatever the width of V: 64 rows x 64 or 128 x 32 columns.
   static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;
   static constexpr int kOuterTile = 256 / kValueTile < 8 ? 256 / kValueTile : 8;  // values of x
@@ -91,7 +95,8 @@ struct ExpandReduce {
   struct SharedStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    alignas(16) float weight[kStages][kTileTokens];  // of token t at weight_index(t)
+    // Of token t at weight_index(t); in z, kTileTokens after that where it is another.
+    alignas(16) float weight[kStages][kWeights * kTileTokens];
   };
 
   /// Where the weight of a token is: the four that a lane needs for 16 tokens, 2 t + {0, 1, 8, 9},
@@ -149,6 +154,7 @@ struct ExpandReduce {
   struct Operands {
     std::uint32_t native[4];     // Y0, Y1 of the keys
     std::uint32_t outer[2];      // X, by the tokens' weights
+    std::uint32_t sum_outer[2];  // X, by the tokens' weights in z
     std::uint32_t broadcast[2];  // X of the first value of x, the same for all lane groups
     cute::array_aligned<Element, kValueTile / 2> value;
   };
@@ -184,8 +190,8 @@ struct ExpandReduce {
     float (&sum)[4] = accumulators.key_sum;
     std::uint32_t const(&native)[4] = operands.native;
     MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
-                                     native[2], native[3], operands.outer[0], operands.outer[1],
-                                     sum[0], sum[1], sum[2], sum[3]);
+                                     native[2], native[3], operands.sum_outer[0],
+                                     operands.sum_outer[1], sum[0], sum[1], sum[2], sum[3]);
 
     std::uint32_t lo = operands.broadcast[0];
     std::uint32_t hi = operands.broadcast[1];
@@ -225,6 +231,7 @@ struct ExpandReduce {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       operands.outer[i] = next.outer[i];
+      operands.sum_outer[i] = next.sum_outer[i];
       operands.broadcast[i] = next.broadcast[i];
     }
   }
@@ -234,6 +241,7 @@ struct ExpandReduce {
   struct Keys {
     std::uint32_t outer[2];
     float4 weight;
+    float4 sum_weight;  // with KeySumWeights
   };
 
   /// The native blocks go to `operands`.
@@ -250,7 +258,11 @@ struct ExpandReduce {
     Keys keys;
     cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(outer_source + first),
                                   keys.outer[0], keys.outer[1]);
-    keys.weight = *reinterpret_cast<float4 const*>(&shared.weight[stage][16 * step + lane % 4 * 4]);
+    float const* weight = &shared.weight[stage][16 * step + lane % 4 * 4];
+    keys.weight = *reinterpret_cast<float4 const*>(weight);
+    if constexpr (KeySumWeights) {
+      keys.sum_weight = *reinterpret_cast<float4 const*>(weight + kTileTokens);
+    }
     cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(native_source + first),
                                   operands.native[0], operands.native[1], operands.native[2],
                                   operands.native[3]);
@@ -258,15 +270,25 @@ struct ExpandReduce {
   }
 
   CUTE_DEVICE void weigh(Keys const& keys, Operands& operands) const {
-    float4 const& weight = keys.weight;
-    operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(keys.outer[0]) * weight.x,
-                                              detail::unpack_hi<Element>(keys.outer[0]) * weight.y);
-    operands.outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(keys.outer[1]) * weight.z,
-                                              detail::unpack_hi<Element>(keys.outer[1]) * weight.w);
+    weigh(keys.outer, keys.weight, operands.outer);
+    if constexpr (KeySumWeights) {
+      weigh(keys.outer, keys.sum_weight, operands.sum_outer);
+    } else {
+      operands.sum_outer[0] = operands.outer[0];
+      operands.sum_outer[1] = operands.outer[1];
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       operands.broadcast[i] = broadcast(operands.outer[i], 0);
     }
+  }
+
+  CUTE_DEVICE static void weigh(std::uint32_t const (&outer)[2], float4 const& weight,
+                                std::uint32_t (&weighed)[2]) {
+    weighed[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
+                                       detail::unpack_hi<Element>(outer[0]) * weight.y);
+    weighed[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
+                                       detail::unpack_hi<Element>(outer[1]) * weight.w);
   }
 
   /// What the lane group of the x-th value has, for every lane group.
