@@ -11,7 +11,10 @@
 // halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
 // for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma.
 //
-// Gradients of a state need the same sums over queries, with weights of their own for z.
+// Gradients of a state need the same sums over queries, with other weights in z than in S. There
+// two packed fma weigh a pair of tokens for S, by w = w0 + w1 in two 16-bit numbers, and one
+// multiply for z: a third of the instructions that one set of fp32 weights takes. Of a loop that
+// issues three instructions an mma, two sets of fp32 weights would be a sixth.
 
 #pragma once
 
@@ -60,8 +63,7 @@ struct StateUnit {
 };
 
 /// The part of a block of `Warps` warps. Warp w of a block has the *task* first_task + w, where
-/// first_task is a multiple of Warps. With `KeySumWeights`, tokens have other weights in z than in
-/// S.
+/// first_task is a multiple of Warps. With `KeySumWeights`, tokens have weights of their own in z.
 template <class Element_, int HeadDim, int ValueDim, int Warps, bool KeySumWeights = false>
 struct ExpandReduce {
   using Element = Element_;
@@ -69,7 +71,6 @@ struct ExpandReduce {
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kTileTokens = 64;
   static constexpr int kStages = 3;
-  static constexpr int kWeights = KeySumWeights ? 2 : 1;  // of a token
   // A warp holds 128 accumulators a lane whatever the width of V: 64 rows x 64 or 128 x 32 columns.
   static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;
   static constexpr int kOuterTile = 256 / kValueTile < 8 ? 256 / kValueTile : 8;  // values of x
@@ -92,17 +93,40 @@ struct ExpandReduce {
   using KeyLayout = StagedTileLayout<kTileTokens, kKeyColumns, kStages>;   // [token, d, stage]
   using ValueLayout = StagedTileLayout<kTileTokens, kValueTile, kStages>;  // [token, dv, stage]
 
-  struct SharedStorage {
-    alignas(128) Element key[cute::cosize_v<KeyLayout>];
-    alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    // Of token t at weight_index(t); in z, kTileTokens after that where it is another.
-    alignas(16) float weight[kStages][kWeights * kTileTokens];
+  /// Both weights of the four tokens of 16 that a lane needs, 2 t + {0, 1, 8, 9}.
+  struct alignas(32) TwoWeights {
+    Element high[4];  // in S
+    Element low[4];   // in S, what is left of it
+    Element sum[4];   // in z
   };
 
-  /// Where the weight of a token is: the four that a lane needs for 16 tokens, 2 t + {0, 1, 8, 9},
-  /// lie side by side.
+  struct OneWeightStorage {
+    alignas(128) Element key[cute::cosize_v<KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    alignas(16) float weight[kStages][kTileTokens];  // of token t at weight_index(t)
+  };
+  struct TwoWeightsStorage {
+    alignas(128) Element key[cute::cosize_v<KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    TwoWeights weight[kStages][kTileTokens / 4];
+  };
+  using SharedStorage = cute::conditional_t<KeySumWeights, TwoWeightsStorage, OneWeightStorage>;
+
+  /// Where the weight of a token is: the four that a lane needs for 16 tokens lie side by side.
   CUTE_HOST_DEVICE static constexpr int weight_index(int token) {
     return token / 16 * 16 + token % 8 / 2 * 4 + token % 16 / 8 * 2 + token % 2;
+  }
+
+  /// Sets both weights of a token.
+  CUTE_DEVICE static void set_weights(SharedStorage& shared, int stage, int token, float weight,
+                                      float sum_weight) {
+    static_assert(KeySumWeights, "fp32 weights are set in place");
+    int const index = weight_index(token);
+    TwoWeights& target = shared.weight[stage][index / 4];
+    Element const high(weight);
+    target.high[index % 4] = high;
+    target.low[index % 4] = Element(weight - float(high));
+    target.sum[index % 4] = Element(sum_weight);
   }
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
@@ -241,7 +265,8 @@ struct ExpandReduce {
   struct Keys {
     std::uint32_t outer[2];
     float4 weight;
-    float4 sum_weight;  // with KeySumWeights
+    uint4 split_weight;  // high and low, instead of weight
+    uint2 sum_weight;
   };
 
   /// The native blocks go to `operands`.
@@ -258,10 +283,13 @@ struct ExpandReduce {
     Keys keys;
     cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(outer_source + first),
                                   keys.outer[0], keys.outer[1]);
-    float const* weight = &shared.weight[stage][16 * step + lane % 4 * 4];
-    keys.weight = *reinterpret_cast<float4 const*>(weight);
     if constexpr (KeySumWeights) {
-      keys.sum_weight = *reinterpret_cast<float4 const*>(weight + kTileTokens);
+      TwoWeights const& weight = shared.weight[stage][4 * step + lane % 4];
+      keys.split_weight = *reinterpret_cast<uint4 const*>(weight.high);
+      keys.sum_weight = *reinterpret_cast<uint2 const*>(weight.sum);
+    } else {
+      float const* weight = &shared.weight[stage][16 * step + lane % 4 * 4];
+      keys.weight = *reinterpret_cast<float4 const*>(weight);
     }
     cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(native_source + first),
                                   operands.native[0], operands.native[1], operands.native[2],
@@ -270,10 +298,21 @@ struct ExpandReduce {
   }
 
   CUTE_DEVICE void weigh(Keys const& keys, Operands& operands) const {
-    weigh(keys.outer, keys.weight, operands.outer);
+    std::uint32_t const(&outer)[2] = keys.outer;
     if constexpr (KeySumWeights) {
-      weigh(keys.outer, keys.sum_weight, operands.sum_outer);
+      auto weighed = [](std::uint32_t x, std::uint32_t high, std::uint32_t low) {
+        return detail::multiply_add<Element>(x, high, detail::multiply<Element>(x, low));
+      };
+      operands.outer[0] = weighed(outer[0], keys.split_weight.x, keys.split_weight.z);
+      operands.outer[1] = weighed(outer[1], keys.split_weight.y, keys.split_weight.w);
+      operands.sum_outer[0] = detail::multiply<Element>(outer[0], keys.sum_weight.x);
+      operands.sum_outer[1] = detail::multiply<Element>(outer[1], keys.sum_weight.y);
     } else {
+      float4 const& weight = keys.weight;
+      operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
+                                                detail::unpack_hi<Element>(outer[0]) * weight.y);
+      operands.outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
+                                                detail::unpack_hi<Element>(outer[1]) * weight.w);
       operands.sum_outer[0] = operands.outer[0];
       operands.sum_outer[1] = operands.outer[1];
     }
@@ -281,14 +320,6 @@ struct ExpandReduce {
     for (int i = 0; i < 2; ++i) {
       operands.broadcast[i] = broadcast(operands.outer[i], 0);
     }
-  }
-
-  CUTE_DEVICE static void weigh(std::uint32_t const (&outer)[2], float4 const& weight,
-                                std::uint32_t (&weighed)[2]) {
-    weighed[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
-                                       detail::unpack_hi<Element>(outer[0]) * weight.y);
-    weighed[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
-                                       detail::unpack_hi<Element>(outer[1]) * weight.w);
   }
 
   /// What the lane group of the x-th value has, for every lane group.
