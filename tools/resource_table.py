@@ -50,6 +50,7 @@ class LoopRule:
 
 RULES = {
     "ChunkStates": (LoopRule("expand-reduce", True, max_wavefronts=1.25, min_share=0.25),),
+    "StateGradients": (LoopRule("expand-reduce", True, max_wavefronts=1.25, min_share=0.25),),
     "Output": (
         LoopRule("expand-apply", True, max_wavefronts=1.25, min_share=0.25),
         LoopRule("intra-chunk", False),
@@ -89,6 +90,8 @@ class Instruction:
     @property
     def wavefronts(self) -> int:
         """Of shared memory, without bank conflicts; cp.async (LDGSTS) is not counted."""
+        if self.guard == "@!PT":
+            return 0  # never runs: the compiler puts LDS of this kind before LDGSTS
         if self.is_a("LDSM"):
             last = self.opcode.split(".")[-1]
             return int(last) if last in ("2", "4") else 1

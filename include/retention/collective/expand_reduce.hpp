@@ -10,6 +10,11 @@
 // native ones make a *unit* of 8 x 2 x 8 = 128 rows: two block pairs that share a block. Sharing it
 // halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
 // for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma.
+//
+// Gradients of a state need the same sums over queries, with other weights in z than in S. There
+// two packed fma weigh a pair of tokens for S, by w = w0 + w1 in two 16-bit numbers, and one
+// multiply for z: a third of the instructions that one set of fp32 weights takes. Of a loop that
+// issues three instructions an mma, two sets of fp32 weights would be a sixth.
 
 #pragma once
 
@@ -58,8 +63,8 @@ struct StateUnit {
 };
 
 /// The part of a block of `Warps` warps. Warp w of a block has the *task* first_task + w, where
-/// first_task is a multiple of Warps.
-template <class Element_, int HeadDim, int ValueDim, int Warps>
+/// first_task is a multiple of Warps. With `KeySumWeights`, tokens have weights of their own in z.
+template <class Element_, int HeadDim, int ValueDim, int Warps, bool KeySumWeights = false>
 struct ExpandReduce {
   using Element = Element_;
 
@@ -88,16 +93,40 @@ struct ExpandReduce {
   using KeyLayout = StagedTileLayout<kTileTokens, kKeyColumns, kStages>;   // [token, d, stage]
   using ValueLayout = StagedTileLayout<kTileTokens, kValueTile, kStages>;  // [token, dv, stage]
 
-  struct SharedStorage {
+  /// Both weights of the four tokens of 16 that a lane needs, 2 t + {0, 1, 8, 9}.
+  struct alignas(32) TwoWeights {
+    Element high[4];  // in S
+    Element low[4];   // in S, what is left of it
+    Element sum[4];   // in z
+  };
+
+  struct OneWeightStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
     alignas(16) float weight[kStages][kTileTokens];  // of token t at weight_index(t)
   };
+  struct TwoWeightsStorage {
+    alignas(128) Element key[cute::cosize_v<KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    TwoWeights weight[kStages][kTileTokens / 4];
+  };
+  using SharedStorage = cute::conditional_t<KeySumWeights, TwoWeightsStorage, OneWeightStorage>;
 
-  /// Where the weight of a token is: the four that a lane needs for 16 tokens, 2 t + {0, 1, 8, 9},
-  /// lie side by side.
+  /// Where the weight of a token is: the four that a lane needs for 16 tokens lie side by side.
   CUTE_HOST_DEVICE static constexpr int weight_index(int token) {
     return token / 16 * 16 + token % 8 / 2 * 4 + token % 16 / 8 * 2 + token % 2;
+  }
+
+  /// Sets both weights of a token.
+  CUTE_DEVICE static void set_weights(SharedStorage& shared, int stage, int token, float weight,
+                                      float sum_weight) {
+    static_assert(KeySumWeights, "fp32 weights are set in place");
+    int const index = weight_index(token);
+    TwoWeights& target = shared.weight[stage][index / 4];
+    Element const high(weight);
+    target.high[index % 4] = high;
+    target.low[index % 4] = Element(weight - float(high));
+    target.sum[index % 4] = Element(sum_weight);
   }
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
@@ -149,6 +178,7 @@ struct ExpandReduce {
   struct Operands {
     std::uint32_t native[4];     // Y0, Y1 of the keys
     std::uint32_t outer[2];      // X, by the tokens' weights
+    std::uint32_t sum_outer[2];  // X, by the tokens' weights in z
     std::uint32_t broadcast[2];  // X of the first value of x, the same for all lane groups
     cute::array_aligned<Element, kValueTile / 2> value;
   };
@@ -184,8 +214,8 @@ struct ExpandReduce {
     float (&sum)[4] = accumulators.key_sum;
     std::uint32_t const(&native)[4] = operands.native;
     MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
-                                     native[2], native[3], operands.outer[0], operands.outer[1],
-                                     sum[0], sum[1], sum[2], sum[3]);
+                                     native[2], native[3], operands.sum_outer[0],
+                                     operands.sum_outer[1], sum[0], sum[1], sum[2], sum[3]);
 
     std::uint32_t lo = operands.broadcast[0];
     std::uint32_t hi = operands.broadcast[1];
@@ -225,6 +255,7 @@ struct ExpandReduce {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       operands.outer[i] = next.outer[i];
+      operands.sum_outer[i] = next.sum_outer[i];
       operands.broadcast[i] = next.broadcast[i];
     }
   }
@@ -234,6 +265,8 @@ struct ExpandReduce {
   struct Keys {
     std::uint32_t outer[2];
     float4 weight;
+    uint4 split_weight;  // high and low, instead of weight
+    uint2 sum_weight;
   };
 
   /// The native blocks go to `operands`.
@@ -250,7 +283,14 @@ struct ExpandReduce {
     Keys keys;
     cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(outer_source + first),
                                   keys.outer[0], keys.outer[1]);
-    keys.weight = *reinterpret_cast<float4 const*>(&shared.weight[stage][16 * step + lane % 4 * 4]);
+    if constexpr (KeySumWeights) {
+      TwoWeights const& weight = shared.weight[stage][4 * step + lane % 4];
+      keys.split_weight = *reinterpret_cast<uint4 const*>(weight.high);
+      keys.sum_weight = *reinterpret_cast<uint2 const*>(weight.sum);
+    } else {
+      float const* weight = &shared.weight[stage][16 * step + lane % 4 * 4];
+      keys.weight = *reinterpret_cast<float4 const*>(weight);
+    }
     cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(native_source + first),
                                   operands.native[0], operands.native[1], operands.native[2],
                                   operands.native[3]);
@@ -258,11 +298,24 @@ struct ExpandReduce {
   }
 
   CUTE_DEVICE void weigh(Keys const& keys, Operands& operands) const {
-    float4 const& weight = keys.weight;
-    operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(keys.outer[0]) * weight.x,
-                                              detail::unpack_hi<Element>(keys.outer[0]) * weight.y);
-    operands.outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(keys.outer[1]) * weight.z,
-                                              detail::unpack_hi<Element>(keys.outer[1]) * weight.w);
+    std::uint32_t const(&outer)[2] = keys.outer;
+    if constexpr (KeySumWeights) {
+      auto weighed = [](std::uint32_t x, std::uint32_t high, std::uint32_t low) {
+        return detail::multiply_add<Element>(x, high, detail::multiply<Element>(x, low));
+      };
+      operands.outer[0] = weighed(outer[0], keys.split_weight.x, keys.split_weight.z);
+      operands.outer[1] = weighed(outer[1], keys.split_weight.y, keys.split_weight.w);
+      operands.sum_outer[0] = detail::multiply<Element>(outer[0], keys.sum_weight.x);
+      operands.sum_outer[1] = detail::multiply<Element>(outer[1], keys.sum_weight.y);
+    } else {
+      float4 const& weight = keys.weight;
+      operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
+                                                detail::unpack_hi<Element>(outer[0]) * weight.y);
+      operands.outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
+                                                detail::unpack_hi<Element>(outer[1]) * weight.w);
+      operands.sum_outer[0] = operands.outer[0];
+      operands.sum_outer[1] = operands.outer[1];
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       operands.broadcast[i] = broadcast(operands.outer[i], 0);

@@ -126,9 +126,15 @@ class TileLoader {
 
   /// Starts the copy of the next tile; rows from `valid_rows` on become zero.
   CUTE_DEVICE void load(Element* tiles, int stage, int valid_rows) {
+    load(tiles, stage, valid_rows, kSteps * step_);
+  }
+
+  /// The same of the tile `distance` elements after the one before; the first tile is Rows rows
+  /// after none.
+  CUTE_DEVICE void load(Element* tiles, int stage, int valid_rows, std::int64_t distance) {
     Element* target = tiles + offset_ + stage * (Rows * Columns);
     // Before the copies: one holds the registers of its address for a while.
-    source_ = advanced(source_, kSteps * step_);
+    source_ = advanced(source_, distance);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       // Where the predicate is false nothing is read.

@@ -68,6 +68,23 @@ CUTE_HOST_DEVICE std::uint32_t multiply(std::uint32_t x, std::uint32_t y) {
 #endif
 }
 
+/// Both x y + z, each rounded once.
+template <class Element>
+CUTE_HOST_DEVICE std::uint32_t multiply_add(std::uint32_t x, std::uint32_t y, std::uint32_t z) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t bits;
+  if constexpr (cute::is_same_v<Element, cute::bfloat16_t>) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(bits) : "r"(x), "r"(y), "r"(z));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(bits) : "r"(x), "r"(y), "r"(z));
+  }
+  return bits;
+#else
+  return pack<Element>(fmaf(unpack_lo<Element>(x), unpack_lo<Element>(y), unpack_lo<Element>(z)),
+                       fmaf(unpack_hi<Element>(x), unpack_hi<Element>(y), unpack_hi<Element>(z)));
+#endif
+}
+
 constexpr float kLog2E = 1.44269504088896340736f;
 
 /// 2^x; what is below 2^-126 is 0.

@@ -17,6 +17,7 @@
 #include <cstdint>
 
 #include "retention/collective/expand_reduce.hpp"
+#include "retention/collective/state_tile.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -35,6 +36,7 @@ struct ChunkStates {
   using Element = typename Traits::Element;
   using Mainloop =
       collective::ExpandReduce<Element, Traits::kHeadDim, Traits::kValueDim, Traits::kWarps>;
+  using StateTile = collective::StateTile<Mainloop, Traits::kValueDim, /*Multiplicity=*/true>;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
@@ -53,9 +55,7 @@ struct ChunkStates {
 
   struct SharedStorage {
     typename Mainloop::SharedStorage mainloop;
-    // Eight rows of the state, on their way from a warp's registers to memory. The padding lets the
-    // lanes of a warp write their pairs to different banks.
-    alignas(16) Element rows[Traits::kWarps][8][kValueTile + 8];
+    typename StateTile::Rows rows[Traits::kWarps];
   };
 
   struct Params {
@@ -178,12 +178,16 @@ struct ChunkStates {
       load_values(tile, used - tile * kTileTokens);
     }
 
-    Accumulators accumulators;
+    typename Mainloop::Accumulators accumulators;
     if (params.initial_state != nullptr && segment.index == 0) {
-      load_initial(params, static_cast<std::int64_t>(segment.sequence) * params.heads + head,
-                   value_offset, detail::power_of_two(scale), mainloop, accumulators);
+      std::int64_t const sequence_head =
+          static_cast<std::int64_t>(segment.sequence) * params.heads + head;
+      float const factor = detail::power_of_two(scale);
+      StateTile::load(params.initial_state + sequence_head * kStateDim * kValueDim + value_offset,
+                      params.initial_key_sum + sequence_head * kStateDim, factor, factor, mainloop,
+                      accumulators);
     } else {
-      clear(accumulators);
+      StateTile::clear(accumulators);
     }
 
     std::int64_t slot_head = (sequence.first_slot + first_token / chunk_size) * params.heads + head;
@@ -214,7 +218,8 @@ struct ChunkStates {
       }
       slot_head += params.heads;
       if (gate != nullptr) {
-        decay(detail::exp_scaled(end_gate, 0.0f), accumulators);
+        float const decay = detail::exp_scaled(end_gate, 0.0f);
+        StateTile::multiply(decay, decay, accumulators);
       }
       int const chunk_end = cute::min(done + chunk_size, tokens);
 #pragma unroll 1
@@ -264,14 +269,15 @@ struct ChunkStates {
     }
     cute::cp_async_wait<0>();
     if (ends && active) {
-      store_final(params, static_cast<std::int64_t>(item) * params.heads + head, value_offset,
-                  detail::power_of_two(-scale), mainloop, accumulators);
+      std::int64_t const item_head = static_cast<std::int64_t>(item) * params.heads + head;
+      float const factor = detail::power_of_two(-scale);
+      StateTile::store(params.final_state + item_head * kStateDim * kValueDim + value_offset,
+                       params.final_key_sum + item_head * kStateDim, value_offset == 0, factor,
+                       factor, mainloop, accumulators);
     }
   }
 
  private:
-  using Accumulators = typename Mainloop::Accumulators;
-
   /// f, where accumulators hold 2^f S and 2^f z. One factor of phi is multiplied by 2^f. With all
   /// |k| < 2^x it is below 2^(15 - max(x, 0)) then, and its product with another k below 2^15.
   CUTE_DEVICE static int key_scale(Params const& params, int sequence, int head) {
@@ -285,119 +291,10 @@ struct ChunkStates {
     return 0;
   }
 
-  CUTE_DEVICE static void clear(Accumulators& accumulators) {
-    cute::clear(Mainloop::state_tensor(accumulators));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      accumulators.key_sum[i] = 0.0f;
-    }
-  }
-
-  CUTE_DEVICE static void decay(float factor, Accumulators& accumulators) {
-    cute::Tensor state = Mainloop::state_tensor(accumulators);
-#pragma unroll
-    for (int i = 0; i < cute::size(state); ++i) {
-      state(i) *= factor;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      accumulators.key_sum[i] *= factor;
-    }
-  }
-
-  // Calls visit_row(i, x, row, stride, multiplicity) for each native block i and value x, where the
-  // elements y are rows `row` + y * `stride` of the state, and visit_sum(row, sum, multiplicity)
-  // for the lane's part of the sum of keys. The accumulators are without the multiplicity of the
-  // row: 1 in a diagonal block pair, else 2.
-  template <class VisitRow, class VisitSum>
-  CUTE_DEVICE static void for_each(Mainloop const& mainloop, Accumulators& accumulators,
-                                   VisitRow visit_row, VisitSum visit_sum) {
-    int const lane = detail::recomputed(mainloop.lane);
-    int const first_outer = detail::recomputed(mainloop.first_outer);
-    collective::StateUnit const unit{
-        detail::recomputed(mainloop.unit.outer),
-        {detail::recomputed(mainloop.unit.native[0]), detail::recomputed(mainloop.unit.native[1])}};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int const stride = unit.stride_outer(i);
-      float const multiplicity = unit.outer == unit.native[i] ? 1.0f : 2.0f;
-#pragma unroll
-      for (int x = 0; x < Mainloop::kOuterTile; ++x) {
-        visit_row(i, x, unit.row(i) + (first_outer + x) * stride, unit.stride_native(i),
-                  multiplicity);
-        // Keeps the rows apart: interleaved, their conversions need more registers than there are.
-        __syncwarp();
-      }
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        visit_sum(unit.row(i) + lane / 4 * unit.stride_native(i) + (2 * (lane % 4) + c) * stride,
-                  accumulators.key_sum[2 * i + c], multiplicity);
-      }
-    }
-  }
-
-  // The lane's pair of neighbouring columns in n8 tile n.
-  CUTE_DEVICE static float2 pair(Accumulators& accumulators, int i, int x, int n) {
-    cute::Tensor state = Mainloop::state_tensor(accumulators);
-    return make_float2(state(cute::make_coord(0, i), x, n), state(cute::make_coord(1, i), x, n));
-  }
-
-  CUTE_DEVICE static void load_initial(Params const& params, std::int64_t sequence_head,
-                                       int value_offset, float scale, Mainloop const& mainloop,
-                                       Accumulators& accumulators) {
-    int const group = mainloop.lane / 4;
-    float const* first = params.initial_state + sequence_head * kStateDim * kValueDim +
-                         value_offset + 2 * (mainloop.lane % 4);
-    float const* key_sum = params.initial_key_sum + sequence_head * kStateDim;
-    cute::Tensor state = Mainloop::state_tensor(accumulators);
-    for_each(
-        mainloop, accumulators,
-        [&](int i, int x, int row, int stride, float multiplicity) {
-          float const* source = first + (row + group * stride) * kValueDim;
-          float const factor = multiplicity == 1.0f ? scale : 0.5f * scale;
-#pragma unroll
-          for (int n = 0; n < kValueTile / 8; ++n) {
-            float2 const loaded = *reinterpret_cast<float2 const*>(source + 8 * n);
-            state(cute::make_coord(0, i), x, n) = factor * loaded.x;
-            state(cute::make_coord(1, i), x, n) = factor * loaded.y;
-          }
-        },
-        [&](int row, float& sum, float multiplicity) {
-          sum = (multiplicity == 1.0f ? scale : 0.5f * scale) * key_sum[row];
-        });
-  }
-
-  CUTE_DEVICE static void store_final(Params const& params, std::int64_t item_head,
-                                      int value_offset, float scale, Mainloop const& mainloop,
-                                      Accumulators& accumulators) {
-    int const group = mainloop.lane / 4;
-    float* first = params.final_state + item_head * kStateDim * kValueDim + value_offset +
-                   2 * (mainloop.lane % 4);
-    float* key_sum = params.final_key_sum + item_head * kStateDim;
-    bool const stores_sum = has_key_sum(mainloop, value_offset);
-    for_each(
-        mainloop, accumulators,
-        [&](int i, int x, int row, int stride, float multiplicity) {
-          float* target = first + (row + group * stride) * kValueDim;
-          float const factor = scale * multiplicity;
-#pragma unroll
-          for (int n = 0; n < kValueTile / 8; ++n) {
-            float2 const sum = pair(accumulators, i, x, n);
-            *reinterpret_cast<float2*>(target + 8 * n) =
-                make_float2(factor * sum.x, factor * sum.y);
-          }
-        },
-        [&](int row, float sum, float multiplicity) {
-          if (stores_sum) {
-            key_sum[row] = scale * multiplicity * sum;
-          }
-        });
-  }
-
   CUTE_DEVICE static void store_rounded(Params const& params, std::int64_t slot_head,
                                         int value_offset, int scale, Mainloop const& mainloop,
-                                        Element (&rows)[8][kValueTile + 8],
-                                        Accumulators& accumulators) {
+                                        typename StateTile::Rows& rows,
+                                        typename Mainloop::Accumulators& accumulators) {
     float state_scale = 1.0f;
     float sum_scale = 1.0f;
     if constexpr (kScaled) {
@@ -407,50 +304,9 @@ struct ChunkStates {
       state_scale = stored(params.exponents.state);
       sum_scale = stored(params.exponents.key_sum);
     }
-    constexpr int kPieces = kValueTile / 8;  // of 16 bytes, in a row
-    int const lane = detail::recomputed(mainloop.lane);
-    Element* first = params.states + slot_head * kStateDim * kValueDim + value_offset;
-    Element* key_sum = params.key_sums + slot_head * kStateDim;
-    bool const stores_sum = has_key_sum(mainloop, value_offset);
-    // A lane writes its pairs, and reads pieces that make full sectors of memory.
-    Element* written = &rows[lane / 4][2 * (lane % 4)];
-    Element const* read = &rows[lane / kPieces][lane % kPieces * 8];
-    for_each(
-        mainloop, accumulators,
-        [&](int i, int x, int row, int stride, float multiplicity) {
-          float const factor = state_scale * multiplicity;
-#pragma unroll
-          for (int n = 0; n < kValueTile / 8; ++n) {
-            float2 const sum = pair(accumulators, i, x, n);
-            std::uint32_t rounded;
-            if constexpr (kScaled) {
-              rounded = detail::pack<Element>(factor * sum.x, factor * sum.y);
-            } else {
-              // Doubling is exact after rounding as well, and takes half the instructions there.
-              rounded = detail::multiply<Element>(detail::pack<Element>(sum.x, sum.y),
-                                                  detail::pack<Element>(factor, factor));
-            }
-            *reinterpret_cast<std::uint32_t*>(written + 8 * n) = rounded;
-          }
-          __syncwarp();
-          Element* target =
-              first + (row + lane / kPieces * stride) * kValueDim + lane % kPieces * 8;
-#pragma unroll
-          for (int y = 0; y < 8; y += 32 / kPieces) {
-            *reinterpret_cast<uint4*>(target + y * stride * kValueDim) =
-                *reinterpret_cast<uint4 const*>(read + y * (kValueTile + 8));
-          }
-        },
-        [&](int row, float sum, float multiplicity) {
-          if (stores_sum) {
-            key_sum[row] = Element(sum_scale * multiplicity * sum);
-          }
-        });
-  }
-
-  // The unit's sum of keys is whole in each of the warps that share it; one of them stores it.
-  CUTE_DEVICE static bool has_key_sum(Mainloop const& mainloop, int value_offset) {
-    return value_offset == 0 && mainloop.first_outer == 0;
+    StateTile::store_rounded(params.states + slot_head * kStateDim * kValueDim + value_offset,
+                             params.key_sums + slot_head * kStateDim, value_offset == 0,
+                             state_scale, sum_scale, mainloop, rows, accumulators);
   }
 };
 
