@@ -31,23 +31,302 @@ struct BackwardKernels {
       kernel::QueryGradient<kernel::QueryGradientTraits<Element, HeadDim, ValueDim>>;
   using StateGradients =
       kernel::StateGradients<kernel::StateGradientsTraits<Element, HeadDim, ValueDim>>;
+  using Carry =
+      kernel::Carry<kernel::CarryTraits<Element, HeadDim, ValueDim, kernel::Direction::kBackward>>;
   using ValueGradient =
       kernel::ValueGradient<kernel::ValueGradientTraits<Element, HeadDim, ValueDim>>;
   using KeyGradient = kernel::KeyGradient<kernel::KeyGradientTraits<Element, HeadDim, ValueDim>>;
+
+  static constexpr bool kScaled = Forward::kScaled;
+  static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
+                    kernel::StateProduct::kParts == BackwardPlan::kProductParts &&
+                    Rows::kTileTokens == BackwardPlan::kTileTokens &&
+                    sizeof(kernel::GradientRange) == 5 * sizeof(float),
+                "the plan reserves memory for them");
 
   /// `launcher` as for ForwardKernels.
   template <class Launcher>
   static Status run(BackwardPlan plan, void* workspace, Launcher const& launcher) {
     // From here on the workspace is known.
-    ForwardArguments& forward = plan.forward.arguments;
-    forward.final_state = plan.final_state.template in<float>(workspace);
-    forward.final_key_sum = plan.final_key_sum.template in<float>(workspace);
+    plan.forward.arguments.final_state = plan.final_state.template in<float>(workspace);
+    plan.forward.arguments.final_key_sum = plan.final_key_sum.template in<float>(workspace);
+    Call const call(plan, workspace);
     if (plan.recomputes) {
       if (Status status = Forward::run_states(plan.forward, workspace, launcher); !status) {
         return status;
       }
     }
-    return {};
+    if (Status status = launcher.template launch<Rows>(call.rows()); !status) {
+      return status;
+    }
+    if constexpr (kScaled) {
+      if (Status status = launcher.template launch<kernel::ChooseGradientExponents>(call.choose());
+          !status) {
+        return status;
+      }
+    }
+    if (Status status = launcher.template launch<QueryGradient>(call.query()); !status) {
+      return status;
+    }
+    if (plan.makes_gradients) {
+      if (Status status = launcher.template launch<StateGradients>(call.states()); !status) {
+        return status;
+      }
+    }
+    if (plan.segmented) {
+      if (Status status = launcher.template launch<Carry>(call.carry()); !status) {
+        return status;
+      }
+    }
+    if (Status status = launcher.template launch<ValueGradient>(call.value()); !status) {
+      return status;
+    }
+    if (Status status = launcher.template launch<KeyGradient>(call.key()); !status) {
+      return status;
+    }
+    return plan.arguments.d_log_gate == nullptr ? Status{} : run_gates(call, launcher);
+  }
+
+ private:
+  // A plan and its workspace as the kernels take them.
+  struct Call {
+    BackwardPlan const& plan;
+    BackwardArguments const& arguments;
+    void* workspace;
+    PlannedCall forward;
+    ForwardArguments const& a;
+    kernel::TokenStride query_stride;  // of the prepared queries, [b, hq, t, d]
+    kernel::TokenStride row_stride;    // of what there is once for each of them
+    kernel::GradientExponents exponents;
+
+    Call(BackwardPlan const& plan_, void* workspace_)
+        : plan(plan_),
+          arguments(plan_.arguments),
+          workspace(workspace_),
+          // Nobody writes to a workspace that was kept.
+          forward(plan_.forward,
+                  plan_.recomputes ? workspace_ : const_cast<void*>(arguments.forward_workspace)),
+          a(plan_.forward.arguments),
+          query_stride{std::int64_t{a.query_heads} * a.tokens * HeadDim, HeadDim,
+                       std::int64_t{a.tokens} * HeadDim},
+          row_stride{std::int64_t{a.query_heads} * a.tokens, 1, a.tokens},
+          exponents{in<int>(plan.weight_exponents), in<int>(plan.delta_exponents),
+                    in<int>(plan.state_exponents), in<int>(plan.key_sum_exponents),
+                    in<int>(plan.score_exponents)} {}
+
+    template <class T>
+    T* in(Region const& region) const {
+      return region.template in<T>(workspace);
+    }
+    /// Of the workspace that has the states.
+    template <class T>
+    T* in_forward(Region const& region) const {
+      return region.template in<T>(
+          plan.recomputes ? workspace : const_cast<void*>(arguments.forward_workspace));
+    }
+    static kernel::TokenStride stride(Strides const& s) { return PlannedCall::stride(s); }
+    /// Of a contiguous [b, t, heads, width].
+    kernel::TokenStride contiguous(int heads, int width) const {
+      return stride(Strides::contiguous(a.tokens, heads, width));
+    }
+
+    typename Rows::Params rows() const {
+      typename Rows::Params p{};
+      p.query = static_cast<Element const*>(a.query);
+      p.d_output = static_cast<Element const*>(arguments.d_output);
+      p.output = static_cast<Element const*>(a.output);
+      p.residual = static_cast<Element const*>(a.output_residual);
+      p.normalizer = a.normalizer;
+      p.gate = forward.gate;
+      p.query_stride = stride(a.query_strides);
+      p.d_output_stride = stride(arguments.d_output_strides);
+      p.output_stride = stride(a.output_strides);
+      p.normalizer_stride = contiguous(a.query_heads, 1);
+      p.gate_stride = forward.gate_stride;
+      p.prepared_query = in<Element>(plan.query);
+      p.inverse = in<float>(plan.inverse);
+      p.delta = in<float>(plan.delta);
+      p.weight = in<float>(plan.weight);
+      p.scale = in<float>(plan.scale);
+      p.prepared_query_stride = query_stride;
+      p.row_stride = row_stride;
+      p.ranges = in<kernel::GradientRange>(plan.tile_ranges);
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      p.group = a.query_heads / a.heads;
+      return p;
+    }
+
+    typename QueryGradient::Params query() const {
+      typename QueryGradient::Params p{};
+      p.query = in<Element>(plan.query);
+      p.key = static_cast<Element const*>(a.key);
+      p.value = static_cast<Element const*>(a.value);
+      p.d_output = static_cast<Element const*>(arguments.d_output);
+      p.gate = forward.gate;
+      p.inverse = in<float>(plan.inverse);
+      p.delta = in<float>(plan.delta);
+      p.scale = in<float>(plan.scale);
+      p.states = in_forward<Element>(plan.forward.states);
+      p.key_sums = in_forward<Element>(plan.forward.key_sums);
+      p.d_query = static_cast<Element*>(arguments.d_query);
+      p.query_stride = query_stride;
+      p.key_stride = stride(a.key_strides);
+      p.value_stride = stride(a.value_strides);
+      p.d_output_stride = stride(arguments.d_output_strides);
+      p.gate_stride = forward.gate_stride;
+      p.row_stride = row_stride;
+      p.d_query_stride = contiguous(a.query_heads, HeadDim);
+      p.exponents = forward.exponents;
+      p.gradient_exponents = exponents;
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      p.group = a.query_heads / a.heads;
+      p.initial_states = a.initial_state != nullptr;
+      return p;
+    }
+
+    typename StateGradients::Params states() const {
+      typename StateGradients::Params p{};
+      p.query = in<Element>(plan.query);
+      p.d_output = static_cast<Element const*>(arguments.d_output);
+      p.weight = in<float>(plan.weight);
+      p.delta = in<float>(plan.delta);
+      p.gate = forward.gate;
+      p.query_stride = query_stride;
+      p.d_output_stride = stride(arguments.d_output_strides);
+      p.row_stride = row_stride;
+      p.gate_stride = forward.gate_stride;
+      p.final_state_gradient = arguments.d_final_state;
+      p.final_key_sum_gradient = arguments.d_final_key_sum;
+      p.d_states = in<Element>(plan.d_states);
+      p.d_key_sums = in<Element>(plan.d_key_sums);
+      p.initial_state_gradient =
+          plan.segmented ? in<float>(plan.d_segment_state) : arguments.d_initial_state;
+      p.initial_key_sum_gradient =
+          plan.segmented ? in<float>(plan.d_segment_key_sum) : arguments.d_initial_key_sum;
+      p.sequence_starts = arguments.d_initial_state != nullptr;
+      p.exponents = exponents;
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      p.group = a.query_heads / a.heads;
+      p.segment_tokens = a.segment_tokens;
+      return p;
+    }
+
+    typename Carry::Params carry() const {
+      typename Carry::Params p{};
+      p.states = in<Element>(plan.d_states);
+      p.key_sums = in<Element>(plan.d_key_sums);
+      p.segment_state = in<float>(plan.d_segment_state);
+      p.segment_key_sum = in<float>(plan.d_segment_key_sum);
+      p.gate = forward.gate;
+      p.gate_stride = forward.gate_stride;
+      p.state_exponents = exponents.state;
+      p.key_sum_exponents = exponents.key_sum;
+      p.sequence_state = arguments.d_initial_state;
+      p.sequence_key_sum = arguments.d_initial_key_sum;
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      p.segment_tokens = a.segment_tokens;
+      return p;
+    }
+
+    // What the gradients of keys and values read.
+    kernel::KeyRowsParams<Element> key_rows() const {
+      kernel::KeyRowsParams<Element> p{};
+      p.query = in<Element>(plan.query);
+      p.key = static_cast<Element const*>(a.key);
+      p.value = static_cast<Element const*>(a.value);
+      p.d_output = static_cast<Element const*>(arguments.d_output);
+      p.gate = forward.gate;
+      p.inverse = in<float>(plan.inverse);
+      p.delta = in<float>(plan.delta);
+      p.d_states = in<Element>(plan.d_states);
+      p.d_key_sums = in<Element>(plan.d_key_sums);
+      p.query_stride = query_stride;
+      p.key_stride = stride(a.key_strides);
+      p.value_stride = stride(a.value_strides);
+      p.d_output_stride = stride(arguments.d_output_strides);
+      p.gate_stride = forward.gate_stride;
+      p.row_stride = row_stride;
+      p.exponents = forward.exponents;
+      p.gradient_exponents = exponents;
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      p.group = a.query_heads / a.heads;
+      p.final_gradients = arguments.d_final_state != nullptr;
+      return p;
+    }
+
+    typename ValueGradient::Params value() const {
+      typename ValueGradient::Params p{};
+      static_cast<kernel::KeyRowsParams<Element>&>(p) = key_rows();
+      p.d_value = static_cast<Element*>(arguments.d_value);
+      p.d_value_stride = contiguous(a.heads, ValueDim);
+      return p;
+    }
+
+    typename KeyGradient::Params key() const {
+      typename KeyGradient::Params p{};
+      static_cast<kernel::KeyRowsParams<Element>&>(p) = key_rows();
+      p.d_key = static_cast<Element*>(arguments.d_key);
+      p.d_key_stride = contiguous(a.heads, HeadDim);
+      p.d_gate = in<float>(plan.d_gate);
+      p.d_gate_stride = forward.gate_stride;
+      return p;
+    }
+
+    kernel::StateProduct::Params product() const {
+      kernel::StateProduct::Params p{};
+      p.state = in<float>(plan.final_state);
+      p.key_sum = in<float>(plan.final_key_sum);
+      p.state_gradient = arguments.d_final_state;
+      p.key_sum_gradient = arguments.d_final_key_sum;
+      p.products = in<double>(plan.products);
+      p.count = a.sequences;
+      p.heads = a.heads;
+      p.state_dim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
+      p.value_dim = ValueDim;
+      return p;
+    }
+
+    kernel::GateGradientSums::Params gate_sums() const {
+      kernel::GateGradientSums::Params p{};
+      p.d_gate = in<float>(plan.d_gate);
+      p.d_gate_stride = forward.gate_stride;
+      p.sums = in<double>(plan.gate_sums);
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      return p;
+    }
+
+    kernel::GateGradient::Params gate() const {
+      kernel::GateGradient::Params p{};
+      p.d_gate = in<float>(plan.d_gate);
+      p.d_log_gate = arguments.d_log_gate;
+      p.d_gate_stride = forward.gate_stride;
+      p.d_log_gate_stride = contiguous(a.heads, 1);
+      p.sums = in<double>(plan.gate_sums);
+      p.products = in<double>(plan.products);
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      return p;
+    }
+  };
+
+  template <class Launcher>
+  static Status run_gates(Call const& call, Launcher const& launcher) {
+    if (call.plan.gate_of_final_state) {
+      if (Status status = launcher.template launch<kernel::StateProduct>(call.product()); !status) {
+        return status;
+      }
+    }
+    if (Status status = launcher.template launch<kernel::GateGradientSums>(call.gate_sums());
+        !status) {
+      return status;
+    }
+    return launcher.template launch<kernel::GateGradient>(call.gate());
   }
 };
 

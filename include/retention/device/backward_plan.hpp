@@ -15,7 +15,7 @@ struct BackwardPlan {
   static constexpr std::size_t kAlignment = Regions::kAlignment;
   static constexpr int kTileTokens = 64;    // of a range of gradients
   static constexpr int kGateTokens = 1024;  // of a partial sum of gate gradients
-  static constexpr int kProductParts = 64;  // that the product of two states is summed in
+  static constexpr int kProductParts = 32;  // that the product of two states is summed in
 
   BackwardArguments arguments;
   // Of the call before, in `arguments.forward_workspace`, or of the states that are computed again,
@@ -81,7 +81,7 @@ struct BackwardPlan {
     if (plan.gate_of_final_state) {
       plan.final_state = regions.take(sequences * heads * D * a.value_dim, sizeof(float));
       plan.final_key_sum = regions.take(sequences * heads * D, sizeof(float));
-      plan.products = regions.take(sequences * heads * kProductParts, sizeof(float));
+      plan.products = regions.take(sequences * heads * kProductParts, sizeof(double));
     }
     plan.query = regions.take(tokens * a.query_heads * a.head_dim, 2);
     for (Region* row : {&plan.inverse, &plan.delta, &plan.weight, &plan.scale}) {
@@ -104,6 +104,19 @@ struct BackwardPlan {
                                    : regions.take(items * heads * D * a.value_dim, sizeof(float));
       plan.d_segment_key_sum =
           there ? plan.forward.segment_key_sum : regions.take(items * heads * D, sizeof(float));
+    }
+    if (a.element == ElementType::kFloat16) {
+      plan.tile_ranges =
+          regions.take(ForwardPlan::slots_of(a, kTileTokens) * heads, 5 * sizeof(float));
+      for (Region* exponents :
+           {&plan.weight_exponents, &plan.delta_exponents, &plan.state_exponents,
+            &plan.key_sum_exponents, &plan.score_exponents}) {
+        *exponents = regions.take(slots * heads, sizeof(int));
+      }
+      if (has_final) {
+        plan.final_ranges =
+            regions.take(sequences * heads * ForwardPlan::kStateParts, 2 * sizeof(float));
+      }
     }
     plan.workspace_bytes = regions.bytes();
     return plan;
