@@ -20,6 +20,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/detail/packed.hpp"
+#include "retention/detail/reduce.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::detail {
@@ -42,23 +43,6 @@ CUTE_DEVICE float finite_magnitude(float x) {
   float const magnitude = fabsf(x);
   return magnitude <= kLargestFloat ? magnitude : 0.0f;
 }
-
-/// Sum or maximum over a warp, the same in every lane and in any schedule.
-template <class Combine>
-CUTE_DEVICE float reduce_warp(float x, Combine combine) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    x = combine(x, __shfl_xor_sync(0xffffffffu, x, lanes));
-  }
-  return x;
-}
-
-struct Maximum {
-  CUTE_DEVICE float operator()(float x, float y) const { return fmaxf(x, y); }
-};
-struct Plus {
-  CUTE_DEVICE float operator()(float x, float y) const { return x + y; }
-};
 
 }  // namespace retention::detail
 

@@ -11,27 +11,22 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/collective/gate_tile.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
 
 struct Gates {
-  static constexpr int kHeads = 8;       // of a block, one a warp
-  static constexpr int kLaneTokens = 4;  // of a tile, consecutive
-  static constexpr int kTileTokens = 128;
-  static constexpr int kThreads = 256;
+  using Tile = collective::GateTile;
+  static constexpr int kHeads = Tile::kHeads;  // of a block, one a warp
+  static constexpr int kTileTokens = Tile::kTokens;
+  static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 4;
-  static constexpr int kLoads = kHeads * kTileTokens / kThreads;  // elements of a tile a thread
   // exp(-200) is 0 in fp32 as exp(-inf) is, but differences of sums are not NaN.
   static constexpr float kMinLogGate = -200.0f;
-  static_assert(kThreads == 32 * kHeads && kTileTokens == 32 * kLaneTokens);
-  static_assert(kThreads % kTileTokens == 0 && kThreads % kHeads == 0, "steps of whole rows");
 
-  // A gap after every 32 tokens, and rows 4 banks apart: no bank conflicts among lanes that take
-  // 32 consecutive tokens, 8 heads of 4 tokens, or every fourth token.
-  static constexpr int kRowPitch = 132;
   struct SharedStorage {
-    float tile[kHeads * kRowPitch];
+    float tile[Tile::kSize];
   };
 
   struct Params {
@@ -69,32 +64,32 @@ struct Gates {
     float const* source =
         params.log_gate + params.log_gate_stride.at(sequence, first_token, first_head);
     float* target = params.gate + params.gate_stride.at(sequence, first_token, first_head);
-    TilePart const load_part(params.log_gate_stride, thread);
-    TilePart const store_part(params.gate_stride, thread);
+    Tile::Part const load_part(params.log_gate_stride, thread);
+    Tile::Part const store_part(params.gate_stride, thread);
 
     source += load_part.offset;
     target += store_part.offset;
-    float next[kLoads];
-    load(source, load_part, heads, tokens, next);
+    float next[Tile::kLoads];
+    load_part.load(source, heads, tokens, next);
     // Double precision: sums of a million gates differ by less than their rounding to fp32.
     double carry = 0.0;
 #pragma unroll 1
     for (int left = tokens; left > 0; left -= kTileTokens) {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < Tile::kLoads; ++i) {
         // Not fmaxf, which would turn NaN into a number.
         shared.tile[load_part.position(i)] = next[i] < kMinLogGate ? kMinLogGate : next[i];
       }
       // The next tile arrives during the scan.
       source += kTileTokens * params.log_gate_stride.token;
-      load(source, load_part, heads, left - kTileTokens, next);
+      load_part.load(source, heads, left - kTileTokens, next);
       __syncthreads();
       if (warp < heads) {
         carry = scan(shared, warp, lane, carry);
       }
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < Tile::kLoads; ++i) {
         if (store_part.within(i, heads, left)) {
           target[i * store_part.step] = shared.tile[store_part.position(i)];
         }
@@ -105,54 +100,13 @@ struct Gates {
   }
 
  private:
-  // The elements of a [token, head] tile that a thread loads or stores, one step after the other:
-  // neighbouring threads take what is contiguous.
-  struct TilePart {
-    int head;  // the first
-    int token;
-    int head_step;
-    int token_step;
-    std::int64_t offset;  // in memory
-    std::int64_t step;
-
-    CUTE_DEVICE TilePart(TokenStride const& stride, int thread) {
-      bool const heads_last = stride.head < stride.token;
-      head = heads_last ? thread % kHeads : thread / kTileTokens;
-      token = heads_last ? thread / kHeads : thread % kTileTokens;
-      head_step = heads_last ? 0 : kThreads / kTileTokens;
-      token_step = heads_last ? kThreads / kHeads : 0;
-      offset = token * stride.token + head * stride.head;
-      step = token_step * stride.token + head_step * stride.head;
-    }
-    /// Whether step i is among the first `heads` and `tokens`.
-    CUTE_DEVICE bool within(int i, int heads, int tokens) const {
-      return head + i * head_step < heads && token + i * token_step < tokens;
-    }
-    /// In shared memory.
-    CUTE_DEVICE int position(int i) const {
-      return Gates::position(head + i * head_step, token + i * token_step);
-    }
-  };
-
-  CUTE_DEVICE static void load(float const* source, TilePart const& part, int heads, int tokens,
-                               float (&x)[kLoads]) {
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      x[i] = part.within(i, heads, tokens) ? source[i * part.step] : 0.0f;
-    }
-  }
-
-  CUTE_DEVICE static int position(int head, int token) {
-    return head * kRowPitch + token + token / 32;
-  }
-
   // Inclusive sums of one head's tile, in place, on top of `carry`; returns the last of them. The
   // order of summation is fixed by the lanes.
   CUTE_DEVICE static double scan(SharedStorage& shared, int head, int lane, double carry) {
-    float* values = shared.tile + position(head, kLaneTokens * lane);
+    float* values = shared.tile + Tile::position(head, Tile::kLaneTokens * lane);
     double total = 0.0;
 #pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
+    for (int i = 0; i < Tile::kLaneTokens; ++i) {
       total += values[i];
     }
     double inclusive = total;
@@ -164,7 +118,7 @@ struct Gates {
     double const before = __shfl_up_sync(0xffffffffu, inclusive, 1);
     double sum = lane == 0 ? carry : carry + before;
 #pragma unroll
-    for (int i = 0; i < kLaneTokens; ++i) {
+    for (int i = 0; i < Tile::kLaneTokens; ++i) {
       sum += values[i];
       values[i] = static_cast<float>(sum);
     }

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/detail/reduce.hpp"
 #include "retention/detail/rescale.hpp"
 #include "retention/kernel/exponents.hpp"
 #include "retention/kernel/sequence.hpp"
