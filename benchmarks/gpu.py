@@ -1,7 +1,8 @@
-"""The forward pass on a CUDA device: time by chunk size and kernel, as a share of the device's own
-ceilings, which are measured in the same run.
+"""The forward pass, or with `--training` forward and backward, on a CUDA device: time by chunk size
+and kernel, as a share of the device's own ceilings, which are measured in the same run.
 
     python benchmarks/gpu.py --out benchmarks/results/h200/d64.json
+    python benchmarks/gpu.py --training --out benchmarks/results/h200/d64_training.json
 
 Times are medians of CUDA graph replays with the L2 cache flushed before each.
 """
@@ -81,15 +82,25 @@ def ceilings() -> dict[str, float]:
     return {"tflops": 2 * n**3 / product / 1e9, "tbytes": 2 * x.nbytes / copy / 1e9}
 
 
-def flops(b: int, t: int, hq: int, h: int, d: int, dv: int, chunk: int) -> float:
-    """Multiplications and additions: states updated and read with D rows, and causal chunks."""
+def flops(
+    b: int, t: int, hq: int, h: int, d: int, dv: int, chunk: int, training: bool = False
+) -> float:
+    """Multiplications and additions: states updated and read with D rows, and causal chunks.
+
+    Backward has one product with the state for dQ and dS each, and for the states once more, dK and
+    dV; within a chunk two for the weights and their gradients, and three for dQ, dK and dV.
+    """
     D = d * (d + 8) // 2
     chunk = min(chunk, t)
     pairs = (t // chunk) * chunk * (chunk + 1) / 2
     rest = t % chunk
     pairs += rest * (rest + 1) / 2
-    state = 0 if chunk == t else 2 * D * dv * t * (h + hq)
-    return b * (state + 2 * (d + dv) * pairs * hq)
+    state = 2 * D * dv * t * (h + hq)
+    chunks = 2 * (d + dv) * pairs * hq
+    if training:
+        state += 2 * D * dv * t * (3 * h + 2 * hq)
+        chunks += 2 * (3 * d + 2 * dv) * pairs * hq
+    return b * (chunks if chunk == t else state + chunks)
 
 
 def inputs(args: argparse.Namespace, t: int, dtype: torch.dtype) -> list[Tensor]:
@@ -110,6 +121,52 @@ def error(args: argparse.Namespace, tensors: list[Tensor], out: Tensor) -> float
     expected = retention.reference(Q, K, V, log_G)
     actual = out[:1, :t, -1:].double()
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def training_step(tensors: list[Tensor], chunk: int | None) -> Callable[[], Any]:
+    """Forward and backward as operators, which a CUDA graph can capture."""
+    d_out = torch.randn_like(tensors[0])
+    options = (2, chunk, None)
+
+    def step() -> Any:
+        out, norm, _, _, residual, kept = torch.ops.retention.forward(
+            *tensors, None, None, None, *options, False, True, False
+        )
+        return torch.ops.retention.backward(
+            d_out, None, None, *tensors, None, None, None, out, residual, kept, norm, *options
+        )
+
+    return step
+
+
+def gradient_errors(args: argparse.Namespace, tensors: list[Tensor]) -> dict[str, float]:
+    """Relative to float64 in the Euclidean norm, for the first tokens of one head."""
+    t = min(2048, tensors[0].shape[1])
+    part = [x[:1, :t, -1:].contiguous() for x in tensors]
+    d_out = torch.randn_like(part[2])
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+        leaves = [x.to(dtype or x.dtype).detach().requires_grad_() for x in part]
+        out = function(*leaves)
+        return list(torch.autograd.grad(out, leaves, d_out.to(out.dtype)))
+
+    expected = gradients(retention.reference, torch.float64)
+    actual = gradients(lambda *x: retention.power_retention(*x, chunk_size=128), None)
+    names = ("dQ", "dK", "dV", "d_log_G")
+    return {
+        name: ((x.double() - y).norm() / y.norm()).item()
+        for name, x, y in zip(names, actual, expected, strict=True)
+    }
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """What a call allocates at most, results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def environment() -> dict[str, str]:
@@ -140,6 +197,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--chunks", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--sdpa", action="store_true", help="measure attention too")
     parser.add_argument("--commit", help="of the build, where there is no repository")
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
@@ -162,31 +220,42 @@ def main() -> None:
                 return retention.power_retention(*tensors, chunk_size=chunk)
 
             with torch.no_grad():
-                row = {"t": t, "chunk": chunk, **time_graph(call)}
+                timed = training_step(tensors, chunk) if args.training else call
+                row = {"t": t, "chunk": chunk, **time_graph(timed)}
                 row["error"] = error(args, tensors, call())
-                row["kernels"] = time_kernels(call)
+                row["kernels"] = time_kernels(timed)
+                row["bytes"] = peak_bytes(timed)
             shape = (args.batch, t, args.query_heads, args.heads, args.head_dim, args.head_dim)
             # What is chosen is known to the library alone.
-            rate = flops(*shape, chunk) / row["ms"] / 1e9 if chunk else None
+            rate = flops(*shape, chunk, args.training) / row["ms"] / 1e9 if chunk else None
             row |= {"tflops": rate, "share": rate and rate / best["tflops"]}
             known = f"{rate:>8.0f} {row['share']:>6.1%}" if rate else f"{'':>15}"
             print(
                 f"{t:>8} {chunk or 'auto':>6} {row['ms']:>9.4f} {row['spread']:>7.4f} {known} "
-                f"{row['error']:>8.1e}  "
+                f"{row['error']:>8.1e} {row['bytes'] / 2**20:>7.0f} MiB  "
                 + ", ".join(f"{name} {ms:.4f}" for name, ms in row["kernels"].items()),
                 flush=True,
             )
             rows.append(row)
+        if args.training:
+            row = {"t": t, "gradient_errors": gradient_errors(args, tensors)}
+            print(row)
+            rows.append(row)
         if args.sdpa:
             Q, K, V = (x.transpose(1, 2).contiguous() for x in tensors[:3])
             for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-                with torch.no_grad(), sdpa_kernel(backend):
-                    time = time_graph(
-                        lambda Q=Q, K=K, V=V: F.scaled_dot_product_attention(
-                            Q, K, V, is_causal=True, enable_gqa=Q.shape[1] != K.shape[1]
-                        ),
-                        repeats=7,
+                leaves = [x.detach().requires_grad_(args.training) for x in (Q, K, V)]
+
+                def attend(leaves=leaves):
+                    Q, K, V = leaves
+                    grouped = Q.shape[1] != K.shape[1]
+                    out = F.scaled_dot_product_attention(
+                        Q, K, V, is_causal=True, enable_gqa=grouped
                     )
+                    return torch.autograd.grad(out, leaves, out) if args.training else out
+
+                with sdpa_kernel(backend):
+                    time = time_graph(attend, repeats=7)
                 print(f"{t:>8} {backend.name.lower()}: {time['ms']:.4f} ms", flush=True)
                 rows.append({"t": t, "sdpa": backend.name.lower(), **time})
     if args.out:
