@@ -311,11 +311,13 @@ def test_info_of_the_cpu():
 @pytest.fixture
 def device(monkeypatch):
     """The CPU in place of a CUDA device that has every kernel: calls are recorded, not run."""
-    calls = []
+    calls, backward_calls = [], []
     binding = SimpleNamespace(
         forward_can_implement=lambda sizes, pointers: None,
         forward_workspace_size=_C.forward_workspace_size,
         forward=lambda *arguments: calls.append(arguments),
+        backward_workspace_size=_C.backward_workspace_size,
+        backward=lambda *arguments: backward_calls.append(arguments),
     )
     monkeypatch.setattr(_kernels, "_C", binding)
     monkeypatch.setattr(_kernels, "_plans", {})
@@ -337,7 +339,9 @@ def device(monkeypatch):
 
     monkeypatch.setattr(_kernels, "_allocate", allocate)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return SimpleNamespace(calls=calls, binding=binding, allocated=allocated)
+    return SimpleNamespace(
+        calls=calls, backward_calls=backward_calls, binding=binding, allocated=allocated
+    )
 
 
 def lowered(case, dtype=torch.bfloat16, device="cpu", sequences=None):
@@ -609,6 +613,155 @@ def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
         assert len(_kernels._plans) <= 3
     assert len(made) == 5
     assert [sizes[5] for sizes, *_ in device.calls] == [1, 2, 3, 3, 2, 1, 4, 5]
+
+
+def saved(inputs, *rest, **options):
+    """Operands of the operator backward, its gradients of the right shapes and of no meaning."""
+    arguments = operands(inputs, *rest, save=True, **options)
+    out, norm, state, keys, residual, kept = _ops._forward_cuda(*arguments)
+    final = (state, keys) if options.get("final") else (None, None)
+    d_out = torch.zeros_like(out)
+    return (d_out, *final, *arguments[:7], out, residual, kept, norm, *arguments[7:10])
+
+
+def test_what_backward_passes_to_the_kernels(device):
+    inputs = lowered(FULL)
+    arguments = saved(inputs, chunk=65, final=True)
+    d_out, d_state, d_keys = arguments[:3]
+    out, residual, _, norm = arguments[10:14]
+    gradients = _ops._backward_cuda(*arguments)
+    ((sizes, pointers, workspace, stream),) = device.backward_calls
+    ((forward_sizes, *_),) = device.calls
+    assert sizes == (*forward_sizes, *d_out.stride()[:3])
+    addresses = [inputs[name].data_ptr() for name in ("Q", "K", "V", "log_G")]
+    states = [inputs[name].data_ptr() for name in ("initial_state", "sum_of_keys")]
+    results = [x.data_ptr() for x in (out, residual, norm)]
+    own = [d_out, d_state, d_keys, *gradients]
+    assert dict(zip(_C.BACKWARD_POINTERS, pointers, strict=True)) == dict(
+        zip(
+            BACKWARD_POINTERS,
+            (*addresses, 0, *states, *results, 0, 0, 0, *(x.data_ptr() for x in own)),
+            strict=True,
+        )
+    )
+    for gradient, x in zip(gradients, inputs.values(), strict=True):
+        assert (gradient.shape, gradient.dtype) == (x.shape, x.dtype)
+        assert gradient.is_contiguous()
+    allocated = device.allocated[-1]
+    assert (allocated.data_ptr(), allocated.dtype) == (workspace, torch.uint8)
+    assert allocated.shape == (_C.backward_workspace_size(sizes, pointers),)
+    assert stream == 77
+
+
+def test_backward_without_gate_and_states(device):
+    arguments = saved(lowered(Case(t=5, d=64, dv=64, gate=None)))
+    *_, d_gate, d_state, d_keys = _ops._backward_cuda(*arguments)
+    assert [x.numel() for x in (d_gate, d_state, d_keys)] == [0, 0, 0]
+    ((_, pointers, *_),) = device.backward_calls
+    named = dict(zip(_C.BACKWARD_POINTERS, pointers, strict=True))
+    given = {"query", "key", "value", "output", "output_residual", "normalizer", "d_output"}
+    assert {name for name, x in named.items() if x} == given | {"d_query", "d_key", "d_value"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["d_out", "Q"])
+def test_backward_copies_only_what_it_must(device, name, layout):
+    change, fits = LAYOUTS[layout]
+    arguments = list(saved(lowered(Case(t=100, d=64, dv=32))))
+    position = {"d_out": 0, "Q": 3}[name]
+    arguments[position] = change(arguments[position])
+    _ops._backward_cuda(*arguments)
+    ((sizes, pointers, *_),) = device.backward_calls
+    number = {"d_out": _C.BACKWARD_POINTERS.index("d_output"), "Q": 0}[name]
+    first = {"d_out": len(sizes) - 3, "Q": 8}[name]
+    expected = arguments[position]
+    assert (pointers[number] == expected.data_ptr()) is fits
+    assert pointers[number] % 16 == 0
+    wanted = expected if fits else expected.contiguous()
+    assert sizes[first : first + 3] == wanted.stride()[:3]
+
+
+def test_expanded_gradients_are_copied(device):
+    arguments = list(saved(lowered(Case(t=100, d=64, dv=32))))
+    arguments[0] = arguments[0].new_ones(()).expand(arguments[0].shape)  # that of a sum
+    _ops._backward_cuda(*arguments)
+    ((sizes, *_),) = device.backward_calls
+    assert sizes[-3:] == arguments[10].stride()[:3]
+
+
+def test_states_are_kept_where_asked_for(device):
+    inputs = lowered(Case(t=500, d=64, dv=64, state=True))
+    for keep in (False, True):
+        _ops._backward_cuda(*saved(inputs, chunk=64, switch_over=0, keep=keep))
+    (first, second) = device.backward_calls
+    number = _C.BACKWARD_POINTERS.index("forward_workspace")
+    assert first[1][number] == 0
+    assert second[1][number] == device.calls[1][2]  # the workspace of forward
+    sizes = [_C.backward_workspace_size(*call[:2]) for call in (first, second)]
+    states = 2 * 8 * 2 * retention.state_dim(64) * 64 * 2
+    assert sizes[0] >= sizes[1] >= states  # without states, but with their gradients
+    # What is no workspace of that call is not taken for one.
+    arguments = list(saved(inputs, chunk=64, switch_over=0, keep=True))
+    arguments[12] = arguments[12][:100]
+    _ops._backward_cuda(*arguments)
+    assert device.backward_calls[-1][1][number] == 0
+
+
+def test_the_memory_of_a_training_step(device):
+    """Beside the inputs, in bytes: what is saved, and the larger of the two passes."""
+    t, h, d = 65536, 8, 64
+    shape = (1, t, h, d)
+    width = t * h * d * 2
+    inputs = {
+        **{name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name in "QKV"},
+        "log_G": torch.empty(shape[:3], device="meta"),
+    }
+    strides = [(x.stride()[:3]) for x in inputs.values()]
+    sizes = (0, 2, d, d, 1, t, h, h, *(n for stride in strides for n in stride), 1024)
+    forward = packed(**dict(zip(SIZES, sizes, strict=True)), output_residual=256)
+    backward = packed_backward(
+        **dict(zip(SIZES, sizes, strict=True)),
+        **dict(zip(list(BACKWARD_SIZES)[-3:], strides[0], strict=True)),
+    )
+    saved_bytes = 2 * width + 4 * t * h  # output, residual, normaliser
+    passes = (
+        _C.forward_workspace_size(*forward),
+        # the output's gradient, those of Q, K, V and the gates
+        _C.backward_workspace_size(*backward) + 4 * width + 4 * t * h,
+    )
+    states = t // 1024 * h * retention.state_dim(d) * (d + 1) * 2
+    assert passes[0] > states
+    assert saved_bytes + max(passes) < 1.2e9
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
+def test_fakes_of_backward_agree(device, final, bounds):
+    inputs = lowered(Case(t=100, b=1, d=64, dv=32, state=True), sequences=bounds and 3)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    arguments = saved(inputs, cu_seqlens, final=final)
+    real = _ops._backward_cuda(*arguments)
+    meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments)
+    for x, wanted in zip(torch.ops.retention.backward(*meta), real, strict=True):
+        assert x.is_meta
+        assert (x.shape, x.dtype, x.stride()) == (wanted.shape, wanted.dtype, wanted.stride())
+
+
+def test_backward_where_there_is_no_kernel(device, caplog):
+    inputs = lowered(Case(t=40, d=64, dv=64))
+    arguments = saved(inputs)
+    device.binding.forward_can_implement = _C.forward_can_implement
+    _kernels._plans.clear()
+    wrong = [x[:, :, :, :48] if n in (3, 4) else x for n, x in enumerate(arguments)]
+    with caplog.at_level(logging.DEBUG, logger="retention"):
+        gradients = _ops._backward_cuda(*wrong)
+    assert caplog.messages == [
+        "backward on cpu: PyTorch path (no kernel for bf16_d48_dv64_p2: expected degree 2, "
+        "head_dim and value_dim of 32, 64 or 128, and bf16 or fp16); bfloat16, "
+        "Q [2, 40, 4, 48], V [2, 40, 2, 64]"
+    ]
+    assert not device.backward_calls
+    assert gradients[0].shape == (2, 40, 4, 48)
 
 
 @pytest.mark.parametrize("name", ["Q", "K", "V", "log_G"])

@@ -46,6 +46,7 @@ struct BackwardPlan {
   Region tile_ranges;       // [tile slots, h]
   Region final_ranges;      // [n, h, kStateParts]
   Region weight_exponents;  // [slots, h], as those that follow
+  Region delta_exponents;
   Region state_exponents;
   Region key_sum_exponents;
   Region score_exponents;
