@@ -935,6 +935,9 @@ def check(inputs, paths, cu_seqlens=None, plain_inputs=None, **options):
     plain = plain_formula(**(plain_inputs or inputs), cu_seqlens=cu_seqlens)
     rounding = torch.finfo(out.dtype).eps / 2
     assert distance(out, exact[0]) <= 2 * distance(plain, exact[0]) + rounding
+    # Roundings do not point anywhere; a factor of 1.005 on everything would be within the above.
+    bias = ((out.double() - exact[0]) * exact[0]).sum() / exact[0].square().sum().clamp(min=1e-300)
+    assert abs(bias) <= rounding / 2
     # phi enters the tensor cores in the inputs' dtype, a product of two rounded factors; the sums
     # are float32.
     assert distance(state, exact[1]) <= 2 * rounding
@@ -1131,6 +1134,70 @@ def test_opcheck(paths, final, gradients):
     }
     torch.library.opcheck(torch.ops.retention.forward, operands(inputs, None, 2, 64, 0, final))
     assert set(paths()) == {"kernels"}
+
+
+def training_step(inputs, **options):
+    """The gradients of Q, K, V and the gates, for random gradients of the output."""
+    leaves = [inputs[name].detach().requires_grad_() for name in ("Q", "K", "V", "log_G")]
+    out = retention.power_retention(*leaves, **options)
+    d_out = torch.randn(
+        out.shape, generator=torch.Generator(out.device).manual_seed(0), device=out.device
+    )
+    return torch.autograd.grad(out, leaves, d_out.to(out.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_kept_states_change_no_bit(paths, dtype):
+    inputs = lowered(Case(t=1000, b=2, d=64, dv=64), dtype, "cuda")
+    expected = training_step(inputs, chunk_size=128)
+    kept = training_step(inputs, chunk_size=128, keep_states=True)
+    for x, wanted in zip(kept, expected, strict=True):
+        assert torch.equal(x, wanted)
+    assert paths() == ["kernels"] * 2
+
+
+@pytest.mark.gpu
+def test_the_memory_of_a_training_step_on_a_device(paths):
+    case = Case(t=65536, b=1, hq=8, h=8, d=64, dv=64)
+    inputs = lowered(case, torch.bfloat16, "cuda")
+    training_step(inputs, chunk_size=1024)  # the first one compiles and loads what it needs
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    training_step(inputs, chunk_size=1024)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    print(f"\nmemory of forward and backward: {peak / 1e9:.3f} GB beside the inputs")
+    assert peak < 1.2e9
+    assert paths() == ["kernels"] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bounds", [None, [0, 5, 5, 700]], ids=str)
+def test_a_graph_of_a_training_step(bounds):
+    inputs = lowered(Case(t=700, b=1, d=64, dv=64), torch.bfloat16, "cuda")
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    options = (None, None, cu_seqlens, 2, 64, 0)
+    tensors = [inputs[name] for name in ("Q", "K", "V", "log_G")]
+
+    def step():
+        results = torch.ops.retention.forward(*tensors, *options, False, True, False)
+        out, norm, _, _, residual, kept = results
+        return out, torch.ops.retention.backward(
+            out, None, None, *tensors, *options[:3], out, residual, kept, norm, *options[3:]
+        )
+
+    _, expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, gradients = step()
+    for x in gradients:
+        x.fill_(torch.nan)
+    graph.replay()
+    for x, wanted in zip(gradients, expected, strict=True):
+        assert torch.equal(x, wanted)
 
 
 @pytest.mark.gpu
