@@ -1,4 +1,5 @@
-// Joining segments on the emulator, against one float64 recurrence over all chunks.
+// Joining segments on the emulator, in both directions, against one float64 recurrence over all
+// chunks.
 
 #include "retention/kernel/carry.hpp"
 
@@ -16,6 +17,7 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::kernel::Direction;
 using retention::kernel::TokenStride;
 using std::size_t;
 
@@ -32,15 +34,17 @@ struct Case {
   bool strided = false;  // heads before tokens, and gaps between the gates
   bool states = true;
   bool finals = true;
+  bool infinite = false;  // some of what a segment hands on
 };
 
 template <class Element>
 constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
 
-template <class Element>
+template <class Element, Direction kDirection>
 void run(Case const& c, std::uint64_t seed) {
   constexpr size_t kValueDim = 32;
-  using Kernel = retention::kernel::Carry<retention::kernel::CarryTraits<Element, 32, kValueDim>>;
+  using Kernel =
+      retention::kernel::Carry<retention::kernel::CarryTraits<Element, 32, kValueDim, kDirection>>;
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
@@ -75,7 +79,7 @@ void run(Case const& c, std::uint64_t seed) {
   struct Part {
     size_t size;
     GlobalArray<Element> states;
-    GlobalArray<float> finals, result;
+    GlobalArray<float> ends, result;
     GlobalArray<int>* exponents;
     std::vector<std::vector<double>> expected, magnitude;  // [slot * heads + head]
     std::vector<std::vector<double>> expected_final, magnitude_final;
@@ -85,9 +89,9 @@ void run(Case const& c, std::uint64_t seed) {
     Part& part = parts[p];
     part.size = p == 0 ? size_t{Kernel::kStateSize} : size_t{Kernel::kStateDim};
     part.states = GlobalArray<Element>(p == 0 ? "states" : "key_sums", slots * heads * part.size);
-    part.finals = GlobalArray<float>(p == 0 ? "final_state" : "final_key_sum",
-                                     items * heads * part.size, true);
-    part.result = GlobalArray<float>(p == 0 ? "sequence_final_state" : "sequence_final_key_sum",
+    part.ends = GlobalArray<float>(p == 0 ? "segment_state" : "segment_key_sum",
+                                   items * heads * part.size, true);
+    part.result = GlobalArray<float>(p == 0 ? "sequence_state" : "sequence_key_sum",
                                      sequences * heads * part.size);
     part.exponents = p == 0 ? &state_exponent : &sum_exponent;
     part.expected.resize(slots * heads);
@@ -121,33 +125,40 @@ void run(Case const& c, std::uint64_t seed) {
           whole[i] = own[i] = c.initial ? double{normal(rng)} : 0.0;
           magnitude[i] = std::abs(whole[i]);
         }
-        size_t segment = 0;
-        auto store_final = [&] {
-          float* target = part.finals.data() + ((first_item + segment) * heads + h) * part.size;
+        auto store_end = [&](size_t segment) {
+          float* target = part.ends.data() + ((first_item + segment) * heads + h) * part.size;
           for (size_t i = 0; i < part.size; ++i) {
             target[i] = static_cast<float>(own[i]);
             own[i] = 0.0;
           }
-          ++segment;
         };
-        for (size_t chunk = 0; chunk < chunks; ++chunk) {
-          if (chunk > 0 && chunk % segment_chunks == 0) {
-            store_final();
+        size_t segment =
+            kDirection == Direction::kForward || chunks == 0 ? 0 : (chunks - 1) / segment_chunks;
+        for (size_t walked = 0; walked < chunks; ++walked) {
+          size_t const chunk = kDirection == Direction::kForward ? walked : chunks - 1 - walked;
+          if (chunk / segment_chunks != segment) {
+            store_end(segment);
+            segment = chunk / segment_chunks;
           }
           size_t const slot_head = (first_slot + chunk) * heads + h;
           part.expected[slot_head] = whole;
           part.magnitude[slot_head] = magnitude;
+          size_t const next = kDirection == Direction::kForward ? chunk + 1 : chunk - 1;
+          bool const ends_segment = next / segment_chunks != segment;
           for (size_t i = 0; i < part.size; ++i) {
             part.states[slot_head * part.size + i] =
                 Element(static_cast<float>(std::ldexp(own[i], -(*part.exponents)[slot_head])));
-            double const update = normal(rng);
-            own[i] = decay[chunk] * own[i] + update;
-            whole[i] = decay[chunk] * whole[i] + update;
-            magnitude[i] = decay[chunk] * magnitude[i] + std::abs(update);
+            bool const infinite = c.infinite && ends_segment && i % 5 == 0;
+            double const update = infinite ? INFINITY : double{normal(rng)};
+            // Nothing is left of what decays to nothing, however large.
+            auto decayed = [&](double x) { return decay[chunk] == 0.0 ? 0.0 : decay[chunk] * x; };
+            own[i] = decayed(own[i]) + update;
+            whole[i] = decayed(whole[i]) + update;
+            magnitude[i] = decayed(magnitude[i]) + std::abs(update);
           }
         }
         if (c.finals) {
-          store_final();  // else the last one is not there: NaN
+          store_end(segment);  // else the last one is not there: NaN
         }
         part.expected_final[s * heads + h] = whole;
         part.magnitude_final[s * heads + h] = magnitude;
@@ -158,15 +169,16 @@ void run(Case const& c, std::uint64_t seed) {
   typename Kernel::Params params{};
   params.states = c.states ? parts[0].states.data() : nullptr;
   params.key_sums = c.states ? parts[1].states.data() : nullptr;
-  params.final_state = parts[0].finals.data();
-  params.final_key_sum = parts[1].finals.data();
+  params.segment_state = parts[0].ends.data();
+  params.segment_key_sum = parts[1].ends.data();
   params.gate = c.gate == 0.0f ? nullptr : gate.data();
   params.gate_stride = stride;
   if (c.scaled) {
-    params.exponents = {nullptr, nullptr, state_exponent.data(), sum_exponent.data()};
+    params.state_exponents = state_exponent.data();
+    params.key_sum_exponents = sum_exponent.data();
   }
-  params.sequence_final_state = c.finals ? parts[0].result.data() : nullptr;
-  params.sequence_final_key_sum = c.finals ? parts[1].result.data() : nullptr;
+  params.sequence_state = c.finals ? parts[0].result.data() : nullptr;
+  params.sequence_key_sum = c.finals ? parts[1].result.data() : nullptr;
   params.sequences = where;
   params.heads = c.heads;
   params.segment_tokens = segment_tokens;
@@ -182,9 +194,9 @@ void run(Case const& c, std::uint64_t seed) {
   double const u = kRoundoff<Element>;
   double worst[2] = {};
   auto within = [&](double actual, double expected, double bound, double& at_worst) {
-    double const error = std::abs(actual - expected);
+    double const error = actual == expected ? 0.0 : std::abs(actual - expected);
     at_worst = std::max(at_worst, error == 0.0 ? 0.0 : error / bound);
-    return error <= bound;  // false for NaN
+    return std::isinf(expected) ? error == 0.0 : error <= bound;  // false for NaN
   };
   for (Part& part : parts) {
     for (size_t s = 0; s < sequences; ++s) {
@@ -219,44 +231,61 @@ void run(Case const& c, std::uint64_t seed) {
       }
     }
   }
-  std::cout << c.name << ", " << (Kernel::kScaled ? "fp16" : "bf16") << ", seed " << seed
-            << ": worst error " << worst[0] << " and " << worst[1] << " of the bounds\n";
+  std::cout << c.name << ", " << (Kernel::kBackward ? "backward, " : "")
+            << (Kernel::kScaled ? "fp16" : "bf16") << ", seed " << seed << ": worst error "
+            << worst[0] << " and " << worst[1] << " of the bounds\n";
 }
 
-template <class Element>
+template <class Element, Direction kDirection>
 void run_all_cases(std::uint64_t seed) {
-  run<Element>({"batch"}, seed++);
-  run<Element>({"two rows, three heads", 64, {500, 500}, 3, false, 3}, seed++);
-  run<Element>({"chunks of 192", 192, {1000}, 3, false, 1, 0.2f}, seed++);
-  run<Element>({"no gates", 64, {640}, 3, false, 1, 0.0f}, seed++);
-  run<Element>({"positive gates", 64, {640}, 3, false, 1, -0.1f}, seed++);
-  run<Element>({"gates that leave nothing", 64, {640}, 4, false, 1, 3840.0f}, seed++);
-  run<Element>({"strided gates", 64, {300, 300}, 2, false, 3, 0.5f, true, false, true}, seed++);
-  run<Element>({"one segment", 64, {300}, 5}, seed++);
-  run<Element>({"as many segments as chunks", 64, {300}, 1}, seed++);
-  run<Element>({"chunk longer than the sequence", 1024, {100}, 1}, seed++);
-  run<Element>({"packed", 64, {65, 0, 1, 330, 0, 64}, 2, true, 2}, seed++);
-  run<Element>({"packed, strided", 64, {0, 400, 0}, 4, true, 3, 0.5f, true, false, true}, seed++);
-  run<Element>({"no initial state", 64, {300}, 3, false, 1, 0.5f, false}, seed++);
+  run<Element, kDirection>({"batch"}, seed++);
+  run<Element, kDirection>({"two rows, three heads", 64, {500, 500}, 3, false, 3}, seed++);
+  run<Element, kDirection>({"chunks of 192", 192, {1000}, 3, false, 1, 0.2f}, seed++);
+  run<Element, kDirection>({"no gates", 64, {640}, 3, false, 1, 0.0f}, seed++);
+  run<Element, kDirection>({"positive gates", 64, {640}, 3, false, 1, -0.1f}, seed++);
+  run<Element, kDirection>({"gates that leave nothing", 64, {640}, 4, false, 1, 3840.0f}, seed++);
+  {
+    Case infinite{"infinite, until nothing is left", 64, {640}, 3, false, 1, 3840.0f};
+    infinite.infinite = true;
+    run<Element, kDirection>(infinite, seed++);
+  }
+  run<Element, kDirection>({"strided gates", 64, {300, 300}, 2, false, 3, 0.5f, true, false, true},
+                           seed++);
+  run<Element, kDirection>({"one segment", 64, {300}, 5}, seed++);
+  run<Element, kDirection>({"as many segments as chunks", 64, {300}, 1}, seed++);
+  run<Element, kDirection>({"chunk longer than the sequence", 1024, {100}, 1}, seed++);
+  run<Element, kDirection>({"packed", 64, {65, 0, 1, 330, 0, 64}, 2, true, 2}, seed++);
+  run<Element, kDirection>(
+      {"packed, strided", 64, {0, 400, 0}, 4, true, 3, 0.5f, true, false, true}, seed++);
+  run<Element, kDirection>({"no initial state", 64, {300}, 3, false, 1, 0.5f, false}, seed++);
   // Segments longer than a batch of factors.
-  run<Element>({"many chunks", 1, {700}, 350, false, 1, 0.01f}, seed++);
+  run<Element, kDirection>({"many chunks", 1, {700}, 350, false, 1, 0.01f}, seed++);
   Case c{"states only"};
   c.finals = false;
-  run<Element>(c, seed++);
+  run<Element, kDirection>(c, seed++);
   c = {"final states only"};
   c.states = false;
-  run<Element>(c, seed++);
+  run<Element, kDirection>(c, seed++);
+}
+
+template <Direction kDirection>
+void run_all(std::uint64_t seed) {
+  run_all_cases<cute::bfloat16_t, kDirection>(seed);
+  // What depends on the element type.
+  run<cute::half_t, kDirection>({"batch"}, seed + 100);
+  run<cute::half_t, kDirection>({"no gates", 64, {640}, 3, false, 1, 0.0f}, seed + 101);
+  run<cute::half_t, kDirection>({"packed", 64, {65, 0, 1, 330, 0, 64}, 2, true, 2}, seed + 102);
+  Case c{"exponents", 64, {65, 0, 700}, 3, true, 3};
+  c.scaled = true;
+  run<cute::half_t, kDirection>(c, seed + 200);
+  c.gate = 0.0f;
+  run<cute::half_t, kDirection>(c, seed + 201);
 }
 
 }  // namespace
 
 int main() {
-  run_all_cases<cute::bfloat16_t>(0);
-  run_all_cases<cute::half_t>(100);
-  Case c{"exponents", 64, {65, 0, 700}, 3, true, 3};
-  c.scaled = true;
-  run<cute::half_t>(c, 200);
-  c.gate = 0.0f;
-  run<cute::half_t>(c, 201);
+  run_all<Direction::kForward>(0);
+  run_all<Direction::kBackward>(1000);
   return retention::test::finish();
 }

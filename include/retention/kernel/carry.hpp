@@ -1,12 +1,13 @@
-// Joins sequences whose segments `ChunkStates` walked over at the same time. Segment 0 of a
-// sequence started from the initial state, every other from zero; each state of segment s lacks
-// what came before the segment, decayed:
+// Joins sequences whose segments `ChunkStates` or `StateGradients` walked over at the same time.
+// The first segment of the walk, which is backwards for gradients, started from what was given,
+// every other from zero; each state of segment s lacks what came before the segment in the walk,
+// decayed. With n = 0, 1, .. the segments and chunks in the order of the walk:
 //
-//     S_c += exp(sum of G from the segment's first chunk to before chunk c) carry_s
-//     carry_1 = final_0,   carry_{s+1} = exp(sum of G of the segment) carry_s + final_s
+//     S_c += exp(sum of G from the segment's first chunk to before chunk c) carry_n
+//     carry_1 = end_0,   carry_{n+1} = exp(sum of G of the segment) carry_n + end_n
 //
-// and z likewise. A thread owns 16 bytes of the state of one sequence and head, and keeps their
-// carry in fp32 registers.
+// and z likewise; end_n is what segment n alone ends with. A thread owns 16 bytes of the state of
+// one sequence and head, and keeps their carry in fp32 registers.
 
 #pragma once
 
@@ -19,17 +20,24 @@
 
 namespace retention::kernel {
 
-template <class Element_, int HeadDim, int ValueDim>
+enum class Direction {
+  kForward,   // states before each chunk, from the first to the last
+  kBackward,  // their gradients, after each chunk, from the last to the first
+};
+
+template <class Element_, int HeadDim, int ValueDim, Direction Walk = Direction::kForward>
 struct CarryTraits {
   using Element = Element_;
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kValueDim = ValueDim;
+  static constexpr Direction kDirection = Walk;
 };
 
 template <class Traits>
 struct Carry {
   using Element = typename Traits::Element;
 
+  static constexpr bool kBackward = Traits::kDirection == Direction::kBackward;
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
@@ -51,17 +59,19 @@ struct Carry {
   };
 
   struct Params {
-    Element* states;    // [slots, h, D, dv] before each chunk, updated; null to skip
+    Element* states;    // [slots, h, D, dv] of each chunk, updated; null to skip
     Element* key_sums;  // [slots, h, D], updated; with states
-    // After each segment alone; of a sequence's last with sequence_final_state only. A segment is
-    // an item, with a number as a chunk has a slot (`Sequences::segments`).
-    float const* final_state;    // [items, h, D, dv]
-    float const* final_key_sum;  // [items, h, D]
-    float const* gate;           // [b, t, h] cumulative log gate since the chunk's start; or null
+    // What each segment alone ends with; of the last of a walk with sequence_state only. A segment
+    // is an item, with a number as a chunk has a slot (`Sequences::segments`).
+    float const* segment_state;    // [items, h, D, dv]
+    float const* segment_key_sum;  // [items, h, D]
+    float const* gate;             // [b, t, h] cumulative log gate since the chunk's start; or null
     TokenStride gate_stride;
-    Exponents exponents;            // of states and key_sums; fp16 only
-    float* sequence_final_state;    // [count, h, D, dv]; null to skip
-    float* sequence_final_key_sum;  // [count, h, D]; with sequence_final_state
+    int const* state_exponents;    // [slots, h] of states, fp16 only; null for zeros
+    int const* key_sum_exponents;  // [slots, h] of key_sums
+    // What the sequence ends with: its final state, or the gradient of its initial one.
+    float* sequence_state;    // [count, h, D, dv]; null to skip
+    float* sequence_key_sum;  // [count, h, D]; with sequence_state
     Sequences sequences;
     int heads;
     int segment_tokens;  // a multiple of the chunk size
@@ -82,7 +92,7 @@ struct Carry {
     Sequence const sequence = params.sequences.get(index);
     int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
     int const segment_chunks = params.segment_tokens / params.sequences.chunk_size;
-    if (chunks <= segment_chunks && params.sequence_final_state == nullptr) {
+    if (chunks <= segment_chunks && params.sequence_state == nullptr) {
       return;  // one segment, and nobody asks for its end
     }
 
@@ -91,36 +101,42 @@ struct Carry {
     int const element = kPiece * (kThreads * (is_state ? block : block - kStateBlocks) + thread);
     bool const owns = element < size;  // others help with the factors
     Element* const target = is_state ? params.states : params.key_sums;
-    float const* const finals = is_state ? params.final_state : params.final_key_sum;
-    float* const result = is_state ? params.sequence_final_state : params.sequence_final_key_sum;
-    int const* const exponents = is_state ? params.exponents.state : params.exponents.key_sum;
+    float const* const ends = is_state ? params.segment_state : params.segment_key_sum;
+    float* const result = is_state ? params.sequence_state : params.sequence_key_sum;
+    int const* const exponents = is_state ? params.state_exponents : params.key_sum_exponents;
 
     std::int64_t const first_item =
         params.sequences.segments(params.segment_tokens).get(index).first_slot * params.heads +
         head;
+    int const segments = cute::max(cute::ceil_div(chunks, segment_chunks), 1);
+    auto load_end = [&](int segment, float (&x)[kPiece]) {
+      load(ends + (first_item + static_cast<std::int64_t>(segment) * params.heads) * size + element,
+           x);
+    };
     float carry[kPiece] = {};
     if (owns) {
-      load(finals + first_item * size + element, carry);
+      load_end(kBackward ? segments - 1 : 0, carry);
     }
-    for (int segment = 1; segment * static_cast<std::int64_t>(segment_chunks) < chunks; ++segment) {
+    for (int walked = 1; walked < segments; ++walked) {
+      int const segment = kBackward ? segments - 1 - walked : walked;
       int const first = segment * segment_chunks;
       int const count = cute::min(segment_chunks, chunks - first);
       float log_decay = 0.0f;
 #pragma unroll 1
       for (int start = 0; start < count; start += kThreads) {
         int const batch = cute::min(cute::Int<kThreads>{}, count - start);
-        log_decay = load_factors(params, shared, sequence, head, first + start, batch, log_decay,
-                                 exponents);
+        int const chunk = kBackward ? first + count - 1 - start : first + start;
+        log_decay =
+            load_factors(params, shared, sequence, head, chunk, batch, log_decay, exponents);
         if (params.states != nullptr && owns) {
-          std::int64_t const slot_head =
-              (sequence.first_slot + first + start) * params.heads + head;
-          add(shared, batch, carry, target + slot_head * size + element, params.heads * size);
+          std::int64_t const slot_head = (sequence.first_slot + chunk) * params.heads + head;
+          add(shared, batch, carry, target + slot_head * size + element,
+              (kBackward ? -1 : 1) * params.heads * size);
         }
       }
-      if (owns && (result != nullptr || first + count < chunks)) {
+      if (owns && (result != nullptr || walked + 1 < segments)) {
         float own[kPiece];
-        std::int64_t const item = first_item + static_cast<std::int64_t>(segment) * params.heads;
-        load(finals + item * size + element, own);
+        load_end(segment, own);
         float const decay = detail::exp_scaled(log_decay, 0.0f);
 #pragma unroll
         for (int i = 0; i < kPiece; ++i) {
@@ -156,7 +172,7 @@ struct Carry {
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
-    int const chunk = first_chunk + thread;
+    int const chunk = kBackward ? first_chunk - thread : first_chunk + thread;
     float gate = 0.0f;
     float scale = 1.0f;
     if (thread < count) {
@@ -197,7 +213,7 @@ struct Carry {
     return log_decay;
   }
 
-  // target[chunk * stride] += factor * carry for `count` chunks.
+  // target[chunk * stride] += factor * carry for `count` chunks in the order of the walk.
   CUTE_DEVICE static void add(SharedStorage const& shared, int count, float const (&carry)[kPiece],
                               Element* target, std::int64_t stride) {
 #pragma unroll 1
