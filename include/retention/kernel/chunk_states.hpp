@@ -100,10 +100,10 @@ struct ChunkStates {
     int const value_offset = slice / kRowSlices * kValueTile;
     int const first_task = slice % kRowSlices * Traits::kWarps;
     int const task = first_task + __shfl_sync(0xffffffffu, thread / 32, 0);  // uniform in a warp
-    // A warp beyond the last task only helps to load.
-    constexpr bool kIdleWarps = Mainloop::kTasks % Traits::kWarps != 0;
-    bool const active = !kIdleWarps || task < Mainloop::kTasks;
-    Mainloop const mainloop(thread % 32, active ? task : Mainloop::kTasks - 1);
+    // A warp beyond the last task computes what the last one does, for nobody: all warps meet at
+    // the same barriers, and only states of few rows have such warps.
+    bool const stores = task < Mainloop::kTasks;
+    Mainloop const mainloop(thread % 32, stores ? task : Mainloop::kTasks - 1);
 
     Chunk const segment = params.sequences.segments(params.segment_tokens).find(item);
     Sequence const sequence = params.sequences.get(segment.sequence);
@@ -202,14 +202,12 @@ struct ChunkStates {
     weigh(stage, next_end_gate);
     __syncthreads();
     typename Mainloop::Operands operands;
-    if (active) {
-      mainloop.load(shared, stage, 0, operands);
-    }
+    mainloop.load(shared, stage, 0, operands);
 #pragma unroll 1
     for (int done = 0; done < tokens;) {
       float const end_gate = next_end_gate;
       next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
-      if (params.states != nullptr && active) {
+      if (params.states != nullptr && stores) {
         store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
                       accumulators);
       }
@@ -229,46 +227,29 @@ struct ChunkStates {
         int const next_stage = stage == kStages - 1 ? 0 : stage + 1;
         int const free_stage = stage == 0 ? kStages - 1 : stage - 1;
         int const left = used - done - (kStages - 1) * kTileTokens;
-        if constexpr (kIdleWarps) {
-          load_keys(free_stage, left);
-        }
-        auto add_tile = [&](auto is_active) {
 #pragma unroll
-          for (int step = 0; step < Mainloop::kSteps; ++step) {
-            auto prepare = [&] {
-              if (step == 0) {
-                if constexpr (!kIdleWarps) {
-                  load_keys(free_stage, left);
-                }
-              } else if (step == 1) {
-                load_values(free_stage, left);
-              } else if (step == 2) {
-                cute::cp_async_wait<kStages - 2>();
-                weigh(next_stage, done + kTileTokens < chunk_end ? end_gate : next_end_gate);
-              } else {
-                __syncthreads();
-              }
-            };
-            if constexpr (is_active) {
-              bool const last = step == Mainloop::kSteps - 1;
-              mainloop.add_and_load(shared, last ? next_stage : stage, last ? 0 : step + 1,
-                                    operands, accumulators, prepare);
+        for (int step = 0; step < Mainloop::kSteps; ++step) {
+          auto prepare = [&] {
+            if (step == 0) {
+              load_keys(free_stage, left);
+            } else if (step == 1) {
+              load_values(free_stage, left);
+            } else if (step == 2) {
+              cute::cp_async_wait<kStages - 2>();
+              weigh(next_stage, done + kTileTokens < chunk_end ? end_gate : next_end_gate);
             } else {
-              prepare();
+              __syncthreads();
             }
-          }
-        };
-        // One branch for all of the tile: more of them keep its steps apart.
-        if (active) {
-          add_tile(cute::true_type{});
-        } else {
-          add_tile(cute::false_type{});
+          };
+          bool const last = step == Mainloop::kSteps - 1;
+          mainloop.add_and_load(shared, last ? next_stage : stage, last ? 0 : step + 1, operands,
+                                accumulators, prepare);
         }
         stage = next_stage;
       }
     }
     cute::cp_async_wait<0>();
-    if (ends && active) {
+    if (ends && stores) {
       std::int64_t const item_head = static_cast<std::int64_t>(item) * params.heads + head;
       float const factor = detail::power_of_two(-scale);
       StateTile::store(params.final_state + item_head * kStateDim * kValueDim + value_offset,

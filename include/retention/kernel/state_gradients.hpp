@@ -130,10 +130,10 @@ struct StateGradients {
     int const value_offset = slice / kRowSlices * kValueTile;
     int const first_task = slice % kRowSlices * Traits::kWarps;
     int const task = first_task + __shfl_sync(0xffffffffu, thread / 32, 0);  // uniform in a warp
-    // A warp beyond the last task only helps to load.
-    constexpr bool kIdleWarps = Mainloop::kTasks % Traits::kWarps != 0;
-    bool const active = !kIdleWarps || task < Mainloop::kTasks;
-    Mainloop const mainloop(thread % 32, active ? task : Mainloop::kTasks - 1);
+    // A warp beyond the last task computes what the last one does, for nobody: all warps meet at
+    // the same barriers, and only states of few rows have such warps.
+    bool const stores = task < Mainloop::kTasks;
+    Mainloop const mainloop(thread % 32, stores ? task : Mainloop::kTasks - 1);
 
     Chunk const segment = params.sequences.segments(params.segment_tokens).find(item);
     Sequence const sequence = params.sequences.get(segment.sequence);
@@ -273,12 +273,10 @@ struct StateGradients {
     weigh(stage, 0);
     __syncthreads();
     typename Mainloop::Operands operands;
-    if (active) {
-      mainloop.load(shared, stage, 0, operands);
-    }
+    mainloop.load(shared, stage, 0, operands);
 #pragma unroll 1
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
-      if (params.d_states != nullptr && follows(chunk) && active) {
+      if (params.d_states != nullptr && follows(chunk) && stores) {
         store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
                       accumulators);
       }
@@ -305,49 +303,29 @@ struct StateGradients {
         // registers then.
         int const next_stage = stage == kStages - 1 ? 0 : stage + 1;
         int const free_stage = stage == 0 ? kStages - 1 : stage - 1;
-        if constexpr (kIdleWarps) {
-          load_queries(free_stage);
-          load_d_output(free_stage);
-        }
-        auto add_tile = [&](auto is_active) {
 #pragma unroll
-          for (int step = 0; step < Mainloop::kSteps; ++step) {
-            auto prepare = [&] {
-              if (step == 0) {
-                if constexpr (!kIdleWarps) {
-                  load_queries(free_stage);
-                }
-              } else if (step == 1) {
-                if constexpr (!kIdleWarps) {
-                  load_d_output(free_stage);
-                }
-              } else if (step == 2) {
-                cute::cp_async_wait<kStages - 2>();
-                weigh(next_stage, left == 1);
-              } else {
-                __syncthreads();
-              }
-            };
-            if constexpr (is_active) {
-              bool const last = step == Mainloop::kSteps - 1;
-              mainloop.add_and_load(shared, last ? next_stage : stage, last ? 0 : step + 1,
-                                    operands, accumulators, prepare);
+        for (int step = 0; step < Mainloop::kSteps; ++step) {
+          auto prepare = [&] {
+            if (step == 0) {
+              load_queries(free_stage);
+            } else if (step == 1) {
+              load_d_output(free_stage);
+            } else if (step == 2) {
+              cute::cp_async_wait<kStages - 2>();
+              weigh(next_stage, left == 1);
             } else {
-              prepare();
+              __syncthreads();
             }
-          }
-        };
-        // One branch for all of the tile: more of them keep its steps apart.
-        if (active) {
-          add_tile(cute::true_type{});
-        } else {
-          add_tile(cute::false_type{});
+          };
+          bool const last = step == Mainloop::kSteps - 1;
+          mainloop.add_and_load(shared, last ? next_stage : stage, last ? 0 : step + 1, operands,
+                                accumulators, prepare);
         }
         stage = next_stage;
       }
     }
     cute::cp_async_wait<0>();
-    if (starts && active) {
+    if (starts && stores) {
       std::int64_t const item_head = static_cast<std::int64_t>(item) * params.heads + head;
       StateTile::store(
           params.initial_state_gradient + item_head * kStateDim * kValueDim + value_offset,
