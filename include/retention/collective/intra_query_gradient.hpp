@@ -1,0 +1,315 @@
+// The causal mainloop inside a chunk for the gradient of queries: dq_i += sum_{j <= i} da_ij k_j,
+// with
+//
+//     da_ij = s_ij exp(g_i - g_j) (u_ij r_i - delta_i r_i),  s_ij = q_i . k_j,  u_ij = do_i . v_j
+//
+// for cumulative log gates g and factors r and delta r of the rows. s and u are two products with
+// the same keys' tiles; da stays in registers, as what an mma leaves in a lane is what the next one
+// takes as its A operand.
+//
+// Keys before the first token i0 of a warp's rows have exp(g_i - g_j) = R_i C_j, where
+// R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both: one exponential a key serves all of
+// the rows, and R_i is one factor with r_i. Tiles with i0 and later keys have a mask and an
+// exponential for every element.
+
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include "retention/collective/key_tiles.hpp"
+#include "retention/collective/tile.hpp"
+#include "retention/detail/packed.hpp"
+
+namespace retention::collective {
+
+/// A block has `Warps` warps of 32 rows.
+template <class Element_, int HeadDim, int ValueDim, int Warps>
+struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
+  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps>;
+  using Element = Element_;
+  using Tiles::kLoadKeys;
+  using Tiles::kSlots;
+  using Tiles::kThreads;
+  using Tiles::kTileKeys;
+  using Tiles::load;
+  using Tiles::log2_gate;
+  using Tiles::this_thread;
+  using typename Tiles::KeyLayout;
+  using typename Tiles::Reach;
+  using typename Tiles::ValueLayout;
+  using typename Tiles::Work;
+
+  static constexpr int kMmaRows = 2;  // mma tiles of 16 rows in a warp
+  static constexpr int kWarpRows = 16 * kMmaRows;
+  static constexpr int kRows = kWarpRows * Warps;
+
+  using QueryLayout = StagedTileLayout<kRows, HeadDim, 1>;    // q: [row, d, 1]
+  using OutputLayout = StagedTileLayout<kRows, ValueDim, 1>;  // do: [row, dv, 1]
+
+  /// Of a row: r and -delta r; also both times R.
+  struct alignas(8) Factor {
+    float scale;
+    float shift;
+  };
+
+  /// In shared memory, the factors of each row; those of rows that have no gradient are zero.
+  struct RowFactors {
+    float gate[kRows];  // cumulative log2 gate since the chunk's start
+    Factor factor[kRows];
+    Factor early_factor[kRows];  // for keys before the first token of the warp's rows
+  };
+
+  /// Where a thread reads its first operands, in bytes from the start of each tile.
+  struct alignas(16) Offsets {
+    int query;
+    int output;
+    int key;
+    int value;
+    int key_rows;  // of keys as rows of a B operand
+    int gate;
+  };
+
+  struct SharedStorage : Tiles::SharedStorage {
+    // Each thread's own: here they take no registers.
+    Offsets offsets[kThreads];
+    Reach reach[kThreads];
+  };
+
+  /// Starts the first loads.
+  CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
+    int const thread = this_thread();
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * kWarpRows;
+    // Of B operands: (keys 0-7, low columns), (0-7, high), (8-15, low), (8-15, high), and for keys
+    // as rows (keys 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15).
+    shared.offsets[thread] = {byte_offset<QueryLayout>(first_row + lane % 16, lane / 16 * 8),
+                              byte_offset<OutputLayout>(first_row + lane % 16, lane / 16 * 8),
+                              byte_offset<KeyLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
+                              byte_offset<ValueLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
+                              byte_offset<KeyLayout>(lane % 16, lane / 16 * 8),
+                              static_cast<int>(sizeof(float)) * 2 * (lane % 4)};
+    shared.reach[thread] = {work.rows, first_row, kWarpRows};
+    Tiles::prefetch(shared, work);
+  }
+
+  /// Adds to `gradient`, (MMA, rows / 16, d / 8), of the warp's rows. The tiles of rows `query` and
+  /// `d_output` and what else there is of the rows are in shared memory, as `work` is. What the
+  /// other threads wrote or copied there needs no barrier before.
+  template <class Gradient>
+  CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
+                              Element const* d_output, RowFactors const& rows, Gradient& gradient) {
+    cute::cp_async_wait<0>();
+    __syncthreads();
+    Kept<HeadDim, kKeepQuery> kept_query;
+    Kept<ValueDim, kKeepOutput> kept_output;
+    keep<QueryLayout>(query, shared.offsets[this_thread()].query, kept_query);
+    keep<OutputLayout>(d_output, shared.offsets[this_thread()].output, kept_output);
+
+    int first_key = 0;
+#pragma unroll 1
+    do {
+      if (first_key % kLoadKeys == 0) {
+        cute::cp_async_wait<0>();
+        __syncthreads();
+        load(shared, work, first_key + kLoadKeys);
+      }
+      Reach const reach = shared.reach[this_thread()];
+      if (first_key > reach.last_token) {
+        continue;  // no row of this warp attends that far
+      }
+      if (first_key + kTileKeys <= reach.first_token) {
+        add<false>(shared, work, query, d_output, kept_query, kept_output, rows, first_key,
+                   gradient);
+      } else {
+        add<true>(shared, work, query, d_output, kept_query, kept_output, rows, first_key,
+                  gradient);
+      }
+    } while ((first_key += kTileKeys) < work.rows.end_token());
+  }
+
+ private:
+  // Which operands registers hold throughout, beside gradients and products: loading one takes as
+  // many wavefronts as an operand of keys.
+  static constexpr bool kKeepQuery = HeadDim <= 64;
+  static constexpr bool kKeepOutput = 3 * HeadDim + ValueDim <= 256;
+
+  /// The A operand of a warp's rows: [row, column].
+  template <int Columns, bool kIsKept>
+  struct Kept {
+    static constexpr int kColumns = Columns;
+    static constexpr bool kKept = kIsKept;
+    std::uint32_t a[kMmaRows][kKept ? Columns / 16 : 1][4];
+  };
+
+  template <class Layout>
+  CUTE_DEVICE static void load_rows(Element const* tile, int offset, int m, int k,
+                                    std::uint32_t (&a)[4]) {
+    cute::SM75_U32x4_LDSM_N::copy(
+        piece_at(tile, advance_columns<Layout>(offset, 16 * k) + byte_offset<Layout>(16 * m, 0)),
+        a[0], a[1], a[2], a[3]);
+  }
+
+  template <class Layout, class Operand>
+  CUTE_DEVICE static void keep(Element const* tile, int offset, Operand& operand) {
+    if constexpr (Operand::kKept) {
+#pragma unroll
+      for (int k = 0; k < Operand::kColumns / 16; ++k) {
+#pragma unroll
+        for (int m = 0; m < kMmaRows; ++m) {
+          load_rows<Layout>(tile, offset, m, k, operand.a[m][k]);
+        }
+      }
+    }
+  }
+
+  // Products of the warp's rows and the rows of a slot: c += A B^T. `a_offset` and `b_offset` are
+  // the lane's in `rows` and `tiles`.
+  template <class RowLayout, class TileLayout, class Operand>
+  CUTE_DEVICE static void multiply(Operand const& operand, Element const* rows, int a_offset,
+                                   Element const* tiles, int b_offset, int slot,
+                                   float (&c)[kMmaRows][kTileKeys / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < Operand::kColumns / 16; ++k) {
+      std::uint32_t b[kTileKeys / 16][4];
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 16; ++n) {
+        cute::SM75_U32x4_LDSM_N::copy(
+            piece_at(tiles, advance_columns<TileLayout>(b_offset, 16 * k) +
+                                byte_offset<TileLayout>(16 * n, 0) +
+                                byte_offset<TileLayout>(0, 0, 1) * slot),
+            b[n][0], b[n][1], b[n][2], b[n][3]);
+      }
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        std::uint32_t a[4];
+        if constexpr (Operand::kKept) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            a[i] = operand.a[m][k][i];
+          }
+        } else {
+          load_rows<RowLayout>(rows, a_offset, m, k, a);
+        }
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n) {
+          float (&d)[4] = c[m][n];
+          MmaOperation<Element>::type::fma(d[0], d[1], d[2], d[3], a[0], a[1], a[2], a[3],
+                                           b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], d[0], d[1],
+                                           d[2], d[3]);
+        }
+      }
+    }
+  }
+
+  // One tile of keys; `Diagonal` where not all of them are before the warp's first token.
+  template <bool Diagonal, class Query, class Output, class Gradient>
+  CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Element const* query,
+                              Element const* d_output, Query const& kept_query,
+                              Output const& kept_output, RowFactors const& rows, int first_key,
+                              Gradient& gradient) {
+    int const thread = this_thread();
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * kWarpRows;
+    int const slot = first_key / kTileKeys % kSlots;
+    Offsets const offsets = shared.offsets[thread];
+    float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, and then da
+    multiply<QueryLayout, KeyLayout>(kept_query, query, offsets.query, shared.key, offsets.key,
+                                     slot, weight);
+    if constexpr (Diagonal) {
+      decay(shared, work, rows.gate + first_row + lane / 4, slot, lane, weight);
+    } else {
+      float factor[kTileKeys / 8][2];  // C_j
+      Tiles::column_factors(shared, work, rows.gate[first_row], slot, offsets.gate, factor);
+      for_each(weight, [&](float& w, int, int n, int, int c) { w *= factor[n][c]; });
+    }
+    float product[kMmaRows][kTileKeys / 8][4] = {};  // u
+    multiply<OutputLayout, ValueLayout>(kept_output, d_output, offsets.output, shared.value,
+                                        offsets.value, slot, product);
+    Factor const* factors = Diagonal ? rows.factor : rows.early_factor;
+    Factor factor[kMmaRows][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kMmaRows; ++i) {
+      factor[i / 2][i % 2] = factors[first_row + lane / 4 + 8 * i];
+    }
+    for_each(weight, [&](float& w, int m, int n, int upper, int c) {
+      w *= fmaf(product[m][n][2 * upper + c], factor[m][upper].scale, factor[m][upper].shift);
+    });
+    if constexpr (Diagonal) {
+      // Not a product with zero: what later keys and values give may be anything.
+      int const quad = lane % 4;
+      for_each(weight, [&](float& w, int m, int n, int upper, int c) {
+        int const row = first_row + lane / 4 + 16 * m + 8 * upper;
+        int const last = work.rows.token(row) - first_key - 2 * quad;
+        w = 8 * n + c <= last ? w : 0.0f;
+      });
+    }
+
+#pragma unroll
+    for (int k = 0; k < kTileKeys / 16; ++k) {
+      std::uint32_t a[kMmaRows][4];  // [row, key]
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float const(&w)[4] = weight[m][2 * k + i / 2];
+          a[m][i] = detail::pack<Element>(w[i % 2 * 2], w[i % 2 * 2 + 1]);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < HeadDim / 8; n += 2) {
+        std::uint32_t b[4];
+        cute::SM75_U16x8_LDSM_T::copy(
+            piece_at(shared.key, advance_columns<KeyLayout>(offsets.key_rows, 8 * n) +
+                                     byte_offset<KeyLayout>(16 * k, 0) +
+                                     byte_offset<KeyLayout>(0, 0, 1) * slot),
+            b[0], b[1], b[2], b[3]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int m = 0; m < kMmaRows; ++m) {
+            float* c = &gradient(0, m, n + i);
+            MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][0], a[m][1], a[m][2],
+                                             a[m][3], b[2 * i], b[2 * i + 1], c[0], c[1], c[2],
+                                             c[3]);
+          }
+        }
+      }
+    }
+  }
+
+  // Multiplies by exp(g_i - g_j).
+  CUTE_DEVICE static void decay(SharedStorage const& shared, Work const& work,
+                                float const* row_gates, int slot, int lane,
+                                float (&weight)[kMmaRows][kTileKeys / 8][4]) {
+    if (work.gate == nullptr) {
+      return;
+    }
+    float key_gate[kTileKeys / 8][2];
+#pragma unroll
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      float2 const gate =
+          *reinterpret_cast<float2 const*>(&shared.gate[slot][8 * n + 2 * (lane % 4)]);
+      key_gate[n][0] = log2_gate(gate.x);
+      key_gate[n][1] = log2_gate(gate.y);
+    }
+    for_each(weight, [&](float& w, int m, int n, int upper, int c) {
+      w *= detail::exp2(row_gates[16 * m + 8 * upper] - key_gate[n][c]);
+    });
+  }
+
+  template <class Visit>
+  CUTE_DEVICE static void for_each(float (&weight)[kMmaRows][kTileKeys / 8][4], Visit visit) {
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int n = 0; n < kTileKeys / 8; ++n) {
+          visit(weight[m][n][i], m, n, i / 2, i % 2);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace retention::collective

@@ -1,0 +1,298 @@
+// The gradient of every query of a chunk: what comes through the state before the chunk and what
+// comes through the tokens of the chunk up to its own, in one set of accumulators.
+//
+//     dqs_i = w_i J(qs_i)^T (S_c do_i - delta_i z_c) + 2 sum_{s < j <= i} da_ij k_j
+//     da_ij = s_ij exp(g_i - g_j) inverse_i (do_i . v_j - delta_i),     s_ij = qs_i . k_j
+//     dq_i  = scale_i dqs_i                                    0 where the row has no weight
+//
+// for rows as kernel/gradient_rows.hpp prepares them, with w_i = exp(g_i) inverse_i and J the
+// Jacobian of phi. Tiles of rows are those of kernel/row_tiles.hpp; with a chunk as long as the
+// sequence nothing comes from a state.
+
+#pragma once
+
+#include <cstdint>
+
+#include "retention/collective/contract.hpp"
+#include "retention/collective/intra_query_gradient.hpp"
+#include "retention/collective/tile.hpp"
+#include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/row_tiles.hpp"
+#include "retention/kernel/sequence.hpp"
+
+namespace retention::kernel {
+
+template <class Element_, int HeadDim, int ValueDim, int Warps = 4>
+struct QueryGradientTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kValueDim = ValueDim;
+  static constexpr int kWarps = Warps;
+};
+
+template <class Traits>
+struct QueryGradient {
+  using Element = typename Traits::Element;
+
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr int kWarps = Traits::kWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  // Shared memory has room for one block of long rows.
+  static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
+  static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
+
+  using Contract = collective::Contract<Element, kHeadDim, kValueDim, kWarps, false>;
+  using Intra = collective::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps>;
+  using QueryLayout = typename Contract::RowLayout;
+  using OutputLayout = typename Contract::ValueLayout;
+
+  static constexpr int kRows = Contract::kRows;
+  static constexpr int kMmaRows = Contract::kMmaRows;
+
+  using Tiles = RowTiles<kRows>;
+  using Tile = typename Tiles::Tile;
+  using Rows = collective::TileRows;
+
+  static_assert(kRows == kThreads, "a thread has a row");
+
+  struct SharedStorage {
+    alignas(128) Element query[cute::cosize_v<QueryLayout>];
+    alignas(128) Element d_output[cute::cosize_v<OutputLayout>];
+    union {
+      typename Contract::SharedStorage contract;
+      typename Intra::SharedStorage intra;
+    };
+    // Kept here for the loop inside the chunk and the epilogue: registers are short.
+    Tile tile;
+    typename Intra::Work work;
+    typename Intra::RowFactors rows;
+    float key_sum_factor[kRows];  // -delta_i
+    float state_weight[kRows];    // w_i 2^{f_c}: see `GradientExponents`
+    float scale[kRows];           // of what is accumulated; 0 where the row has no gradient
+  };
+
+  /// Every row of d or dv elements is aligned to 16 bytes.
+  struct Params {
+    Element const* query;     // [b, t, hq, d] prepared: qs
+    Element const* key;       // [b, t, h, d]
+    Element const* value;     // [b, t, h, dv]
+    Element const* d_output;  // [b, t, hq, dv]
+    float const* gate;        // [b, t, h] cumulative log gate since the chunk's start; or null
+    float const* inverse;     // [b, t, hq], as delta and scale; 0 where a row has no weight
+    float const* delta;
+    float const* scale;
+    Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
+    Element const* key_sums;  // [slots, h, D]
+    Element* d_query;         // [b, t, hq, d]
+    TokenStride query_stride;
+    TokenStride key_stride;
+    TokenStride value_stride;
+    TokenStride d_output_stride;
+    TokenStride gate_stride;
+    TokenStride row_stride;
+    TokenStride d_query_stride;
+    Exponents exponents;                   // all null unless kHasExponents
+    GradientExponents gradient_exponents;  // likewise
+    Sequences sequences;                   // chunks of a multiple of 64 tokens
+    int heads;                             // key heads, h
+    int group;            // query heads that share a key head, hq / h; at most kRows
+    bool initial_states;  // whether the state before a sequence's first chunk is not zero
+  };
+
+  /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
+  CUTE_HOST static dim3 grid(Params const& params) {
+    std::int64_t const tiles = Tiles{params.sequences, params.group}.count();
+    return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(params.heads), 1);
+  }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const thread = threadIdx.x;
+    int const head = blockIdx.y;
+
+    Tiles const tiles{params.sequences, params.group};
+    Tile const tile = tiles.find(static_cast<int>(blockIdx.x));
+    Sequence const sequence = params.sequences.get(tile.sequence);
+    Rows const rows = tiles.rows(tile, sequence);
+    if (rows.tokens <= 0) {
+      return;  // the same for the whole block
+    }
+    int const first_token = tile.chunk * params.sequences.chunk_size;
+    std::int64_t const slot_head =
+        (sequence.first_slot + tile.chunk) * static_cast<std::int64_t>(params.heads) + head;
+    auto const at = [&](TokenStride const& stride, int h) {
+      return stride.at(sequence, first_token, h);
+    };
+
+    int const query_head = head * params.group;
+    load_rows<QueryLayout, kHeadDim>(params.query + at(params.query_stride, query_head),
+                                     params.query_stride, rows, shared.query, thread);
+    load_rows<OutputLayout, kValueDim>(params.d_output + at(params.d_output_stride, query_head),
+                                       params.d_output_stride, rows, shared.d_output, thread);
+    cute::cp_async_fence();
+    typename Intra::Work const work{
+        params.key + at(params.key_stride, head),
+        params.value + at(params.value_stride, head),
+        params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head),
+        params.key_stride.token,
+        params.value_stride.token,
+        params.gate_stride.token,
+        rows,
+        1.0f};
+    if (thread == 0) {
+      shared.tile = tile;
+      shared.work = work;
+    }
+    bool const has_state = tile.chunk > 0 || params.initial_states;
+    Contract contract(shared.contract, params.states + slot_head * Contract::kStateDim * kValueDim,
+                      params.key_sums + slot_head * Contract::kStateDim, thread);
+    if (has_state) {
+      contract.prefetch();
+    } else {
+      Intra::prefetch(shared.intra, work);
+    }
+    int const score_exponent = exponent(params.gradient_exponents.score, slot_head);
+    int const weight_exponent = exponent(params.gradient_exponents.weight, slot_head);
+    prepare_rows(params, shared, work, sequence, first_token, score_exponent, weight_exponent,
+                 thread);
+
+    int const first_row = thread / 32 * Contract::kWarpRows;
+    cute::Tensor gradient = cute::make_tensor<float>(typename Contract::GradientLayout{});
+    if (has_state) {
+      // Without the factor 2 of da, and over the factor 2^-weight_exponent of each row.
+      int const unit = score_exponent - 1 - weight_exponent;
+      contract(shared.query, shared.d_output, shared.key_sum_factor,
+               detail::power_of_two(exponent(params.exponents.state, slot_head) + unit),
+               detail::power_of_two(exponent(params.exponents.key_sum, slot_head) + unit),
+               first_row, thread % 32, gradient);
+      __syncthreads();  // the keys come where the state was
+      Intra::prefetch(shared.intra, shared.work);
+      multiply_rows(shared.state_weight, gradient);
+    } else {
+      cute::clear(gradient);
+    }
+    Intra::run(shared.intra, shared.work, shared.query, shared.d_output, shared.rows, gradient);
+    store(params, shared, gradient);
+  }
+
+ private:
+  CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
+    return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
+  }
+
+  // Starts the copy of a tile; rows that stand for nothing become zero.
+  template <class Layout, int Columns>
+  CUTE_DEVICE static void load_rows(Element const* source, TokenStride const& stride,
+                                    Rows const& rows, Element* tile, int thread) {
+    constexpr int kPieces = Columns / 8;  // of 16 bytes in a row
+    constexpr int kStepRows = kThreads / kPieces;
+    static_assert(kStepRows % 8 == 0, "steps differ by whole periods of the swizzle");
+    int const column = thread % kPieces * 8;
+    int const first = thread / kPieces;
+    Element* target = tile + Layout{}(first, column, 0);
+#pragma unroll 4
+    for (int step = 0; step < kRows; step += kStepRows) {
+      int const row = first + step;
+      bool const valid = row < rows.count();
+      // Where the predicate is false nothing is read.
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<cute::uint128_t const*>(source + rows.token(row) * stride.token +
+                                                    rows.head(row) * stride.head + column),
+          *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step, 0, 0)), valid);
+    }
+  }
+
+  // Each thread a row.
+  CUTE_DEVICE static void prepare_rows(Params const& params, SharedStorage& shared,
+                                       typename Intra::Work const& work, Sequence const& sequence,
+                                       int first_token, int score_exponent, int weight_exponent,
+                                       int thread) {
+    Rows const& rows = work.rows;
+    float inverse = 0.0f, delta = 0.0f, scale = 0.0f, gate = 0.0f;
+    if (thread < rows.count()) {
+      int const token = rows.token(thread);
+      std::int64_t const offset =
+          params.row_stride.at(sequence, first_token + token,
+                               static_cast<int>(blockIdx.y) * params.group + rows.head(thread));
+      inverse = params.inverse[offset];
+      delta = params.delta[offset];
+      scale = params.scale[offset];
+      gate = work.gate == nullptr ? 0.0f : Intra::log2_gate(work.gate[token * work.gate_stride]);
+    }
+    // delta is anything where there is no weight.
+    bool const has_gradient = inverse > 0.0f;
+    float const factor = inverse * detail::power_of_two(score_exponent);
+    float const shift = has_gradient ? -delta * factor : 0.0f;
+    float const first_gate = __shfl_sync(0xffffffffu, gate, 0);  // the warp's rows are its lanes'
+    float const decay = has_gradient ? detail::exp2(gate - first_gate) : 0.0f;
+    shared.rows.gate[thread] = gate;
+    shared.rows.factor[thread] = {factor, shift};
+    shared.rows.early_factor[thread] = {decay * factor, decay * shift};
+    shared.key_sum_factor[thread] = has_gradient ? -delta : 0.0f;
+    shared.state_weight[thread] =
+        has_gradient ? detail::exp2(gate + static_cast<float>(weight_exponent)) * inverse : 0.0f;
+    shared.scale[thread] = has_gradient ? detail::power_of_two(1 - score_exponent) * scale : 0.0f;
+  }
+
+  template <class Tensor>
+  CUTE_DEVICE static void multiply_rows(float const* factors, Tensor& gradient) {
+    int const thread = Intra::this_thread();
+    int const first_row = thread / 32 * Contract::kWarpRows + thread % 32 / 4;
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        float const factor = factors[first_row + 16 * m + 8 * upper];
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          gradient(cute::make_coord(0, upper), m, n) *= factor;
+          gradient(cute::make_coord(1, upper), m, n) *= factor;
+        }
+      }
+    }
+  }
+
+  template <class Tensor>
+  CUTE_DEVICE static void store(Params const& params, SharedStorage const& shared,
+                                Tensor const& gradient) {
+    int const thread = Intra::this_thread();
+    int const lane = thread % 32;
+    int const first_row = thread / 32 * Contract::kWarpRows + lane / 4;
+    int const head = blockIdx.y;
+    Rows const rows = shared.work.rows;
+    Sequence const sequence = params.sequences.get(shared.tile.sequence);
+    int const first_token = shared.tile.chunk * params.sequences.chunk_size;
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        int const row = first_row + 16 * m + 8 * upper;
+        bool const valid = row < rows.count();
+        float const scale = shared.scale[row];
+        // Not a product with zero: without weight, what was accumulated may be anything.
+        auto const scaled = [&](float x) { return scale == 0.0f ? 0.0f : scale * x; };
+        Element* target = params.d_query +
+                          params.d_query_stride.at(sequence, first_token + rows.token(row),
+                                                   head * params.group + rows.head(row)) +
+                          8 * (lane % 4);
+#pragma unroll
+        for (int first = 0; first < kHeadDim / 8; first += 4) {
+          std::uint32_t x[4];
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            x[n] =
+                detail::pack<Element>(scaled(gradient(cute::make_coord(0, upper), m, first + n)),
+                                      scaled(gradient(cute::make_coord(1, upper), m, first + n)));
+          }
+          collective::transpose_quad(x, lane);
+          if (valid) {
+            *reinterpret_cast<uint4*>(target + 8 * first) = make_uint4(x[0], x[1], x[2], x[3]);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace retention::kernel
