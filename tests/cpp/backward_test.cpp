@@ -46,7 +46,8 @@ struct Error {
   double of_terms() const { return error == 0.0 ? 0.0 : std::sqrt(error / magnitude); }
 };
 
-void run_case(Configuration const& configuration, Case const& c, std::uint64_t seed) {
+void run_case(Configuration const& configuration, Case const& c, std::uint64_t seed,
+              bool unchecked) {
   Call call(configuration, c, seed);
   size_t const d = call.d, dv = call.dv, D = call.D, heads = call.heads, group = call.group;
   retention::device::ForwardArguments forward = call.upload();
@@ -105,7 +106,7 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   a.d_initial_key_sum = c.initial ? d_initial_key_sum.upload() : nullptr;
   std::string const problem = retention::test::run_backward(a, seed % 2 == 1, seed);
   RETENTION_CHECK_EQUAL(problem, std::string());
-  if (!problem.empty()) {
+  if (!problem.empty() || unchecked) {
     return;
   }
   d_query.download();
@@ -179,9 +180,9 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   RETENTION_CHECK(gate.of_terms() <= u);
 }
 
-void run_configuration(Configuration const& configuration, bool small) {
+void run_configuration(Configuration const& configuration, bool unchecked) {
   std::uint64_t seed = 0;
-  auto run = [&](Case const& c) { run_case(configuration, c, seed++); };
+  auto run = [&](Case const& c) { run_case(configuration, c, seed++, unchecked); };
   // name, lengths, chunk, segment, packed, heads, group, gate, initial, final, strided, magnitudes
   run({"one chunk", {70}, 0, 0, false, 1, 1, -0.1});
   run({"chunks", {100, 100}, 64, 0, false, 1, 1, -0.2, false, true});
@@ -192,7 +193,7 @@ void run_configuration(Configuration const& configuration, bool small) {
   run({"large keys", {130}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
   // A host takes long for their references: the size that most models have must do.
   bool const usual = configuration.head_dim == 64 && configuration.value_dim == 64;
-  if (retention::test::kOnDevice && usual && !small) {
+  if (retention::test::kOnDevice && usual && !unchecked) {
     run({"long", {1700}, 512, 0, false, 2, 2, -0.01, true, true});
     run({"long, one chunk", {1500}, 0, 0, false, 1, 1, -0.01});
     run({"long, packed", {1000, 0, 1, 63, 64, 65, 1500}, 256, 512, true, 2, 2, -0.02, true, true});

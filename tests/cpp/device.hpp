@@ -203,24 +203,25 @@ std::string run_backward(Arguments arguments, bool keeps, std::uint64_t seed) {
   return run(arguments, workspace, seed).message();
 }
 
-/// The main function of a test. Arguments, on a device: `small` leaves out the long cases, as a
-/// sanitizer needs it; anything else is a part of the name of the configurations to run.
+/// The main function of a test. Arguments, on a device: `unchecked` leaves out the long cases and
+/// all comparisons, as a sanitizer needs it; anything else is a part of the name of the
+/// configurations to run.
 template <class Run>
 int run_configurations(int count, char** arguments, Run run_configuration) {
   if (!device_available()) {
     std::cout << "skipped: no CUDA device\n";
     return 77;
   }
-  bool small = false;
+  bool unchecked = false;
   std::string wanted;
   for (int i = 1; i < count; ++i) {
     std::string const argument = arguments[i];
-    small = small || argument == "small";
-    wanted = argument == "small" ? wanted : argument;
+    unchecked = unchecked || argument == "unchecked";
+    wanted = argument == "unchecked" ? wanted : argument;
   }
   for (Configuration const& configuration : configurations()) {
     if (to_string(configuration).find(wanted) != std::string::npos) {
-      run_configuration(configuration, small);
+      run_configuration(configuration, unchecked);
     }
   }
   return finish();
