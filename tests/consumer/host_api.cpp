@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <retention/device/backward.hpp>
 #include <retention/device/build_info.hpp>
 #include <retention/device/forward.hpp>
 #include <retention/symmetric_power.hpp>
@@ -100,8 +101,17 @@ int main() {
   expect(device::workspace_size(a) == 0, "workspace_size of sizes that make no sense");
   a = arguments_for(compiled.empty() ? retention::kConfigurations[0] : compiled[0]);
   a.output_residual = static_cast<char*>(a.output) + 2;
-  expect(says(device::can_implement(a), compiled.empty() ? why : "output_residual: expected"),
-         "output_residual");
+  char const* const residual = compiled.empty() ? why : "output_residual: expected";
+  expect(says(device::can_implement(a), residual), "output_residual");
+
+  a = arguments_for(compiled.empty() ? retention::kConfigurations[0] : compiled[0]);
+  device::BackwardArguments b;
+  b.forward = a;
+  expect(says(device::can_implement(b), residual), "backward needs output_residual");
+  expect(says(device::run(b, nullptr, nullptr), residual), "as can_implement, so run");
+  expect(device::workspace_size(b) > device::workspace_size(a), "workspace_size of backward");
+  b.forward.tokens = 0;
+  expect(device::workspace_size(b) == 0, "workspace_size of sizes that make no sense");
 
   if (failures == 0) {
     std::printf("all as expected\n");
