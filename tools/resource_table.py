@@ -14,7 +14,8 @@ at a chunk's end, in a loop over tiles of tokens. Left out is what only diverged
 targets of BRA.DIV and what BRA.CONV jumps over, as these kernels' warps stay together.
 
 Which loop is which: RULES names the loops of each kernel and says whether they multiply packed
-pairs (HMUL2, HFMA2), as only loops do that build phi in registers, for every HMMA. Of the loops
+pairs (HMUL2, HFMA2), as only loops do that build phi in registers, for every HMMA, and, where that
+tells loops apart, whether they load operands transposed (ldmatrix.trans). Of the loops
 that fit, and hold no other loop that fits, the one with the most HMMA is meant, and any with at
 least half as many, which are other versions of it. That tells expand-apply, with its 64 HMMA and
 more, from the few of the sum of keys nested in it, and from the intra-chunk loop, whose weights
@@ -44,6 +45,7 @@ from pathlib import Path
 class LoopRule:
     name: str
     packed: bool  # whether its operands come from packed multiplies
+    transposed: bool | None = None  # whether ldmatrix transposes some of them; None: either way
     max_wavefronts: float = float("inf")  # of shared memory, an HMMA
     min_share: float = 0.0  # of HMMA in the instructions
 
@@ -54,6 +56,10 @@ RULES = {
     "Output": (
         LoopRule("expand-apply", True, max_wavefronts=1.25, min_share=0.25),
         LoopRule("intra-chunk", False),
+    ),
+    "QueryGradient": (
+        LoopRule("contract", False, transposed=False, max_wavefronts=2.0),
+        LoopRule("intra-chunk", False, transposed=True),
     ),
 }
 ELEMENTS = {"bfloat16_t": "bf16", "half_t": "fp16"}
@@ -111,6 +117,7 @@ class Counts:
     other: int
     wavefronts: int
     packed: int
+    transposed: int
 
     @classmethod
     def of(cls, code: Iterable[Instruction]) -> Counts:
@@ -121,6 +128,7 @@ class Counts:
             other=len(code) - hmma,
             wavefronts=sum(x.wavefronts for x in code),
             packed=sum(x.multiplies_packed for x in code),
+            transposed=sum(x.is_a("LDSM") and ".MT" in x.opcode for x in code),
         )
 
     @property
@@ -263,7 +271,12 @@ def loops_of(code: Sequence[Instruction]) -> list[Loop]:
 def name_loops(kernel: Kernel) -> Iterator[str]:
     """Names the kernel's loops after the rules; yields what they break."""
     for rule in RULES.get(kernel.name, ()):
-        fitting = [x for x in kernel.loops if x.counts.builds_operands == rule.packed]
+        fitting = [
+            x
+            for x in kernel.loops
+            if x.counts.builds_operands == rule.packed
+            and rule.transposed in (None, x.counts.transposed > 0)
+        ]
         around = {header for x in fitting for header in x.around}
         fitting = [x for x in fitting if x.header not in around]
         most = max((x.counts.hmma for x in fitting), default=0)

@@ -462,6 +462,21 @@ def test_a_main_loop_that_is_not_there_is_a_violation(code: str, missing: str):
     assert read(code).violations == [f"no loop of {missing} found"]
 
 
+CONTRACT = loop("contract", repeated("LDSM.16.M88.4 R0, [R2]", 4), *[HMMA] * 8)
+BOTH_WAYS = loop("both", "LDSM.16.M88.4 R0, [R2]", "LDSM.16.MT88.4 R0, [R2]", *[HMMA] * 8)
+
+
+def test_contract_is_the_loop_without_transposed_operands():
+    kernel = read(f"{BOTH_WAYS}\n{CONTRACT}\nEXIT", kernel=symbol("QueryGradient"))
+    assert [x.name for x in kernel.loops] == ["intra-chunk", "contract"]
+    assert kernel.violations == []
+    slow = CONTRACT.replace(HMMA, f"LDS R0, [R1]\n{HMMA}", 1)
+    kernel = read(f"{BOTH_WAYS}\n{slow}\nEXIT", kernel=symbol("QueryGradient"))
+    assert kernel.violations == ["contract loop at 0xb0: 2.125 wavefronts an HMMA, over 2.0"]
+    kernel = read(f"{BOTH_WAYS}\nEXIT", kernel=symbol("QueryGradient"))
+    assert kernel.violations == ["no loop of contract found"]
+
+
 def test_other_kernels_have_loops_and_no_bounds():
     kernel = read(loop("a", repeated("LDS.128 R0, [R1]", 9), HMMA) + "\nEXIT", kernel="k")
     assert loops(kernel) == [("other", 1, 1, 10, 0)]
@@ -536,6 +551,7 @@ def test_the_table(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         "other": 7,
         "wavefronts": 8,
         "packed": 4,
+        "transposed": 2,
     }
 
 
@@ -565,7 +581,8 @@ def test_a_check_of_nothing_fails(tools: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "file").write_text(dump("EXIT", kernel="_Z4testPf"))
     code, _, err = call(capsys, tmp_path / "file")
     assert code == 1
-    assert err == "violation: nothing to check: none of the kernels ChunkStates, Output\n"
+    kernels = ", ".join(table.RULES)
+    assert err == f"violation: nothing to check: none of the kernels {kernels}\n"
 
 
 def test_a_kernel_can_be_required(tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
