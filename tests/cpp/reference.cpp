@@ -1,5 +1,6 @@
 #include "reference.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 
@@ -60,6 +61,49 @@ std::vector<State> chunk_states(Inputs const& inputs, State running, int chunk_s
     }
   }
   states.push_back(running);
+  return states;
+}
+
+std::vector<State> state_gradients(GradientInputs const& inputs, State running, int chunk_size,
+                                   StatePart const& part) {
+  auto const d = static_cast<size_t>(inputs.head_dim), dv = static_cast<size_t>(inputs.value_dim);
+  auto const group = static_cast<size_t>(inputs.group), size = static_cast<size_t>(chunk_size);
+  auto const tokens = static_cast<size_t>(inputs.tokens), chunks = (tokens + size - 1) / size;
+  auto const columns = static_cast<size_t>(part.columns);
+  auto const all_rows = state_rows(inputs.head_dim);
+  std::vector<State> states(chunks + 1);
+  states[chunks] = running;
+  for (size_t chunk = chunks; chunk-- > 0;) {
+    double const decay =
+        inputs.chunk_gate.empty() ? 1.0 : std::exp(double{inputs.chunk_gate[chunk]});
+    auto scale = [&](std::vector<double>& x) {
+      for (double& element : x) {
+        element *= decay;
+      }
+    };
+    for (Sum* sum : {&running.state, &running.key_sum}) {
+      scale(sum->value);
+      scale(sum->magnitude);
+    }
+    for (size_t i = chunk * size * group; i < std::min((chunk + 1) * size, tokens) * group; ++i) {
+      float const* query = inputs.query.data() + i * d;
+      float const* d_output =
+          inputs.d_output.data() + i * dv + static_cast<size_t>(part.first_column);
+      for (size_t m = 0; m < part.rows.size(); ++m) {
+        Row const& row = all_rows[static_cast<size_t>(part.rows[m])];
+        double const phi = double{inputs.weight[i]} * query[row.first] * query[row.second];
+        auto add = [](Sum& sum, size_t at, double term) {
+          sum.value[at] += term;
+          sum.magnitude[at] += std::abs(term);
+        };
+        add(running.key_sum, m, -phi * inputs.delta[i]);
+        for (size_t e = 0; e < columns; ++e) {
+          add(running.state, m * columns + e, phi * d_output[e]);
+        }
+      }
+    }
+    states[chunk] = running;
+  }
   return states;
 }
 

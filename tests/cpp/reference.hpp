@@ -34,6 +34,32 @@ struct Inputs {
 /// The state before each chunk, and, last, the one after all of them.
 std::vector<State> chunk_states(Inputs const& inputs, State initial, int chunk_size);
 
+/// What the gradient of a state is made of: the queries of a key head, by token and head of the
+/// group.
+struct GradientInputs {
+  int tokens = 0;
+  int group = 0;
+  int head_dim = 0;
+  int value_dim = 0;
+  std::vector<float> query;       // [t, group, d]
+  std::vector<float> d_output;    // [t, group, dv]
+  std::vector<float> weight;      // [t, group]
+  std::vector<float> delta;       // [t, group]
+  std::vector<float> chunk_gate;  // [chunks] log gate of a whole chunk; empty for none
+};
+
+/// A part of a state: some rows, and neighbouring columns.
+struct StatePart {
+  std::vector<int> rows;
+  int first_column = 0;
+  int columns = 0;
+};
+
+/// A part of the gradient of the state before each chunk, and, last, of the one after all of them,
+/// which is `final`: [rows, columns] and [rows]. Without multiplicity.
+std::vector<State> state_gradients(GradientInputs const& inputs, State final, int chunk_size,
+                                   StatePart const& part);
+
 struct Output {
   std::vector<double> output;      // [t, dv]: sum_j w_ij v_j / sum_j w_ij
   std::vector<double> normalizer;  // [t]: sum_j w_ij

@@ -249,10 +249,12 @@ struct StateGradients {
       return params.final_state_gradient != nullptr || !is_last || chunk < chunks - 1;
     };
     float next_gate = gate_of(chunks - 1);
-    Scale next_scale =
-        chunks == 0 ? Scale{}
-                    : scale_of(params, slot_head, follows(chunks - 1), {kMaxScale, kMaxScale});
-    Scale scale = next_scale;
+    Scale scale{0, 0};
+    Scale next_scale = scale;
+    if (chunks > 0) {
+      scale = scale_of(params, slot_head, follows(chunks - 1), 0.0f, {kMaxScale, kMaxScale});
+      next_scale = scale_of(params, slot_head, follows(chunks - 1), next_gate, scale);
+    }
 
     typename Mainloop::Accumulators accumulators;
     if (params.final_state_gradient != nullptr && is_last) {
@@ -269,7 +271,7 @@ struct StateGradients {
 
     int stage = 0;
     cute::cp_async_wait<kStages - 2>();
-    set_factor(0, scale);
+    set_factor(0, next_scale);
     weigh(stage, 0);
     __syncthreads();
     typename Mainloop::Operands operands;
@@ -294,7 +296,7 @@ struct StateGradients {
       slot_head -= params.heads;
       // Needed a chunk from now.
       next_gate = gate_of(chunk - 1);
-      next_scale = chunk == 0 ? scale : scale_of(params, slot_head, true, scale);
+      next_scale = chunk == 0 ? scale : scale_of(params, slot_head, true, next_gate, scale);
       set_factor(0, scale);
       set_factor(1, next_scale);
 #pragma unroll 1
@@ -339,19 +341,22 @@ struct StateGradients {
   static constexpr int kMaxScale = 96;
   static constexpr int kMaxStep = 120;
 
-  // For the queries of a chunk: weights of at most 1. But what there is of the gradient after the
-  // chunk stays below 2^(15 + kMaxScale), and the step from the scale before is a finite factor:
-  // where that takes digits of the weights, they are far below what is there.
+  // For the queries of a chunk: weights of at most 1. But what is left there of the gradient after
+  // the chunk stays below 2^(16 + kMaxScale), and what takes it there is a finite factor: where
+  // that takes digits of the weights, they are far below what is there.
   CUTE_DEVICE static Scale scale_of(Params const& params, std::int64_t slot_head, bool follows,
-                                    Scale const& before) {
+                                    float chunk_gate, Scale const& before) {
     if constexpr (!kScaled) {
       return {0, 0};
     }
+    // exp(G) is below 2^(decay + 1).
+    int const decay = static_cast<int>(floorf(fmaxf(chunk_gate * detail::kLog2E, -1000.0f)));
     auto at = [&](int const* exponents) { return exponents == nullptr ? 0 : exponents[slot_head]; };
     auto choose = [&](int const* weight, int const* stored, int exponent_before) {
-      int const there = follows ? at(stored) : 0;
-      return cute::min(cute::min(at(weight), kMaxScale - cute::max(there, 0)),
-                       exponent_before + kMaxStep);
+      int const exponent = cute::min(at(weight), +kMaxScale);
+      return follows ? cute::min(exponent, cute::min(kMaxScale - decay - at(stored),
+                                                     kMaxStep - decay + exponent_before))
+                     : exponent;
     };
     return {choose(params.exponents.weight, params.exponents.state, before.state),
             choose(params.exponents.delta, params.exponents.key_sum, before.key_sum)};
