@@ -20,6 +20,7 @@ using emulator::GlobalArray;
 using retention::kernel::ChooseExponents;
 using retention::kernel::ChunkRange;
 using retention::kernel::StateRange;
+using retention::kernel::StateRanges;
 using retention::kernel::TokenStride;
 using std::size_t;
 using Ranges = retention::kernel::ChunkRanges<half_t>;
@@ -232,6 +233,27 @@ void run(Case const& c, std::uint64_t seed) {
   if (!launch<Ranges>(first, sizeof(Ranges::SharedStorage), seed) ||
       !launch<ChooseExponents>(second, sizeof(ChooseExponents::SharedStorage), seed)) {
     return;
+  }
+
+  if (has_initial) {
+    // By themselves, as for other states.
+    GlobalArray<StateRange> alone("state ranges", initial_ranges.size());
+    StateRanges::Params const states{initial_state.data(),
+                                     initial_sum.data(),
+                                     alone.data(),
+                                     static_cast<int>(sequences),
+                                     c.heads,
+                                     static_cast<int>(D),
+                                     static_cast<int>(dv)};
+    if (!launch<StateRanges>(states, sizeof(StateRanges::SharedStorage), seed)) {
+      return;
+    }
+    bool same = true;
+    for (size_t i = 0; i < alone.size(); ++i) {
+      same = same && alone[i].state == initial_ranges[i].state &&
+             alone[i].key_sum == initial_ranges[i].key_sum;
+    }
+    RETENTION_CHECK(same);
   }
 
   for (size_t s = 0; s < sequences; ++s) {

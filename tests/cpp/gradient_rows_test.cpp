@@ -181,7 +181,8 @@ void run(Case const& c, std::uint64_t seed) {
   double worst_delta = 0.0;
   size_t valid_rows = 0;
   struct Range {
-    double weight = 0.0, state = 0.0, key_sum = 0.0, gradient = 0.0, delta = 0.0;
+    double weight = 0.0, weight_delta = 0.0, state = 0.0, key_sum = 0.0, gradient = 0.0,
+           delta = 0.0;
   };
   std::vector<Range> expected_ranges(ranges.size());
   std::vector<bool> used(ranges.size(), false);
@@ -251,6 +252,7 @@ void run(Case const& c, std::uint64_t seed) {
         double const finite_delta = std::isfinite(product) ? std::abs(product) : 0.0;
         double const phi = std::ldexp(1.0, 2 * kExponent);
         r.weight = std::max(r.weight, finite_w);
+        r.weight_delta = std::max(r.weight_delta, finite_w * finite_delta);
         r.state += finite_w * phi * finite_norm;
         r.key_sum += finite_w * phi * finite_delta;
         r.gradient = std::max(r.gradient, std::sqrt(finite_x) * finite_norm);
@@ -289,6 +291,9 @@ void run(Case const& c, std::uint64_t seed) {
     RETENTION_CHECK(close(ranges[i].key_sum, r.key_sum) ||
                     std::abs(ranges[i].key_sum - r.key_sum) <= slack * r.state);
     RETENTION_CHECK(std::abs(ranges[i].delta - r.delta) <= slack * r.gradient);
+    RETENTION_CHECK(close(ranges[i].weight_delta, r.weight_delta) ||
+                    std::abs(ranges[i].weight_delta - r.weight_delta) <=
+                        slack * static_cast<double>(dv) * r.weight);
   }
   std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << (kIsHalf ? ", fp16" : ", bf16")
             << ", seed " << seed << ": delta within " << worst_delta << " of its bound\n";

@@ -2,7 +2,8 @@
 // length of the sequence (`Exponents`). Two kernels, one after the other:
 //
 // - `ChunkRanges` reads keys and values once and leaves a few numbers a chunk;
-// - `ChooseExponents` walks over the chunks of a sequence and bounds the state before each.
+// - `ChooseExponents` walks over the chunks of a sequence and bounds the state before each, by a
+//   scan (`BoundScan`) that serves gradients as well.
 //
 // With N_c the decayed number of tokens before chunk c, L_c the cumulative log gate there, G_c that
 // of chunk c alone, and maxima over the whole sequence,
@@ -57,10 +58,82 @@ struct ChunkRange {
   float gate;   // G_c
 };
 
-/// The same of a part of an initial state.
+/// The same of a part of a state.
 struct alignas(8) StateRange {
-  float state;    // max |S_0|
-  float key_sum;  // max |z_0|
+  float state;    // max |S|
+  float key_sum;  // max |z|
+};
+
+/// The ranges of fp32 states.
+struct StateRanges {
+  static constexpr int kThreads = 256;
+  static constexpr int kMinBlocks = 4;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kParts = 32;  // blocks that share a state
+
+  struct SharedStorage {
+    StateRange warps[kWarps];
+  };
+
+  struct Params {
+    float const* state;    // [count, h, D, dv], 16-byte aligned
+    float const* key_sum;  // [count, h, D], 16-byte aligned
+    StateRange* ranges;    // [count, h, kParts]
+    int count;             // sequences
+    int heads;
+    int state_dim;  // D, a multiple of 4
+    int value_dim;  // dv
+  };
+
+  /// (sequence and part, part fastest; head)
+  CUTE_HOST static dim3 grid(Params const& params) {
+    return dim3(static_cast<unsigned>(params.count) * kParts, static_cast<unsigned>(params.heads));
+  }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    find(params, *reinterpret_cast<SharedStorage*>(smem), static_cast<int>(blockIdx.x));
+  }
+
+  /// The work of block `index`, of head blockIdx.y.
+  CUTE_DEVICE static void find(Params const& params, SharedStorage& shared, int index) {
+    int const thread = threadIdx.x;
+    std::int64_t const item = static_cast<std::int64_t>(index / kParts) * params.heads + blockIdx.y;
+    int const part = index % kParts;
+    std::int64_t const sums = params.state_dim;
+    std::int64_t const elements = sums * params.value_dim;
+    float state = max_magnitude(params.state + item * elements, elements, part);
+    float key_sum = max_magnitude(params.key_sum + item * sums, sums, part);
+
+    state = detail::reduce_warp(state, detail::Maximum{});
+    key_sum = detail::reduce_warp(key_sum, detail::Maximum{});
+    if (thread % 32 == 0) {
+      shared.warps[thread / 32] = {state, key_sum};
+    }
+    __syncthreads();
+    if (thread == 0) {
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp) {
+        state = fmaxf(state, shared.warps[warp].state);
+        key_sum = fmaxf(key_sum, shared.warps[warp].key_sum);
+      }
+      params.ranges[item * kParts + part] = {state, key_sum};
+    }
+  }
+
+ private:
+  // The thread's part of max |x| over a part of `size` floats.
+  CUTE_DEVICE static float max_magnitude(float const* x, std::int64_t size, int part) {
+    float result = 0.0f;
+#pragma unroll 4
+    for (std::int64_t i = 4 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
+         i += 4 * kParts * kThreads) {
+      float4 const y = *reinterpret_cast<float4 const*>(x + i);
+      result =
+          fmaxf(result, fmaxf(fmaxf(detail::finite_magnitude(y.x), detail::finite_magnitude(y.y)),
+                              fmaxf(detail::finite_magnitude(y.z), detail::finite_magnitude(y.w))));
+    }
+    return result;
+  }
 };
 
 template <class Element_>
@@ -68,14 +141,17 @@ struct ChunkRanges {
   using Element = Element_;
   static_assert(cute::is_same_v<Element, cute::half_t>, "other types have range enough");
 
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = StateRanges::kThreads;
   static constexpr int kMinBlocks = 4;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kLoads = 4;        // 16-byte loads of a thread in flight
-  static constexpr int kStateParts = 32;  // blocks that share an initial state
+  static constexpr int kLoads = 4;  // 16-byte loads of a thread in flight
+  static constexpr int kStateParts = StateRanges::kParts;
 
   struct SharedStorage {
-    float warps[4][kWarps];
+    union {
+      float warps[4][kWarps];
+      StateRanges::SharedStorage initial;
+    };
   };
 
   struct Params {
@@ -113,7 +189,9 @@ struct ChunkRanges {
     if (block < slots) {
       chunk_range(params, shared, static_cast<int>(block));
     } else {
-      initial_range(params, shared, static_cast<int>(block - slots));
+      StateRanges::find({params.initial_state, params.initial_key_sum, params.initial_ranges,
+                         params.sequences.count, params.heads, params.state_dim, params.value_dim},
+                        shared.initial, static_cast<int>(block - slots));
     }
   }
 
@@ -174,33 +252,6 @@ struct ChunkRanges {
       count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
       params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {key, norm, value,
                                                                               count, end_gate};
-    }
-  }
-
-  CUTE_DEVICE static void initial_range(Params const& params, SharedStorage& shared, int index) {
-    int const thread = threadIdx.x;
-    std::int64_t const item =
-        static_cast<std::int64_t>(index / kStateParts) * params.heads + blockIdx.y;
-    int const part = index % kStateParts;
-    std::int64_t const sums = params.state_dim;
-    std::int64_t const elements = sums * params.value_dim;
-    float state = max_magnitude(params.initial_state + item * elements, elements, part);
-    float key_sum = max_magnitude(params.initial_key_sum + item * sums, sums, part);
-
-    state = detail::reduce_warp(state, detail::Maximum{});
-    key_sum = detail::reduce_warp(key_sum, detail::Maximum{});
-    if (thread % 32 == 0) {
-      shared.warps[0][thread / 32] = state;
-      shared.warps[1][thread / 32] = key_sum;
-    }
-    __syncthreads();
-    if (thread == 0) {
-#pragma unroll
-      for (int warp = 1; warp < kWarps; ++warp) {
-        state = fmaxf(state, shared.warps[0][warp]);
-        key_sum = fmaxf(key_sum, shared.warps[1][warp]);
-      }
-      params.initial_ranges[item * kStateParts + part] = {state, key_sum};
     }
   }
 
@@ -271,19 +322,107 @@ struct ChunkRanges {
     }
     return largest;
   }
+};
 
-  // The thread's part of max |x| over a part of `size` floats.
-  CUTE_DEVICE static float max_magnitude(float const* x, std::int64_t size, int part) {
-    float result = 0.0f;
-#pragma unroll 4
-    for (std::int64_t i = 4 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
-         i += 4 * kStateParts * kThreads) {
-      float4 const y = *reinterpret_cast<float4 const*>(x + i);
-      result =
-          fmaxf(result, fmaxf(fmaxf(detail::finite_magnitude(y.x), detail::finite_magnitude(y.y)),
-                              fmaxf(detail::finite_magnitude(y.z), detail::finite_magnitude(y.w))));
+/// A bound of a state from that some chunks before: S -> decay S + state, z -> decay z + key_sum.
+struct BoundStep {
+  float decay = 1.0f;
+  float state = 0.0f;
+  float key_sum = 0.0f;
+  double log_decay = 0.0;  // a given state may be in range after a decay that is not
+
+  /// Of all of a state within `bound` + exp(log_decay) `given`.
+  CUTE_DEVICE float with_given(float bound, float given) const {
+    constexpr double kLog2E = 1.4426950408889634;
+    if (given != 0.0f) {
+      // The margin covers log2f, exp2f and the rounding of a sum that is below 256.
+      float const log2_given = static_cast<float>(kLog2E * log_decay) + log2f(given) + 0x1p-12f;
+      bound += exp2f(log2_given);
     }
-    return result;
+    // Sums of bounds round, once a step of the scan.
+    return fminf(bound * (1.0f + 0x1p-12f), detail::kLargestFloat);
+  }
+};
+
+/// Bounds of the states along a sequence, in whichever direction they were made, from what each
+/// chunk does to them.
+template <int kThreads_>
+struct BoundScan {
+  static constexpr int kThreads = kThreads_;
+  static constexpr int kWarps = kThreads / 32;
+  // What is stored is below 2^15, half of fp16's range: room for the rounding of its terms.
+  static constexpr int kStoredExponent = 15;
+  // 2^e and 2^-e are normal fp32 numbers; 2^(128 - 15) is the largest power that fp32 states need.
+  static constexpr int kMinStateExponent = -120;
+
+  struct SharedStorage {
+    BoundStep warps[kWarps];
+  };
+
+  /// For i < count, all threads of the block together: the thread that has called load(i), for step
+  /// i, next calls store(i, before) with the steps before i as one.
+  template <class Load, class Store>
+  CUTE_DEVICE static void run(SharedStorage& shared, int count, Load load, Store store) {
+    int const thread = threadIdx.x;
+    int const warp = thread / 32;
+    int const lane = thread % 32;
+    BoundStep carry;
+#pragma unroll 1
+    for (int start = 0; start < count; start += kThreads) {
+      int const i = start + thread;
+      BoundStep inclusive;
+      if (i < count) {
+        inclusive = load(i);
+      }
+#pragma unroll
+      for (unsigned delta = 1; delta < 32; delta *= 2) {
+        BoundStep const before = shuffle_up(inclusive, delta);
+        if (static_cast<unsigned>(lane) >= delta) {
+          inclusive = then(before, inclusive);
+        }
+      }
+      __syncthreads();  // the totals of the previous round have been read
+      if (lane == 31) {
+        shared.warps[warp] = inclusive;
+      }
+      BoundStep step = shuffle_up(inclusive, 1);
+      __syncthreads();
+      BoundStep before = carry;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        if (w == warp) {
+          before = carry;
+        }
+        carry = then(carry, shared.warps[w]);
+      }
+      step = lane == 0 ? before : then(before, step);
+      if (i < count) {
+        store(i, step);
+      }
+    }
+  }
+
+  /// The exponent that a state within `bound` is stored with.
+  CUTE_DEVICE static int stored(float bound) {
+    return bound == 0.0f ? 0
+                         : cute::max(detail::exponent_above(bound) - kStoredExponent,
+                                     cute::Int<kMinStateExponent>{});
+  }
+
+ private:
+  CUTE_DEVICE static BoundStep then(BoundStep const& first, BoundStep const& second) {
+    // Positive gates can make decays and bounds infinite, and their products NaN: no bound, which
+    // `with_given` takes for the largest.
+    auto const carried = [&](float bound) { return bound == 0.0f ? 0.0f : second.decay * bound; };
+    return {second.decay * first.decay, carried(first.state) + second.state,
+            carried(first.key_sum) + second.key_sum, first.log_decay + second.log_decay};
+  }
+
+  CUTE_DEVICE static BoundStep shuffle_up(BoundStep const& step, unsigned delta) {
+    return {__shfl_up_sync(0xffffffffu, step.decay, delta),
+            __shfl_up_sync(0xffffffffu, step.state, delta),
+            __shfl_up_sync(0xffffffffu, step.key_sum, delta),
+            __shfl_up_sync(0xffffffffu, step.log_decay, delta)};
   }
 };
 
@@ -291,11 +430,8 @@ struct ChooseExponents {
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kStateParts = ChunkRanges<cute::half_t>::kStateParts;
-  // What is stored is below 2^15, half of fp16's range: room for the rounding of its terms.
-  static constexpr int kStoredExponent = 15;
-  // 2^e and 2^-e are normal fp32 numbers; 2^(128 - 15) is the largest power that fp32 states need.
-  static constexpr int kMinStateExponent = -120;
+  static constexpr int kStateParts = StateRanges::kParts;
+  using Scan = BoundScan<kThreads>;
 
   struct Params {
     ChunkRange const* ranges;          // [slots, h]
@@ -309,18 +445,8 @@ struct ChooseExponents {
     int head_dim;
   };
 
- private:
-  // N -> decay N + count, with N and count times what one token adds to z at most, and the
-  // log of the decay: an initial state may be in range after a decay that is not.
-  struct Step {
-    float decay = 1.0f;
-    float count = 0.0f;
-    double log_decay = 0.0;
-  };
-
- public:
   struct SharedStorage {
-    Step warps[kWarps];
+    Scan::SharedStorage scan;
     float maxima[5][kWarps];
   };
 
@@ -374,77 +500,20 @@ struct ChooseExponents {
     }
     float const token_bound = 2.0f * maxima[0] * maxima[0];
 
-    Step carry;
-#pragma unroll 1
-    for (int start = 0; start < chunks; start += kThreads) {
-      int const chunk = start + thread;
-      std::int64_t const offset = first + std::int64_t{chunk} * params.heads;
-      Step inclusive;
-      if (chunk < chunks) {
-        ChunkRange const range = params.ranges[offset];
-        // Without gates every step is exact, and stays so.
-        inclusive = {range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate),
-                     range.count * token_bound, static_cast<double>(range.gate)};
-      }
-#pragma unroll
-      for (unsigned delta = 1; delta < 32; delta *= 2) {
-        Step const before = shuffle_up(inclusive, delta);
-        if (static_cast<unsigned>(lane) >= delta) {
-          inclusive = then(before, inclusive);
-        }
-      }
-      __syncthreads();  // the totals of the previous round have been read
-      if (lane == 31) {
-        shared.warps[warp] = inclusive;
-      }
-      Step step = shuffle_up(inclusive, 1);
-      __syncthreads();
-      Step before = carry;
-#pragma unroll
-      for (int i = 0; i < kWarps; ++i) {
-        if (i == warp) {
-          before = carry;
-        }
-        carry = then(carry, shared.warps[i]);
-      }
-      step = lane == 0 ? before : then(before, step);
-      if (chunk < chunks) {
-        params.state[offset] = exponent(step.count * maxima[1], step, maxima[2]);
-        params.key_sum[offset] = exponent(step.count, step, maxima[3]);
-      }
-    }
-  }
-
- private:
-  CUTE_DEVICE static Step then(Step const& first, Step const& second) {
-    // Positive gates can make decays and counts infinite, and their products NaN: no bound, which
-    // `exponent` takes for the largest.
-    float const carried = first.count == 0.0f ? 0.0f : second.decay * first.count;
-    return {second.decay * first.decay, carried + second.count, first.log_decay + second.log_decay};
-  }
-
-  CUTE_DEVICE static Step shuffle_up(Step const& step, unsigned delta) {
-    return {__shfl_up_sync(0xffffffffu, step.decay, delta),
-            __shfl_up_sync(0xffffffffu, step.count, delta),
-            __shfl_up_sync(0xffffffffu, step.log_decay, delta)};
-  }
-
-  // Of a state within bound + exp(step.log_decay) * initial.
-  CUTE_DEVICE static int exponent(float bound, Step const& step, float initial) {
-    constexpr double kLog2E = 1.4426950408889634;
-    if (initial != 0.0f) {
-      // The margin covers log2f, exp2f and the rounding of a sum that is below 256.
-      float const log2_initial =
-          static_cast<float>(kLog2E * step.log_decay) + log2f(initial) + 0x1p-12f;
-      bound += exp2f(log2_initial);
-    }
-    // Sums of counts round, once a step of the scan.
-    bound = fminf(bound * (1.0f + 0x1p-12f), detail::kLargestFloat);
-    if (bound == 0.0f) {
-      return 0;
-    }
-    return cute::max(detail::exponent_above(bound) - kStoredExponent,
-                     cute::Int<kMinStateExponent>{});
+    Scan::run(
+        shared.scan, chunks,
+        [&](int chunk) {
+          ChunkRange const range = params.ranges[first + std::int64_t{chunk} * params.heads];
+          float const key_sum = range.count * token_bound;
+          // Without gates every step is exact, and stays so.
+          return BoundStep{range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate),
+                           key_sum * maxima[1], key_sum, static_cast<double>(range.gate)};
+        },
+        [&](int chunk, BoundStep const& before) {
+          std::int64_t const offset = first + std::int64_t{chunk} * params.heads;
+          params.state[offset] = Scan::stored(before.with_given(before.state, maxima[2]));
+          params.key_sum[offset] = Scan::stored(before.with_given(before.key_sum, maxima[3]));
+        });
   }
 };
 

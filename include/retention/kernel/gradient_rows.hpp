@@ -17,20 +17,10 @@
 
 #include "retention/detail/reduce.hpp"
 #include "retention/detail/rescale.hpp"
-#include "retention/kernel/exponents.hpp"
+#include "retention/kernel/gradient_exponents.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
-
-/// What fp16's exponents need to know of the rows of a tile, all heads of a group. Norms are
-/// Euclidean.
-struct GradientRange {
-  float weight;   // max weight_i
-  float state;    // sum of weight_i 2^(2m) |do_i|, not below any element of what the rows add to dS
-  float key_sum;  // the same of dz, with |delta_i|
-  float gradient;  // max sqrt(inverse_i) |do_i|
-  float delta;     // max sqrt(inverse_i) |delta_i|
-};
 
 template <class Element_, int HeadDim, int ValueDim>
 struct GradientRowsTraits {
@@ -150,6 +140,7 @@ struct GradientRows {
         range.weight = fmaxf(range.weight, bound);
         range.state += phi_bound * norm;
         range.key_sum += phi_bound * magnitude;
+        range.weight_delta = fmaxf(range.weight_delta, bound * magnitude);
         range.gradient = fmaxf(range.gradient, root * norm);
         range.delta = fmaxf(range.delta, root * magnitude);
       }
@@ -296,6 +287,7 @@ struct GradientRows {
   CUTE_DEVICE static void store_range(Params const& params, SharedStorage& shared,
                                       GradientRange range, int warp, int lane) {
     range.weight = detail::reduce_warp(range.weight, detail::Maximum{});
+    range.weight_delta = detail::reduce_warp(range.weight_delta, detail::Maximum{});
     range.state = detail::reduce_warp(range.state, detail::Plus{});
     range.key_sum = detail::reduce_warp(range.key_sum, detail::Plus{});
     range.gradient = detail::reduce_warp(range.gradient, detail::Maximum{});
@@ -309,6 +301,7 @@ struct GradientRows {
       for (int i = 1; i < kWarps; ++i) {
         GradientRange const& other = shared.warps[i];
         range.weight = fmaxf(range.weight, other.weight);
+        range.weight_delta = fmaxf(range.weight_delta, other.weight_delta);
         range.state += other.state;
         range.key_sum += other.key_sum;
         range.gradient = fmaxf(range.gradient, other.gradient);
