@@ -38,10 +38,11 @@ struct BackwardKernels {
   using KeyGradient = kernel::KeyGradient<kernel::KeyGradientTraits<Element, HeadDim, ValueDim>>;
 
   static constexpr bool kScaled = Forward::kScaled;
+  static constexpr int kStateDim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
   static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
                     kernel::StateProduct::kParts == BackwardPlan::kProductParts &&
                     Rows::kTileTokens == BackwardPlan::kTileTokens &&
-                    sizeof(kernel::GradientRange) == 5 * sizeof(float),
+                    sizeof(kernel::GradientRange) == 6 * sizeof(float),
                 "the plan reserves memory for them");
 
   /// `launcher` as for ForwardKernels.
@@ -60,6 +61,12 @@ struct BackwardKernels {
       return status;
     }
     if constexpr (kScaled) {
+      if (plan.arguments.d_final_state != nullptr) {
+        if (Status status = launcher.template launch<kernel::StateRanges>(call.final_ranges());
+            !status) {
+          return status;
+        }
+      }
       if (Status status = launcher.template launch<kernel::ChooseGradientExponents>(call.choose());
           !status) {
         return status;
@@ -154,6 +161,34 @@ struct BackwardKernels {
       p.sequences = forward.sequences;
       p.heads = a.heads;
       p.group = a.query_heads / a.heads;
+      return p;
+    }
+
+    kernel::StateRanges::Params final_ranges() const {
+      kernel::StateRanges::Params p{};
+      p.state = arguments.d_final_state;
+      p.key_sum = arguments.d_final_key_sum;
+      p.ranges = in<kernel::StateRange>(plan.final_ranges);
+      p.count = a.sequences;
+      p.heads = a.heads;
+      p.state_dim = kStateDim;
+      p.value_dim = ValueDim;
+      return p;
+    }
+
+    kernel::ChooseGradientExponents::Params choose() const {
+      kernel::ChooseGradientExponents::Params p{};
+      p.rows = in<kernel::GradientRange>(plan.tile_ranges);
+      p.ranges = in_forward<kernel::ChunkRange>(plan.forward.chunk_ranges);
+      p.final_ranges = in<kernel::StateRange>(plan.final_ranges);
+      p.weight = in<int>(plan.weight_exponents);
+      p.delta = in<int>(plan.delta_exponents);
+      p.state = in<int>(plan.state_exponents);
+      p.key_sum = in<int>(plan.key_sum_exponents);
+      p.score = in<int>(plan.score_exponents);
+      p.sequences = forward.sequences;
+      p.heads = a.heads;
+      p.value_dim = ValueDim;
       return p;
     }
 
@@ -286,7 +321,7 @@ struct BackwardKernels {
       p.products = in<double>(plan.products);
       p.count = a.sequences;
       p.heads = a.heads;
-      p.state_dim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
+      p.state_dim = kStateDim;
       p.value_dim = ValueDim;
       return p;
     }

@@ -108,7 +108,7 @@ struct BackwardPlan {
     }
     if (a.element == ElementType::kFloat16) {
       plan.tile_ranges =
-          regions.take(ForwardPlan::slots_of(a, kTileTokens) * heads, 5 * sizeof(float));
+          regions.take(ForwardPlan::slots_of(a, kTileTokens) * heads, 6 * sizeof(float));
       for (Region* exponents :
            {&plan.weight_exponents, &plan.delta_exponents, &plan.state_exponents,
             &plan.key_sum_exponents, &plan.score_exponents}) {
