@@ -49,6 +49,10 @@ class LoopRule:
 
 
 RULES = {
+    "ValueGradient": (
+        LoopRule("expand-apply", True, max_wavefronts=1.25, min_share=0.25),
+        LoopRule("intra-chunk", False),
+    ),
     "ChunkStates": (LoopRule("expand-reduce", True, max_wavefronts=1.25, min_share=0.25),),
     "Output": (
         LoopRule("expand-apply", True, max_wavefronts=1.25, min_share=0.25),

@@ -63,6 +63,54 @@ CUTE_DEVICE void load_rows_transposed(Element const* tile, Layout const& layout,
   }
 }
 
+/// In bytes, where an element of a tile is. Rows a multiple of 8 apart lie a constant apart: one
+/// offset serves all of a tile.
+template <class Element, class Layout>
+CUTE_HOST_DEVICE constexpr int tile_offset(int row, int column, int stage = 0) {
+  return static_cast<int>(sizeof(Element)) * Layout{}(row, column, stage);
+}
+
+/// The offset `columns` further, a multiple of 16, from that of one of a row's first 16 columns:
+/// the swizzle flips bits of the column, and so does this.
+template <class Element, class Layout>
+CUTE_HOST_DEVICE constexpr int advance_columns(int offset, int columns) {
+  return (offset ^ static_cast<int>(sizeof(Element)) * (columns % 64)) +
+         tile_offset<Element, Layout>(0, columns / 64 * 64);
+}
+
+template <class Element>
+CUTE_DEVICE cute::uint128_t const& at_offset(Element const* tile, int offset) {
+  return *reinterpret_cast<cute::uint128_t const*>(reinterpret_cast<char const*>(tile) + offset);
+}
+
+/// threadIdx.x, read anew, for registers are short: what follows from it need not be kept. The mask
+/// tells the compiler that it is not negative.
+template <int Threads>
+CUTE_DEVICE int this_thread() {
+#if defined(__CUDA_ARCH__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread & (Threads - 1);
+#else
+  return static_cast<int>(threadIdx.x) & (Threads - 1);
+#endif
+}
+
+/// Rows and columns change places among the four lanes of a quad: lane t ends with x[t] of each.
+CUTE_DEVICE void transpose_quad(std::uint32_t (&x)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    bool const upper = (lane & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & bit) == 0) {
+        std::uint32_t const received = __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i | bit], bit);
+        (upper ? x[i] : x[i | bit]) = received;
+      }
+    }
+  }
+}
+
 /// `source` + `offset`, in a way that the compiler cannot trace: the sum is in the registers of
 /// `source` where this stands, and not moved there after its uses.
 template <class T>
