@@ -61,6 +61,14 @@ RULES = {
         LoopRule("contract", False, transposed=False, max_wavefronts=2.0),
         LoopRule("intra-chunk", False, transposed=True),
     ),
+    "KeyGradient": (
+        LoopRule("contract", False, transposed=False, max_wavefronts=2.0),
+        LoopRule("intra-chunk", False, transposed=True),
+    ),
+    "ValueGradient": (
+        LoopRule("expand-apply", True, max_wavefronts=1.25, min_share=0.25),
+        LoopRule("intra-chunk", False),
+    ),
 }
 ELEMENTS = {"bfloat16_t": "bf16", "half_t": "fp16"}
 

@@ -84,7 +84,7 @@ inline auto plan(device::BackwardArguments const& arguments) {
 }
 
 template <class Arguments>
-std::size_t workspace_size(Arguments const& arguments) {
+std::size_t workspace_bytes(Arguments const& arguments) {
   return plan(arguments).workspace_bytes;
 }
 
@@ -173,7 +173,10 @@ class Memory {
   char* data_ = nullptr;
 };
 
-using device::workspace_size;
+template <class Arguments>
+std::size_t workspace_bytes(Arguments const& arguments) {
+  return device::workspace_size(arguments);
+}
 
 template <class Arguments>
 device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t) {
@@ -187,19 +190,19 @@ device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t)
 /// Empty, or what went wrong.
 template <class Arguments>
 std::string run_forward(Arguments const& arguments, std::uint64_t seed) {
-  Memory workspace("workspace", workspace_size(arguments) + 1);
+  Memory workspace("workspace", workspace_bytes(arguments) + 1);
   return run(arguments, workspace, seed).message();
 }
 
 /// Forward and backward; `keeps` the workspace of forward, for its states.
 template <class Arguments>
 std::string run_backward(Arguments arguments, bool keeps, std::uint64_t seed) {
-  Memory forward_workspace("forward workspace", workspace_size(arguments.forward) + 1);
+  Memory forward_workspace("forward workspace", workspace_bytes(arguments.forward) + 1);
   if (device::Status status = run(arguments.forward, forward_workspace, seed); !status) {
     return "forward: " + status.message();
   }
   arguments.forward_workspace = keeps ? forward_workspace.data() : nullptr;
-  Memory workspace("workspace", workspace_size(arguments) + 1);
+  Memory workspace("workspace", workspace_bytes(arguments) + 1);
   return run(arguments, workspace, seed).message();
 }
 

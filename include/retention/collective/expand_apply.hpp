@@ -1,4 +1,6 @@
-// The mainloop that applies a state to queries: o_i += phi(q_i)^T S and n_i += phi(q_i)^T z.
+// The mainloop that applies a state to queries, o_i += phi(q_i)^T S and n_i += phi(q_i)^T z, and
+// the gradient of a state to keys, dv_j += phi_k(k_j)^T dS: phi_k has a multiplicity, 2 for block
+// pairs I < J, and phi has none.
 //
 // phi(q) is never stored. Its rows are the A operand of mma.m16n8k16 (M = query rows, K = state
 // rows): 16 consecutive state rows are two elements a, a + 1 of block I times the eight of block J.
@@ -38,7 +40,11 @@ using OutputLayout =
     cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<Tiling::kMmaRows>,
                              cute::Int<ValueDim / 8>>>;
 
-template <class Element_, int HeadDim, int ValueDim, class Tiling_>
+/// The rows that are expanded.
+enum class Expanded { kQueries, kKeys };
+
+template <class Element_, int HeadDim, int ValueDim, class Tiling_,
+          Expanded kExpanded = Expanded::kQueries>
 struct ExpandApply {
   using Element = Element_;
   using Tiling = Tiling_;
@@ -53,6 +59,10 @@ struct ExpandApply {
 
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(kBlocks % 2 == 0, "blocks J are taken two at a time");
+
+  // Keys have half their multiplicity, so that what differs from queries are pairs I == J alone:
+  // the accumulators are to be multiplied by 2^kExponent.
+  static constexpr int kExponent = kExpanded == Expanded::kKeys ? 1 : 0;
 
   using QueryLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using StateLayout = StagedTileLayout<kTileRows, ValueDim, kStages>;  // [state row, dv, stage]
@@ -85,21 +95,31 @@ struct ExpandApply {
   template <class Output>
   CUTE_DEVICE void operator()(Element* query_smem, int first_row, int lane, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
+    static_assert(kExpanded == Expanded::kQueries, "keys have no normalizers");
     cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(query_smem), QueryLayout{});
+    __syncthreads();  // the queries are there
+    add_key_sum(query, first_row, lane, normalizer);
+    apply(query, first_row, lane, output);
+  }
+
+  /// The same for keys, which have no normalizers.
+  template <class Output>
+  CUTE_DEVICE void operator()(Element* key_smem, int first_row, int lane, Output& output) {
+    static_assert(kExpanded == Expanded::kKeys, "queries have normalizers");
+    __syncthreads();  // the keys are there
+    apply(cute::make_tensor(cute::make_smem_ptr(key_smem), QueryLayout{}), first_row, lane, output);
+  }
+
+ private:
+  template <class Query, class Output>
+  CUTE_DEVICE void apply(Query const& query, int first_row, int lane, Output& output) {
     int const group = lane / 4;
     int const quad = lane % 4;
     // Rows 8 apart lie a constant apart, whatever the swizzle does to the columns: one address a
     // block serves them all.
     auto block = [&](int index) { return &query(first_row + group, 8 * index, 0); };
-    auto row_offset = [](int m, int upper) { return QueryLayout{}(16 * m + 8 * upper, 0, 0); };
-    auto pair = [&](Element const* first, int m, int upper, int column) {
-      return *reinterpret_cast<std::uint32_t const*>(first + row_offset(m, upper) + column);
-    };
     // The state row of k, as it lies in the tile: see `exchange_rows`.
     int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
-
-    __syncthreads();  // the queries are there
-    add_key_sum(query, first_row, lane, pair, normalizer);
 
     int stage = 0;
     int pair_index = 0;
@@ -120,6 +140,11 @@ struct ExpandApply {
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1, pair_index + kStages - 1);
         Element const* outer = block(I);
+        if constexpr (kExpanded == Expanded::kKeys) {
+          if (I == J) {
+            halve(native);
+          }
+        }
 #pragma unroll
         for (int k = 0; k < kTileRows / 16; ++k) {
           cute::Tensor b =
@@ -148,10 +173,27 @@ struct ExpandApply {
     }
   }
 
- private:
   static constexpr int kPieces = ValueDim / 8;  // of 16 bytes in a row of the state
   static constexpr int kStepRows = kThreads / kPieces;
   static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
+
+  CUTE_DEVICE static int row_offset(int m, int upper) {
+    return QueryLayout{}(16 * m + 8 * upper, 0, 0);
+  }
+
+  // Two elements of a row g or g + 8 of an mma tile.
+  CUTE_DEVICE static std::uint32_t pair(Element const* first, int m, int upper, int column) {
+    return *reinterpret_cast<std::uint32_t const*>(first + row_offset(m, upper) + column);
+  }
+
+  CUTE_DEVICE static void halve(std::uint32_t (&native)[kMmaRows][2][2]) {
+    std::uint32_t const half = detail::pack<Element>(0.5f, 0.5f);
+#pragma unroll
+    for (int i = 0; i < 4 * kMmaRows; ++i) {
+      std::uint32_t& x = native[i / 4][i / 2 % 2][i % 2];
+      x = detail::multiply<Element>(x, half);
+    }
+  }
 
   // In a tile the rows of the state are permuted: bits 2 and 3 of their index change places. The
   // eight rows that one ldmatrix needs, elements 0-3 or 4-7 of block J for a and for a + 1, are
@@ -176,8 +218,8 @@ struct ExpandApply {
 
   // sum_{I <= J} q_I^T z_IJ q_J, where z_IJ is the [8, 8] block of the sum of keys: z_IJ q_J on the
   // tensor cores, with z^T as the B operand straight from global memory, where its pairs lie.
-  template <class Query, class Pair>
-  CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane, Pair const& pair,
+  template <class Query>
+  CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane,
                                float (&normalizer)[kMmaRows][2]) const {
     Element const* source = key_sum_ + 2 * lane;  // a = lane / 4, b = 2 (lane % 4)
     std::uint32_t next[kBlocks];                  // one for each J

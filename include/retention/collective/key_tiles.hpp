@@ -123,6 +123,31 @@ struct KeyTiles {
     cute::cp_async_fence();
   }
 
+  /// Starts the copy of kLoadKeys rows, zeros from row `left` on. Returns where the next ones are.
+  /// That is in another register than any address of a copy: an instruction that changes one has to
+  /// wait until the copy was issued.
+  template <int Columns, class Layout>
+  CUTE_DEVICE static Element const* copy(Element const* source, std::int64_t stride, Element* tiles,
+                                         int slot, int left, int thread) {
+    constexpr int kPieces = Columns / 8;
+    constexpr int kStepRows = kThreads / kPieces;
+    static_assert(kThreads % kPieces == 0 && kTileKeys % kStepRows == 0, "steps of whole rows");
+    static_assert(kStepRows % 8 == 0, "steps differ by whole periods of the swizzle");
+    int const row = thread / kPieces;
+    Element* target = tiles + Layout{}(row, thread % kPieces * 8, 0) + Layout{}(0, 0, 1) * slot;
+#pragma unroll
+    for (int step = 0; step < kLoadKeys; step += kStepRows) {
+      // Where the predicate is false nothing is read.
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+          *reinterpret_cast<cute::uint128_t const*>(source),
+          *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step % kTileKeys, 0, 0) +
+                                              Layout{}(0, 0, 1) * (step / kTileKeys)),
+          row + step < left);
+      source += kStepRows * stride;
+    }
+    return source;
+  }
+
   /// C_j = exp(row_gate - g_j) of the lane's columns, whose gates are `offset` bytes from those of
   /// each eight keys. That it is fused does no harm: only later tokens have these keys.
   CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
@@ -169,31 +194,6 @@ struct KeyTiles {
  private:
   static constexpr int kKeyPieces = HeadDim / 8;  // of 16 bytes in a row
   static constexpr int kValuePieces = ValueDim / 8;
-
-  // The copy of kLoadKeys rows, zeros from row `left` on. Returns where the next ones are. That is
-  // in another register than any address of a copy: an instruction that changes one has to wait
-  // until the copy was issued.
-  template <int Columns, class Layout>
-  CUTE_DEVICE static Element const* copy(Element const* source, std::int64_t stride, Element* tiles,
-                                         int slot, int left, int thread) {
-    constexpr int kPieces = Columns / 8;
-    constexpr int kStepRows = kThreads / kPieces;
-    static_assert(kThreads % kPieces == 0 && kTileKeys % kStepRows == 0, "steps of whole rows");
-    static_assert(kStepRows % 8 == 0, "steps differ by whole periods of the swizzle");
-    int const row = thread / kPieces;
-    Element* target = tiles + Layout{}(row, thread % kPieces * 8, 0) + Layout{}(0, 0, 1) * slot;
-#pragma unroll
-    for (int step = 0; step < kLoadKeys; step += kStepRows) {
-      // Where the predicate is false nothing is read.
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
-          *reinterpret_cast<cute::uint128_t const*>(source),
-          *reinterpret_cast<cute::uint128_t*>(target + Layout{}(step % kTileKeys, 0, 0) +
-                                              Layout{}(0, 0, 1) * (step / kTileKeys)),
-          row + step < left);
-      source += kStepRows * stride;
-    }
-    return source;
-  }
 };
 
 }  // namespace retention::collective

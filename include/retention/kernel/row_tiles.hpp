@@ -1,4 +1,4 @@
-// How the query rows of the chunks are divided among blocks.
+// How the rows of the chunks, queries or keys, are divided among blocks.
 
 #pragma once
 
@@ -9,9 +9,14 @@
 
 namespace retention::kernel {
 
+/// Which tiles of a chunk have the most work and, where chunks are long, come first. Queries have
+/// that of the tokens before them, keys that of those after.
+enum class HeavyTiles { kLast, kFirst };
+
 /// Tiles of up to kRows rows: consecutive tokens of a chunk, and of each token all `group` query
 /// heads that read one key head. They share the state, the keys and the values that a block loads.
-template <int kRows>
+/// Rows that are keys have a `group` of 1.
+template <int kRows, HeavyTiles kHeavy = HeavyTiles::kLast>
 struct RowTiles {
   static_assert(kRows <= 256, "collective::TileRows divides exactly up to there");
 
@@ -30,20 +35,19 @@ struct RowTiles {
     return is_quadratic() ? tiles().num_slots() : sequences.num_slots() * chunk_tiles();
   }
 
-  /// The tiles of a chunk are neighbours, for they share its state, its keys and its values. Where
-  /// chunks are long the last tiles have the most work, and come first.
+  /// The tiles of a chunk are neighbours, for they share its state, its keys and its values.
   CUTE_DEVICE Tile find(int block) const {
     if (is_quadratic()) {
       Sequences const cut = tiles();
       if (!sequences.packed()) {
-        return {block % sequences.count, 0, cut.max_chunks() - 1 - block / sequences.count};
+        return {block % sequences.count, 0, ordered(block / sequences.count, cut.max_chunks())};
       }
-      Chunk const tile = cut.find(static_cast<int>(cut.num_slots()) - 1 - block);
+      Chunk const tile = cut.find(ordered(block, static_cast<int>(cut.num_slots())));
       return {tile.sequence, 0, tile.index};
     }
     int const in_chunk = chunk_tiles();
     Chunk const chunk = sequences.find(block / in_chunk);
-    return {chunk.sequence, chunk.index, in_chunk - 1 - block % in_chunk};
+    return {chunk.sequence, chunk.index, ordered(block % in_chunk, in_chunk)};
   }
 
   /// There may be none.
@@ -59,6 +63,9 @@ struct RowTiles {
   }
 
  private:
+  CUTE_HOST_DEVICE static int ordered(int index, int count) {
+    return kHeavy == HeavyTiles::kLast ? count - 1 - index : index;
+  }
   // One chunk a sequence.
   CUTE_HOST_DEVICE bool is_quadratic() const { return sequences.chunk_size >= sequences.length; }
   CUTE_HOST_DEVICE int tile_tokens() const {

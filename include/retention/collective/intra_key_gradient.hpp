@@ -1,0 +1,551 @@
+// The causal mainloop inside a chunk for the gradients of keys and values: rows are keys, columns
+// the queries of all heads of the group. With scores s_ji = k_j . q_i, products u_ji = v_j . do_i,
+// decays E_ij = exp(g_i - g_j) and c_i the inverse normalisers,
+//
+//     values: dv_j += sum_{i >= j} s_ji^2 E_ij c_i do_i
+//     keys:   dk_j += sum_{i >= j} s_ji E_ij c_i (u_ji - delta_i) q_i
+//
+// Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
+// its A operand.
+//
+// Columns come from the last to the first. Those after a warp's rows have E_ij = C_i R_j, where
+// C_i = exp(g_i - r), R_j = exp(r - g_j) and r is the largest gate of the rows: one exponential a
+// column serves all of the rows. Weights s^2 C_i c_i are then at most their true values, which are
+// probabilities: relative to any other row they might be out of range. Down to the rows, gradients
+// are sums in units of R_j, what comes from a state included; they are multiplied by it once, and
+// then the columns at the rows follow, with a mask and an exponential for every weight. So do all
+// columns where gates fall so much between the rows that products with C_i would lose their digits.
+
+#pragma once
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+
+#include <cute/tensor.hpp>
+
+#include "retention/collective/key_tiles.hpp"
+#include "retention/collective/tile.hpp"
+#include "retention/detail/packed.hpp"
+
+namespace retention::collective {
+
+/// The gradient of a key head that a row of accumulators is.
+enum class RowGradient { kKey, kValue };
+
+/// A block of warps, each with 16 * MmaRows rows.
+template <int MmaRows, int Warps_>
+struct WarpRows {
+  static constexpr int kWarps = Warps_;
+  static constexpr int kMmaRows = MmaRows;
+  static constexpr int kWarpRows = 16 * kMmaRows;
+  static constexpr int kRows = kWarpRows * kWarps;
+};
+
+template <class Element_, int HeadDim, int ValueDim, class Tiling_, RowGradient kGradient>
+struct IntraKeyGradient {
+  using Element = Element_;
+  using Tiling = Tiling_;
+
+  static constexpr bool kIsKey = kGradient == RowGradient::kKey;
+  // Tiles of columns are like those of keys: queries have their width, gradients of outputs that of
+  // values.
+  using Tiles = KeyTiles<Element, HeadDim, ValueDim, 32 * Tiling::kWarps>;
+  static constexpr int kTileQueries = Tiles::kTileKeys;  // tokens of one head
+  static constexpr int kLoadTiles = Tiles::kLoadTiles;
+  static constexpr int kLoadQueries = Tiles::kLoadKeys;
+  static constexpr int kSlots = Tiles::kSlots;
+  static constexpr int kThreads = Tiles::kThreads;
+  static constexpr int kMmaRows = Tiling::kMmaRows;
+  static constexpr int kWidth = kIsKey ? HeadDim : ValueDim;  // of the gradient
+  // Of the rows, how many have scores at one time: together with the gradients that registers hold.
+  static constexpr int kScoreRows = kMmaRows == 4 && ValueDim == 64 ? 2 : kMmaRows;
+  static constexpr bool kSplitsScores = kScoreRows < kMmaRows && HeadDim > 64;
+  // Rows that registers have room for are not loaded anew for each tile of columns.
+  static constexpr bool kHoldsKeys = kMmaRows == 2 && HeadDim <= 64;
+  static constexpr bool kHoldsValues = kIsKey && HeadDim <= 64 && ValueDim <= 64;
+  // What the decay between a warp's rows may be, as a power of two: it costs weights as much of
+  // their range.
+  static constexpr float kMaxSpan = cute::is_same_v<Element, cute::half_t> ? 10.0f : 64.0f;
+
+  using KeyLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
+  using ValueLayout = StagedTileLayout<Tiling::kRows, ValueDim, 1>;  // [row, dv, 1]
+  using QueryLayout = typename Tiles::KeyLayout;                     // [query, d, slot]
+  using OutputGradientLayout = typename Tiles::ValueLayout;          // [query, dv, slot]
+
+  /// Where a thread reads of the next columns.
+  struct alignas(16) Source {
+    Element const* query;
+    Element const* d_output;
+  };
+  /// Where a thread reads its first operands of ldmatrix, in bytes from the start of each tile.
+  struct alignas(16) Offsets {
+    int head_rows;  // of width d: the A operand from rows and, transposed, the B operand
+    int value_rows;
+    int head_columns;  // the B operand
+    int value_columns;
+  };
+  /// Columns that are loaded at a time: kLoadQueries tokens of a head of the group.
+  struct alignas(8) Columns {
+    int token;  // the first
+    int head;
+
+    CUTE_DEVICE Columns next(int group) const {
+      return head + 1 < group ? Columns{token, head + 1} : Columns{token - kLoadQueries, 0};
+    }
+  };
+  /// Of a warp's rows, tokens in the chunk.
+  struct alignas(16) Reach {
+    int first_token;  // INT_MAX where no row stands for anything
+    int end_exact;    // columns from there on are factorised; INT_MAX for none
+    float reference;  // r
+    float half_unit;  // of the exponent of c_i
+  };
+
+  struct SharedStorage {
+    alignas(128) Element query[cute::cosize_v<QueryLayout>];
+    alignas(128) Element d_output[cute::cosize_v<OutputGradientLayout>];
+    alignas(16) float inverse[kSlots][kTileQueries];
+    alignas(16) float gate[kSlots][kTileQueries];
+    alignas(16) float delta[kIsKey ? kSlots : 1][kTileQueries];
+    // Each warp's own, of a tile and the next.
+    alignas(16) float factor[2][Tiling::kWarps][kTileQueries];
+    alignas(16) float exact_gate[2][Tiling::kWarps][kTileQueries];
+    // Each thread's own: here they take no registers.
+    Source source[kThreads];
+    Offsets offsets[kThreads];
+    Reach reach[kThreads];
+    Columns columns[kThreads];  // loaded last
+  };
+
+  /// What the loop needs beside its registers, all of which gradients and scores take: it stays in
+  /// shared memory, out of reach of whoever moves code out of loops.
+  struct Work {
+    Element const* query;     // of the chunk's first token and the group's first head, as d_output,
+    Element const* d_output;  // inverse and delta
+    float const* inverse;
+    float const* delta;
+    float const* gate;  // of the chunk's first token; null for none
+    // Strides.
+    std::int64_t query_token, query_head;
+    std::int64_t d_output_token, d_output_head;
+    std::int64_t row_token, row_head;
+    std::int64_t gate_token;
+    int group;
+    int first_token;    // of the rows, in the chunk
+    int rows;           // that stand for something
+    int end_token;      // of the chunk
+    int unit_exponent;  // c_i are inverse_i times 2^unit_exponent
+  };
+
+  /// Starts the first loads.
+  CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
+    int const thread = this_thread();
+    int const lane = thread % 32;
+    Columns const first = first_columns(work);
+    auto const source = [&](Element const* tensor, std::int64_t stride, int pieces) {
+      return tensor + (first.token + thread / pieces) * stride + thread % pieces * 8;
+    };
+    shared.source[thread] = {source(work.query, work.query_token, HeadDim / 8),
+                             source(work.d_output, work.d_output_token, ValueDim / 8)};
+    // (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15) for A and the transposed B;
+    // (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15) for B.
+    int const b_row = lane % 8 + lane / 16 * 8;
+    int const b_column = lane / 8 % 2 * 8;
+    shared.offsets[thread] = {byte_offset<QueryLayout>(lane % 16, lane / 16 * 8),
+                              byte_offset<OutputGradientLayout>(lane % 16, lane / 16 * 8),
+                              byte_offset<QueryLayout>(b_row, b_column),
+                              byte_offset<OutputGradientLayout>(b_row, b_column)};
+    load(shared, work, first, 0);
+  }
+
+  /// To be called before `scale` and `run`, when `row_gate` is in shared memory: of every row of
+  /// the tile, by `log2_gate`; that of the chunk's last token for rows that stand for nothing.
+  CUTE_DEVICE static void set_reach(SharedStorage& shared, Work const& work,
+                                    float const* row_gate) {
+    int const thread = this_thread();
+    int const first_row = thread / 32 * Tiling::kWarpRows;
+    float low = row_gate[first_row + thread % 32];
+    float high = low;
+    if constexpr (Tiling::kWarpRows == 64) {
+      float const gate = row_gate[first_row + 32 + thread % 32];
+      low = cute::min(low, gate);
+      high = cute::max(high, gate);
+    }
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      low = cute::min(low, __shfl_xor_sync(0xffffffffu, low, distance));
+      high = cute::max(high, __shfl_xor_sync(0xffffffffu, high, distance));
+    }
+    int const left = work.rows - first_row;
+    int const rows = left < Tiling::kWarpRows ? left : Tiling::kWarpRows;
+    int const first_token = work.first_token + first_row;
+    int const end =
+        (first_token + cute::max(rows, 1) - 1) / kLoadQueries * kLoadQueries + kLoadQueries;
+    shared.reach[thread] = {rows <= 0 ? INT_MAX : first_token,
+                            high - low <= kMaxSpan ? end : INT_MAX, high,
+                            0.5f * static_cast<float>(work.unit_exponent)};
+  }
+
+  /// Multiplies what a state gives by its decay, exp(G - g_j) over R_j, and by 2^exponent.
+  /// `end_gate` is G, by `log2_gate`.
+  template <class Gradient>
+  CUTE_DEVICE static void scale(SharedStorage const& shared, float const* row_gate, float end_gate,
+                                int exponent, Gradient& gradient) {
+    Reach const reach = shared.reach[this_thread()];
+    for_each_row(row_gate, gradient, [&](float gate) {
+      float const until = reach.end_exact == INT_MAX ? gate : reach.reference;
+      return detail::exp2(end_gate - until + static_cast<float>(exponent));
+    });
+  }
+
+  /// Adds to `gradient` [rows, d or dv], which is over R_j; what is returned is not. `key` and, for
+  /// gradients of keys, `value` are the tiles of rows in shared memory.
+  template <class Gradient>
+  CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* key,
+                              Element const* value, float const* row_gate, Gradient& gradient) {
+    HeldRows<kHoldsKeys, HeadDim> held_keys;
+    HeldRows<kHoldsValues, ValueDim> held_values;
+    {
+      Offsets const offsets = shared.offsets[this_thread()];
+      held_keys.template load<KeyLayout>(key, offsets.head_rows);
+      if constexpr (kIsKey) {
+        held_values.template load<ValueLayout>(value, offsets.value_rows);
+      }
+    }
+    int token = 0;              // the first of a tile
+    int slot = kLoadTiles - 1;  // the last tile of what is loaded comes first
+#pragma unroll 1
+    do {
+      Reach const reach = shared.reach[this_thread()];
+      if (slot % kLoadTiles == kLoadTiles - 1) {
+        cute::cp_async_wait<0>();
+        __syncthreads();
+        Columns const columns = shared.columns[this_thread()];
+        load(shared, work, columns.next(work.group), (slot ^ kLoadTiles) & kLoadTiles);
+        token = columns.token + (kLoadTiles - 1) * kTileQueries;
+        if (columns.head == 0 && columns.token + kLoadQueries == reach.end_exact) {
+          for_each_row(row_gate, gradient,
+                       [&](float gate) { return detail::exp2(reach.reference - gate); });
+        }
+      }
+      if (token + kTileQueries > reach.first_token) {  // else no row of this warp is attended to
+        if (token < reach.end_exact) {
+          add<true>(shared, key, value, held_keys, held_values, row_gate, work, token, slot,
+                    gradient);
+        } else {
+          add<false>(shared, key, value, held_keys, held_values, row_gate, work, token, slot,
+                     gradient);
+        }
+      }
+      token -= kTileQueries;
+      slot = slot % kLoadTiles != 0 ? slot - 1 : slot ^ (kSlots - 1);
+    } while (slot % kLoadTiles != kLoadTiles - 1 ||
+             shared.columns[this_thread()].token >= work.first_token);
+  }
+
+  CUTE_DEVICE static float log2_gate(float gate) { return Tiles::log2_gate(gate); }
+  CUTE_DEVICE static int this_thread() { return Tiles::this_thread(); }
+
+ private:
+  CUTE_DEVICE static Columns first_columns(Work const& work) {
+    int const tokens = work.end_token - work.first_token;
+    return {work.first_token + (tokens - 1) / kLoadQueries * kLoadQueries, 0};
+  }
+
+  /// The A operand of a warp's rows in registers, or nothing.
+  template <bool Holds, int Depth>
+  struct HeldRows {
+    std::uint32_t a[Holds ? kMmaRows : 1][Holds ? Depth / 16 : 1][4];
+
+    template <class Layout>
+    CUTE_DEVICE void load(Element const* rows, int offset) {
+      if constexpr (Holds) {
+#pragma unroll
+        for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+          for (int k = 0; k < Depth; k += 16) {
+            load_rows<Layout>(rows, offset, m, k, a[m][k / 16]);
+          }
+        }
+      }
+    }
+  };
+
+  template <class Layout>
+  CUTE_DEVICE static void load_rows(Element const* rows, int offset, int m, int k,
+                                    std::uint32_t (&a)[4]) {
+    int const first_row = this_thread() / 32 * Tiling::kWarpRows;
+    cute::SM75_U32x4_LDSM_N::copy(
+        piece_at(rows, advance_columns<Layout>(offset, k) + byte_offset<Layout>(16 * m, 0) +
+                           first_row * byte_offset<Layout>(8, 0) / 8),
+        a[0], a[1], a[2], a[3]);
+  }
+
+  // One tile of columns; `Exact` where they are not factorised.
+  template <bool Exact, class HeldKeys, class HeldValues, class Gradient>
+  CUTE_DEVICE static void add(SharedStorage& shared, Element const* key, Element const* value,
+                              HeldKeys const& held_keys, HeldValues const& held_values,
+                              float const* row_gate, Work const& work, int first_query, int slot,
+                              Gradient& gradient) {
+    int const thread = this_thread();
+    Offsets const offsets = shared.offsets[thread];
+    set_factors<Exact>(shared, slot, thread);
+    std::uint32_t a[kMmaRows][kTileQueries / 16][4];  // the weights: [row, query]
+#pragma unroll
+    for (int m = 0; m < kMmaRows; m += kScoreRows) {
+      float score[kScoreRows][kTileQueries / 8][4] = {};
+      multiply<HeadDim, KeyLayout, QueryLayout>(key, offsets.head_rows, held_keys, shared.query,
+                                                offsets.head_columns, m, slot, score);
+      if constexpr (kIsKey) {
+        float product[kScoreRows][kTileQueries / 8][4] = {};
+        multiply<ValueDim, ValueLayout, OutputGradientLayout>(
+            value, offsets.value_rows, held_values, shared.d_output, offsets.value_columns, m, slot,
+            product);
+        weigh<Exact>(shared, work, row_gate, product, m, slot, first_query, thread, score);
+      } else {
+        weigh<Exact>(shared, work, row_gate, score, m, slot, first_query, thread, score);
+      }
+#pragma unroll
+      for (int i = 0; i < kScoreRows; ++i) {
+#pragma unroll
+        for (int n = 0; n < kTileQueries / 8; ++n) {
+          float const(&w)[4] = score[i][n];
+          std::uint32_t (&pairs)[4] = a[m + i][n / 2];
+          pairs[n % 2 * 2] = detail::pack<Element>(w[0], w[1]);
+          pairs[n % 2 * 2 + 1] = detail::pack<Element>(w[2], w[3]);
+        }
+      }
+    }
+    if constexpr (kIsKey) {
+      add_products<QueryLayout>(a, shared.query, offsets.head_rows, slot, gradient);
+    } else {
+      add_products<OutputGradientLayout>(a, shared.d_output, offsets.value_rows, slot, gradient);
+    }
+  }
+
+  // gradient += a B, where B are the rows of a tile of columns.
+  template <class Layout, class Gradient>
+  CUTE_DEVICE static void add_products(std::uint32_t const (&a)[kMmaRows][kTileQueries / 16][4],
+                                       Element const* tiles, int offset, int slot,
+                                       Gradient& gradient) {
+#pragma unroll
+    for (int k = 0; k < kTileQueries / 16; ++k) {
+      std::uint32_t b[kWidth / 8][2];
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; n += 2) {
+        cute::SM75_U16x8_LDSM_T::copy(piece_at(tiles, advance_columns<Layout>(offset, 8 * n) +
+                                                          byte_offset<Layout>(16 * k, 0) +
+                                                          byte_offset<Layout>(0, 0, 1) * slot),
+                                      b[n][0], b[n][1], b[n + 1][0], b[n + 1][1]);
+      }
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n) {
+          float* c = &gradient(0, m, n);
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[m][k][0], a[m][k][1],
+                                           a[m][k][2], a[m][k][3], b[n][0], b[n][1], c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
+    }
+  }
+
+  // product += rows columns^T for the mma tiles of the warp's rows from `first` on.
+  template <int Depth, class RowLayout, class ColumnLayout, bool Holds>
+  CUTE_DEVICE static void multiply(Element const* rows, int row_offset,
+                                   HeldRows<Holds, Depth> const& held, Element const* columns,
+                                   int column_offset, int first, int slot,
+                                   float (&product)[kScoreRows][kTileQueries / 8][4]) {
+#pragma unroll
+    for (int k = 0; k < Depth; k += 16) {
+      std::uint32_t b[kTileQueries / 16][4];
+      int const source = advance_columns<ColumnLayout>(column_offset, k) +
+                         byte_offset<ColumnLayout>(0, 0, 1) * slot;
+#pragma unroll
+      for (int n = 0; n < kTileQueries / 16; ++n) {
+        cute::SM75_U32x4_LDSM_N::copy(
+            piece_at(columns, source + byte_offset<ColumnLayout>(16 * n, 0)), b[n][0], b[n][1],
+            b[n][2], b[n][3]);
+      }
+#pragma unroll
+      for (int m = 0; m < kScoreRows; ++m) {
+        std::uint32_t a[4];
+        if constexpr (Holds) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            a[i] = held.a[first + m][k / 16][i];
+          }
+        } else {
+          load_rows<RowLayout>(rows, row_offset, first + m, k, a);
+        }
+#pragma unroll
+        for (int n = 0; n < kTileQueries / 8; ++n) {
+          float (&c)[4] = product[m][n];
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3],
+                                           b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1], c[0], c[1],
+                                           c[2], c[3]);
+        }
+      }
+    }
+  }
+
+  // c_i C_i or, where `Exact`, c_i without its unit, a column a lane. Zero for columns without
+  // weight and those beyond the end, whose inverse is zero.
+  //
+  // Where all of a row's keys decay far, inverse_i may be the largest of floats and the decay below
+  // the least: exponentials are taken in two halves. Later keys of zero meet such factors alone,
+  // and the product must be zero: a factor is finite.
+  template <bool Exact>
+  CUTE_DEVICE static void set_factors(SharedStorage& shared, int slot, int thread) {
+    int const warp = thread / 32;
+    int const lane = thread % 32;
+    float factor = shared.inverse[slot][lane];
+    float const gate = log2_gate(shared.gate[slot][lane]);
+    if constexpr (Exact) {
+      shared.exact_gate[slot % 2][warp][lane] = factor > 0.0f ? gate : -INFINITY;
+    } else {
+      Reach const reach = shared.reach[thread];
+      float const half = detail::exp2(fmaf(0.5f, gate - reach.reference, reach.half_unit));
+      factor = factor > 0.0f ? cute::min(factor * half * half, FLT_MAX) : 0.0f;
+    }
+    shared.factor[slot % 2][warp][lane] = factor;
+    __syncwarp();
+  }
+
+  // Scores to weights, in place, for the mma tiles of the warp from `first` on; `product` is u_ji,
+  // and the score itself for gradients of values. The meeting points keep these steps apart, and
+  // the branch a branch: run together with the products before and after them they would need more
+  // registers than there are.
+  template <bool Exact>
+  CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
+                                float const* row_gates,
+                                float const (&product)[kScoreRows][kTileQueries / 8][4], int first,
+                                int slot, int first_query, int thread,
+                                float (&weight)[kScoreRows][kTileQueries / 8][4]) {
+    int const warp = thread / 32;
+    int const quad = thread % 4;
+    int const first_row = warp * Tiling::kWarpRows + 16 * first + thread % 32 / 4;
+    float const half_unit = shared.reach[thread].half_unit;
+    auto const pair = [&](float const(&columns)[kTileQueries], int n) {
+      return *reinterpret_cast<float2 const*>(&columns[8 * n + 2 * quad]);
+    };
+#pragma unroll
+    for (int n = 0; n < kTileQueries / 8; ++n) {
+      float2 const factors = pair(shared.factor[slot % 2][warp], n);
+      float2 deltas{}, gates{};
+      if constexpr (kIsKey) {
+        deltas = pair(shared.delta[slot], n);
+      }
+      if constexpr (Exact) {
+        gates = pair(shared.exact_gate[slot % 2][warp], n);
+      }
+#pragma unroll
+      for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float const factor = i % 2 == 0 ? factors.x : factors.y;
+          float root = 1.0f;  // of E_ij times the unit, unless the factor has both
+          if constexpr (Exact) {
+            float const row_gate = row_gates[first_row + 16 * m + 8 * (i / 2)];
+            float const gate = i % 2 == 0 ? gates.x : gates.y;
+            root = detail::exp2(fmaf(0.5f, gate - row_gate, half_unit));
+          }
+          float& w = weight[m][n][i];
+          float const score = w * root;
+          if constexpr (kIsKey) {
+            w = score * factor * root * (product[m][n][i] - (i % 2 == 0 ? deltas.x : deltas.y));
+          } else {
+            w = score * factor * score;
+          }
+        }
+      }
+    }
+    if constexpr (Exact || kSplitsScores) {
+      __syncwarp();
+    }
+    if constexpr (Exact) {
+      int const warp_end = work.first_token + (warp + 1) * Tiling::kWarpRows;
+      if (first_query < warp_end) {
+        int const row = work.first_token + first_row - first_query - 2 * quad;
+#pragma unroll
+        for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int n = 0; n < kTileQueries / 8; ++n) {
+              // Not a product with zero: the exponential of a difference that is no decay may be
+              // huge.
+              float& w = weight[m][n][i];
+              w = 8 * n + i % 2 >= row + 16 * m + 8 * (i / 2) ? w : 0.0f;
+            }
+          }
+        }
+        __syncwarp();
+      }
+    }
+  }
+
+  // Multiplies each row by what `factor` gives for its gate.
+  template <class Gradient, class Factor>
+  CUTE_DEVICE static void for_each_row(float const* row_gates, Gradient& gradient, Factor factor) {
+    int const thread = this_thread();
+    float const* row_gate = row_gates + thread / 32 * Tiling::kWarpRows + thread % 32 / 4;
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        float const f = factor(row_gate[16 * m + 8 * upper]);
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n) {
+          gradient(cute::make_coord(0, upper), m, n) *= f;
+          gradient(cute::make_coord(1, upper), m, n) *= f;
+        }
+      }
+    }
+  }
+
+  // Starts the copies of `columns`, to tiles from `slot` on; zeros beyond the chunk's end.
+  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, Columns const& columns,
+                               int slot) {
+    int const thread = this_thread();
+    shared.columns[thread] = columns;
+    if (columns.token >= work.first_token) {
+      int const left = work.end_token - columns.token;
+      Source const source = shared.source[thread];
+      Tiles::template copy<HeadDim, QueryLayout>(source.query, work.query_token, shared.query, slot,
+                                                 left, thread);
+      Tiles::template copy<ValueDim, OutputGradientLayout>(source.d_output, work.d_output_token,
+                                                           shared.d_output, slot, left, thread);
+      if (columns.head + 1 < work.group) {
+        shared.source[thread] = {source.query + work.query_head,
+                                 source.d_output + work.d_output_head};
+      } else {
+        int const heads = work.group - 1;
+        shared.source[thread] = {
+            source.query - heads * work.query_head - kLoadQueries * work.query_token,
+            source.d_output - heads * work.d_output_head - kLoadQueries * work.d_output_token};
+      }
+      if (thread < kLoadQueries) {
+        using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>;
+        int const tile = slot + thread / kTileQueries;
+        int const column = thread % kTileQueries;
+        std::int64_t const token = columns.token + thread;
+        bool const valid = thread < left;
+        std::int64_t const row = token * work.row_token + columns.head * work.row_head;
+        Copy::copy(work.inverse[row], shared.inverse[tile][column], valid);
+        if constexpr (kIsKey) {
+          Copy::copy(work.delta[row], shared.delta[tile][column], valid);
+        }
+        bool const gated = work.gate != nullptr;
+        Copy::copy(gated ? work.gate[token * work.gate_token] : work.inverse[row],
+                   shared.gate[tile][column], valid && gated);
+      }
+    }
+    cute::cp_async_fence();
+  }
+};
+
+}  // namespace retention::collective

@@ -1,0 +1,182 @@
+// The gradient of every key of a chunk: from the queries of the chunk that see it, and from the
+// gradient of the state after the chunk.
+//
+//     dk_j = 2 sum_{i >= j} da_ij qs_i + exp(G - g_j) J(k_j)^T (dS v_j + dz)
+//     da_ij = s_ij exp(g_i - g_j) inverse_i (do_i . v_j - delta_i),     s_ij = qs_i . k_j
+//
+// over all query heads that read the key head, for query rows as kernel/gradient_rows.hpp prepares
+// them, with G the cumulative gate of the chunk's last token and J the Jacobian of phi_k. A token's
+// part in the gradient of the gates is -(k_j . dk_j) / 2. With a chunk as long as the sequence only
+// a final state has a gradient: that is the quadratic form.
+
+#pragma once
+
+#include <cstdint>
+
+#include "retention/collective/contract.hpp"
+#include "retention/collective/intra_key_gradient.hpp"
+#include "retention/collective/tile.hpp"
+#include "retention/kernel/key_rows.hpp"
+#include "retention/kernel/sequence.hpp"
+
+namespace retention::kernel {
+
+template <class Element_, int HeadDim, int ValueDim, int Warps = 4>
+struct KeyGradientTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kValueDim = ValueDim;
+  static constexpr int kWarps = Warps;
+};
+
+template <class Traits>
+struct KeyGradient {
+  using Element = typename Traits::Element;
+
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr int kWarps = Traits::kWarps;
+  static constexpr int kThreads = 32 * kWarps;
+  // Shared memory has room for one block of long rows.
+  static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
+  static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
+
+  using Contract = collective::Contract<Element, kHeadDim, kValueDim, kWarps, true>;
+  using Tiling = collective::WarpRows<Contract::kMmaRows, kWarps>;
+  using Intra = collective::IntraKeyGradient<Element, kHeadDim, kValueDim, Tiling,
+                                             collective::RowGradient::kKey>;
+  static constexpr int kRows = Tiling::kRows;
+  using Rows = KeyRows<kRows>;
+
+  struct SharedStorage {
+    alignas(128) Element key[cute::cosize_v<typename Intra::KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<typename Intra::ValueLayout>];
+    union {
+      typename Contract::SharedStorage contract;
+      typename Intra::SharedStorage intra;
+    };
+    // Kept here for the loop inside the chunk and the epilogue: registers are short.
+    typename Intra::Work work;
+    int exponent;     // of da in the accumulators
+    Element* target;  // the first row's gradient
+    float* gate_target;
+    float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
+    float ones[kRows];
+  };
+
+  struct Params : KeyRowsParams<Element> {
+    Element* d_key;  // [b, t, h, d]
+    float* d_gate;   // [b, t, h] -(k . dk) / 2; null for not wanted
+    TokenStride d_key_stride;
+    TokenStride d_gate_stride;
+  };
+
+  CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const thread = threadIdx.x;
+    int const head = blockIdx.y;
+    Rows const rows = Rows::find(params.sequences, static_cast<int>(blockIdx.x));
+    if (rows.count <= 0) {
+      return;  // the same for the whole block
+    }
+    std::int64_t const slot_head = rows.slot * params.heads + head;
+    int const score_exponent = exponent(params.gradient_exponents.score, slot_head);
+    typename Intra::Work const work = intra_work<Intra>(params, rows, head, score_exponent);
+    if (thread == 0) {
+      shared.work = work;
+      shared.exponent = score_exponent;
+      shared.target = params.d_key + rows.at(params.d_key_stride, head);
+      shared.gate_target =
+          params.d_gate == nullptr ? nullptr : params.d_gate + rows.at(params.d_gate_stride, head);
+    }
+    bool const has_state = rows.has_state(params);
+    Contract contract(shared.contract,
+                      params.d_states + slot_head * Contract::kStateDim * kValueDim,
+                      params.d_key_sums + slot_head * Contract::kStateDim, thread);
+    if (has_state) {
+      contract.prefetch();
+    } else {
+      Intra::prefetch(shared.intra, work);
+    }
+    load_row_gates<Intra>(work, shared.row_gate, thread);
+    auto const as_it_is = [](std::uint32_t pair) { return pair; };
+    load_rows<kThreads, kRows, kHeadDim, typename Intra::KeyLayout>(
+        params.key + rows.at(params.key_stride, head), params.key_stride.token, rows.count,
+        shared.key, thread, as_it_is);
+    load_rows<kThreads, kRows, kValueDim, typename Intra::ValueLayout>(
+        params.value + rows.at(params.value_stride, head), params.value_stride.token, rows.count,
+        shared.value, thread, as_it_is);
+
+    cute::Tensor gradient = cute::make_tensor<float>(typename Contract::GradientLayout{});
+    if (has_state) {
+      for (int row = thread; row < kRows; row += kThreads) {
+        shared.ones[row] = 1.0f;
+      }
+      int const state_exponent = exponent(params.gradient_exponents.state, slot_head);
+      int const key_sum_exponent = exponent(params.gradient_exponents.key_sum, slot_head);
+      contract(shared.key, shared.value, shared.ones, detail::power_of_two(state_exponent),
+               detail::power_of_two(key_sum_exponent), thread / 32 * Tiling::kWarpRows, thread % 32,
+               gradient);
+      __syncthreads();  // the queries come where the state was
+      Intra::prefetch(shared.intra, shared.work);
+      Intra::set_reach(shared.intra, shared.work, shared.row_gate);
+      // Without the factor 2 of da.
+      Intra::scale(shared.intra, shared.row_gate, shared.row_gate[kRows], shared.exponent - 1,
+                   gradient);
+    } else {
+      cute::clear(gradient);
+      __syncthreads();  // the rows and their gates are there
+      Intra::set_reach(shared.intra, shared.work, shared.row_gate);
+    }
+    Intra::run(shared.intra, shared.work, shared.key, shared.value, shared.row_gate, gradient);
+
+    int const last_thread = Intra::this_thread();
+    int const first_row = last_thread / 32 * Tiling::kWarpRows;
+    float const unit = detail::power_of_two(1 - shared.exponent);
+    store_rows(shared.target, params.d_key_stride.token, first_row, shared.work.rows, unit,
+               last_thread % 32, gradient);
+    if (shared.gate_target != nullptr) {
+      store_gates(shared, params.d_gate_stride.token, first_row, -0.5f * unit, last_thread % 32,
+                  gradient);
+    }
+  }
+
+ private:
+  CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
+    return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
+  }
+
+  // factor k . dk
+  template <class Gradient>
+  CUTE_DEVICE static void store_gates(SharedStorage& shared, std::int64_t stride, int first_row,
+                                      float factor, int lane, Gradient const& gradient) {
+    cute::Tensor key =
+        cute::make_tensor(cute::make_smem_ptr(shared.key), typename Intra::KeyLayout{});
+#pragma unroll
+    for (int m = 0; m < Tiling::kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        int const row = first_row + lane / 4 + 16 * m + 8 * upper;
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          auto const pair =
+              *reinterpret_cast<std::uint32_t const*>(&key(row, 8 * n + 2 * (lane % 4), 0));
+          sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
+                     sum);
+          sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
+                     sum);
+        }
+        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        if (lane % 4 == 0 && row < shared.work.rows) {
+          shared.gate_target[row * stride] = factor * sum;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace retention::kernel

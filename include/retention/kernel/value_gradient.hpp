@@ -1,0 +1,153 @@
+// The gradient of every value of a chunk: from the queries of the chunk that see it, and from the
+// gradient of the state after the chunk.
+//
+//     dv_j = sum_{i >= j} p_ij do_i + exp(G - g_j) phi_k(k_j)^T dS
+//
+// with probabilities p_ij = (k_j . q_i)^2 exp(g_i - g_j) / z_i of all query heads that read the key
+// head, and G the cumulative gate of the chunk's last token. With a chunk as long as the sequence
+// only a final state has a gradient: that is the quadratic form.
+
+#pragma once
+
+#include <cstdint>
+
+#include "retention/collective/expand_apply.hpp"
+#include "retention/collective/intra_key_gradient.hpp"
+#include "retention/collective/tile.hpp"
+#include "retention/kernel/key_rows.hpp"
+#include "retention/kernel/sequence.hpp"
+
+namespace retention::kernel {
+
+template <class Element_, int HeadDim, int ValueDim, int Warps = 4>
+struct ValueGradientTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kValueDim = ValueDim;
+  using Tiling = collective::RowTiling<ValueDim, Warps>;
+};
+
+template <class Traits>
+struct ValueGradient {
+  using Element = typename Traits::Element;
+  using Tiling = typename Traits::Tiling;
+
+  static constexpr int kHeadDim = Traits::kHeadDim;
+  static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr int kRows = Tiling::kRows;
+  static constexpr int kThreads = 32 * Tiling::kWarps;
+  static constexpr int kMinBlocks = 2;
+  static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
+  // Keys are scaled to magnitudes below 2^kKeyExponent, so that products of two are in range.
+  static constexpr int kKeyExponent = 7;
+  // Probabilities are multiplied by 2^kWeightExponent: near the end of fp16's range, so that small
+  // ones keep their digits.
+  static constexpr int kWeightExponent = kHasExponents ? 14 : 0;
+
+  using Apply =
+      collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling, collective::Expanded::kKeys>;
+  using Intra = collective::IntraKeyGradient<Element, kHeadDim, kValueDim, Tiling,
+                                             collective::RowGradient::kValue>;
+  using Rows = KeyRows<kRows>;
+
+  struct SharedStorage {
+    alignas(128) Element key[cute::cosize_v<typename Intra::KeyLayout>];
+    union {
+      typename Apply::SharedStorage apply;
+      typename Intra::SharedStorage intra;
+    };
+    // Kept here for the loop inside the chunk and the epilogue: registers are short.
+    typename Intra::Work work;
+    int state_exponent;         // of what the state gives, in units of the accumulators
+    Element* target;            // the first row's gradient
+    float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
+  };
+
+  struct Params : KeyRowsParams<Element> {
+    Element* d_value;  // [b, t, h, dv]
+    TokenStride d_value_stride;
+  };
+
+  CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const thread = threadIdx.x;
+    int const head = blockIdx.y;
+    Rows const rows = Rows::find(params.sequences, static_cast<int>(blockIdx.x));
+    if (rows.count <= 0) {
+      return;  // the same for the whole block
+    }
+    int key_scale = 0;
+    if constexpr (kHasExponents) {
+      // At most 30, for elements are not below 2^-24: two factors of fp16.
+      key_scale = cute::min(kKeyExponent - key_exponent(params, rows.sequence_index, head), 30);
+    }
+    typename Intra::Work const work =
+        intra_work<Intra>(params, rows, head, kWeightExponent - 2 * key_scale);
+    std::int64_t const slot_head = rows.slot * params.heads + head;
+    if (thread == 0) {
+      shared.work = work;
+      shared.target = params.d_value + rows.at(params.d_value_stride, head);
+      shared.state_exponent = work.unit_exponent + state_exponent(params, slot_head);
+    }
+    cute::Tensor gradient = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
+    cute::clear(gradient);
+
+    bool const has_state = rows.has_state(params);
+    Apply apply(shared.apply, params.d_states + slot_head * Apply::kStateDim * kValueDim, nullptr,
+                thread);
+    if (has_state) {
+      apply.prefetch();
+    } else {
+      Intra::prefetch(shared.intra, work);
+    }
+    load_row_gates<Intra>(work, shared.row_gate, thread);
+    load_rows<kThreads, kRows, kHeadDim, typename Intra::KeyLayout>(
+        params.key + rows.at(params.key_stride, head), params.key_stride.token, rows.count,
+        shared.key, thread, [&](std::uint32_t pair) {
+          if constexpr (kHasExponents) {
+            std::uint32_t const first = half_power_of_two(key_scale / 2);
+            std::uint32_t const rest = half_power_of_two(key_scale - key_scale / 2);
+            return detail::multiply<Element>(detail::multiply<Element>(pair, first), rest);
+          } else {
+            return pair;
+          }
+        });
+    if (has_state) {
+      apply(shared.key, thread / 32 * Tiling::kWarpRows, thread % 32, gradient);
+      __syncthreads();  // the queries come where the state was
+      Intra::prefetch(shared.intra, shared.work);
+      Intra::set_reach(shared.intra, shared.work, shared.row_gate);
+      Intra::scale(shared.intra, shared.row_gate, shared.row_gate[kRows], shared.state_exponent,
+                   gradient);
+    } else {
+      __syncthreads();  // the keys and their gates are there
+      Intra::set_reach(shared.intra, shared.work, shared.row_gate);
+    }
+    Intra::run(shared.intra, shared.work, shared.key, nullptr, shared.row_gate, gradient);
+    int const last_thread = Intra::this_thread();
+    store_rows(shared.target, params.d_value_stride.token, last_thread / 32 * Tiling::kWarpRows,
+               shared.work.rows, detail::power_of_two(-kWeightExponent), last_thread % 32,
+               gradient);
+  }
+
+ private:
+  CUTE_DEVICE static int key_exponent(Params const& params, int sequence, int head) {
+    return params.exponents.key == nullptr
+               ? 0
+               : params.exponents.key[static_cast<std::int64_t>(sequence) * params.heads + head];
+  }
+
+  // Of what Apply gives, with keys as they are.
+  CUTE_DEVICE static int state_exponent(Params const& params, std::int64_t slot_head) {
+    int const* const exponents = params.gradient_exponents.state;
+    return Apply::kExponent + (!kHasExponents || exponents == nullptr ? 0 : exponents[slot_head]);
+  }
+
+  CUTE_DEVICE static std::uint32_t half_power_of_two(int n) {
+    return detail::broadcast_lo(static_cast<std::uint32_t>(n + 15) << 10);
+  }
+};
+
+}  // namespace retention::kernel
