@@ -19,21 +19,16 @@ from cases import INPUTS, Case, make
 
 gpu = pytest.mark.gpu
 
+WIDE, NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
+
 # (device, path, dtype). The emulator runs the kernels on the CPU.
 ROWS = [
-    *(("cpu", "PyTorch path", dtype) for dtype in (torch.float64, torch.float32)),
-    *(("cpu", "PyTorch path", dtype) for dtype in (torch.bfloat16, torch.float16)),
-    *(("cpu", "emulator", dtype) for dtype in (torch.bfloat16, torch.float16)),
-    *(
-        pytest.param("cuda", "PyTorch path", dtype, marks=gpu)
-        for dtype in (torch.float64, torch.float32)
-    ),
-    *(
-        pytest.param("cuda", "kernels", dtype, marks=gpu)
-        for dtype in (torch.bfloat16, torch.float16)
-    ),
+    *(pytest.param("cpu", "PyTorch path", dtype) for dtype in WIDE + NARROW),
+    *(pytest.param("cpu", "emulator", dtype) for dtype in NARROW),
+    *(pytest.param("cuda", "PyTorch path", dtype, marks=gpu) for dtype in WIDE),
+    *(pytest.param("cuda", "kernels", dtype, marks=gpu) for dtype in NARROW),
 ]
-KERNEL_ROWS = [row for row in ROWS if "kernels" in getattr(row, "values", row)]
+KERNEL_ROWS = [row for row in ROWS if "kernels" in row.values]
 
 
 # ---- the definition -----------------------------------------------------------------------------
@@ -241,11 +236,20 @@ ROUNDING = {
 }
 
 
+def parts(name: str, x: Tensor) -> float:
+    """How many parts of about the same size a gradient has, each of which has its own roundings:
+    rows, or of a state's gradient the tokens that it comes from."""
+    squares = torch.linalg.svdvals(x) if name == "initial_state" else x.norm(dim=-1)
+    squares = squares.square()
+    return (squares.sum().square() / squares.square().sum()).item()
+
+
 def compare(
     call: Call,
     inputs: dict[str, Tensor | None],
     actual: dict[str, Tensor],
     dtype: torch.dtype,
+    by_kernels: bool,
 ) -> None:
     """Every gradient as a whole: at most twice the error of the formula's own backward in the same
     dtype, and one rounding. In 16 bits, besides, no bias of half a rounding."""
@@ -267,16 +271,16 @@ def compare(
             allowed = error_of(expected(torch.bfloat16), name) / 8
         size = max(wanted.norm().item(), SMALLEST * math.sqrt(wanted.numel()))
         few = rounding
-        if name == "log_G" and dtype.itemsize > 2:
-            # A sum of k . dk over the sequence, which cancels where gates are strong. In float32
-            # that is far below what training sees.
+        if name == "log_G" and (by_kernels or dtype.itemsize > 2):
+            # A sum of k . dk over the sequence, each with its own rounding, which cancels where
+            # gates are strong: a random walk. The formula's roundings cancel as well.
             few *= math.sqrt(call.case.t)
         error, bound = error_of(actual, name), 2 * allowed + few * size
         if not error <= bound:  # nor NaN
             wrong.append(f"{name}: error {error:.2e}, at most {bound:.2e} of {size:.2e}")
-        # Roundings of many elements have no common direction; a wrong factor has. (Gates' are sums
+        # Roundings of many parts have no common direction; a wrong factor has. (Gates' are sums
         # over each other's tokens, too few to average.)
-        if dtype.itemsize == 2 and name != "log_G" and wanted.numel() >= 4096 and wanted.any():
+        if dtype.itemsize == 2 and name != "log_G" and wanted.any() and parts(name, wanted) >= 16:
             bias = (((actual[name] - wanted) * wanted).sum() / wanted.square().sum()).item()
             if not abs(bias) <= rounding / 2:
                 wrong.append(f"{name}: bias {bias:.2e}, at most {rounding / 2:.2e}")
@@ -300,6 +304,8 @@ def paths(caplog):
 
 
 def check(call: Call, device: str, path: str, dtype: torch.dtype, paths) -> None:
+    path = "kernels" if path == "emulator" else path
+
     def function(**leaves):
         return retention.power_retention(
             **leaves,
@@ -315,24 +321,34 @@ def check(call: Call, device: str, path: str, dtype: torch.dtype, paths) -> None
     inputs = make_inputs(call, dtype, device)
     actual = gradients(call, function, inputs, dtype)
     forward, backward = paths()
-    if path == "emulator":
-        path = "kernels"
     if call.case.t == 0:
         path = "PyTorch path"  # nothing to be done
     assert [x.startswith(path) for x in forward] == [True]
     assert [x.startswith(path) for x in backward] == [True]
-    compare(call, inputs, actual, dtype)
+    compare(call, inputs, actual, dtype, path == "kernels")
 
 
 @pytest.fixture
-def on_path(path, request) -> None:
-    """Calls take this path, if they can take it."""
+def on_path(path, request):
+    """Calls take this path, if they can take it. On one thread: where others have work as well,
+    threads with so little wait for each other most of the time."""
     if path == "emulator":
         request.getfixturevalue("emulator")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", GRID)
-@pytest.mark.parametrize(("device", "path", "dtype"), ROWS, ids=str)
+# Of the kernels, the smallest are built for the emulator.
+ROWS_AND_CALLS = [
+    pytest.param(*row.values, name, marks=row.marks)
+    for row, (name, call) in itertools.product(ROWS, GRID.items())
+    if "emulator" not in row.values or (call.case.d, call.case.dv) == (32, 32)
+]
+
+
+@pytest.mark.parametrize(("device", "path", "dtype", "name"), ROWS_AND_CALLS, ids=str)
 @pytest.mark.usefixtures("on_path")
 def test_gradients(device, path, dtype, name, paths):
     check(GRID[name], device, path, dtype, paths)
