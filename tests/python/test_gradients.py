@@ -590,3 +590,72 @@ def test_what_is_not_finite_is_seen(device, path, dtype, name, value, chunk):
         **{n: None if x is None else x.detach() for n, x in leaves.items()}
     )
     assert not out[0, 5, 0].isfinite().any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["K", "V", "log_G", "initial_state", "sum_of_keys"])
+@pytest.mark.parametrize(("device", "path", "dtype"), ROWS, ids=str)
+@pytest.mark.usefixtures("on_path")
+def test_what_is_not_finite_is_handed_on(device, path, dtype, name, value):
+    """By the state, to all that comes later, and of its head alone. What a sum of keys does to
+    normalisers shows where it is not in the state as well."""
+    call = Call(case(70, hq=2, h=2, state=True))
+    inputs = make_inputs(call, dtype, device)
+    first = 0
+    if name in ("initial_state", "sum_of_keys"):
+        inputs[name][0, 0] = value
+    else:
+        first = 5
+        inputs[name][0, first, 0] = value
+    leaves = {n: x.requires_grad_() for n, x in inputs.items()}
+    out, state, keys = retention.power_retention(
+        **leaves, chunk_size=64, switch_over_seq_len=0, return_final_state=True
+    )
+    late = out[0, first:, 0].isfinite()
+    if name == "sum_of_keys" and value == math.inf:
+        assert not late.any() or not out[0, first:, 0].any()  # a quotient by infinity
+    else:
+        assert not late.any()
+    if name != "V":  # which is multiplied by the weights of earlier queries, zeros
+        assert out[0, :first, 0].isfinite().all()
+    changed = [x for x, n in ((state, "sum_of_keys"), (keys, "initial_state")) if n != name]
+    if name in ("V", "initial_state"):
+        changed = [state]
+    elif name == "sum_of_keys":
+        changed = [keys]
+    for x in changed:
+        assert not x[0, 0].isfinite().any()
+    for x in (out[0, :, 1], state[0, 1], keys[0, 1]):
+        assert x.isfinite().all()
+    out.float().sum().backward()
+    assert not leaves["K"].grad[0, :, 0].isfinite().all()
+    for n in ("Q", "K", "V", "log_G"):
+        assert leaves[n].grad[0, :, 1].isfinite().all(), n
+    for n in ("initial_state", "sum_of_keys"):
+        assert leaves[n].grad[0, 1].isfinite().all(), n
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("of", ["output", "state"])
+@pytest.mark.parametrize(("device", "path", "dtype"), ROWS, ids=str)
+@pytest.mark.usefixtures("on_path")
+def test_a_gradient_that_is_not_finite_is_handed_on(device, path, dtype, of, value):
+    """To all that came before, and of its head alone."""
+    call = Call(case(70, hq=2, h=2, state=True))
+    leaves = {n: x.requires_grad_() for n, x in make_inputs(call, dtype, device).items()}
+    results = retention.power_retention(
+        **leaves, chunk_size=64, switch_over_seq_len=0, return_final_state=True
+    )
+    given = [torch.ones_like(x) for x in results]
+    if of == "output":
+        given[0][0, 69, 0] = value
+    else:
+        given[1][0, 0] = value
+    torch.autograd.backward(results, given)
+    seen = ["K", "V", "log_G"] + ["Q"] * (of == "output")
+    for n in seen:
+        x = leaves[n].grad[0, :, 0]
+        assert not (x[69] if n == "Q" else x).isfinite().any(), n
+    assert not leaves["initial_state"].grad[0, 0].isfinite().any()
+    for n in ("Q", "K", "V", "log_G"):
+        assert leaves[n].grad[0, :, 1].isfinite().all(), n
