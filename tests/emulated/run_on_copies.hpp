@@ -1,5 +1,5 @@
 // A call on memory that the emulator does not know: tensors of PyTorch. Every operand is copied to
-// an array of its own, which ends where the tensor does, and what a kernel may write is copied back.
+// an array of its own, which ends where the tensor does, and what a kernel may write copied back.
 
 #pragma once
 
@@ -8,9 +8,9 @@
 #include <cstring>
 #include <vector>
 
+#include "compiled.hpp"
 #include "emulator/emulator.hpp"
 #include "emulator_launcher.hpp"
-#include "compiled.hpp"
 #include "retention/device/backward_plan.hpp"
 #include "retention/device/forward_plan.hpp"
 #include "retention/symmetric_power.hpp"
@@ -25,8 +25,8 @@ class Copies {
   /// anything but NaN before a kernel writes it.
   void take_results(device::ForwardArguments& a) {
     result(a.output, "output", rows(a.query_heads, a.value_dim, a.output_strides), 2);
-    result(a.output_residual, "output_residual",
-           rows(a.query_heads, a.value_dim, a.output_strides), 2);
+    result(a.output_residual, "output_residual", rows(a.query_heads, a.value_dim, a.output_strides),
+           2);
     result(a.normalizer, "normalizer", batch() * a.tokens * a.query_heads, 4);
     result(a.final_state, "final_state", states() * a.value_dim, 4);
     result(a.final_key_sum, "final_key_sum", states(), 4);
@@ -138,9 +138,9 @@ device::Status run_on_copies(device::BackwardPlan const& plan, void* workspace,
   Copies copies(arguments.forward);
   copies.take(arguments, plan.forward.workspace_bytes);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
-  device::Status const status = Kernels::run(
-      device::BackwardPlan::make(arguments, device::multiprocessors()), workspace,
-      launcher(stream));
+  device::Status const status =
+      Kernels::run(device::BackwardPlan::make(arguments, device::multiprocessors()), workspace,
+                   launcher(stream));
   copies.give_back();
   return status;
 }

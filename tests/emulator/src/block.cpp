@@ -67,8 +67,9 @@ std::string source_line(void* site) {
   std::string const file =
       is_program ? "/proc/" + std::to_string(getpid()) + "/exe" : std::string(image->l_name);
   char offset[32];
-  std::snprintf(offset, sizeof(offset), "0x%zx",
-                static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(site) - image->l_addr - 1));
+  std::snprintf(
+      offset, sizeof(offset), "0x%zx",
+      static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(site) - image->l_addr - 1));
   std::string const command = "addr2line -i -e '" + file + "' " + offset + " 2>/dev/null";
   std::string found;
   if (FILE* pipe = popen(command.c_str(), "r")) {
