@@ -133,7 +133,7 @@ GRID = {
     **{f"t {t}, states": Call(case(t, state=True), used=BOTH) for t in (1, 64, 130)},
     **{
         f"chunk {chunk}, switch over {switch}": Call(
-            case(150, chunk=chunk, switch_over=switch, state=True)
+            case(150, hq=2, h=1, chunk=chunk, switch_over=switch, state=True)
         )
         for chunk, switch in ((None, None), (100, 0), (128, 0), (64, 1000))
     },
@@ -148,7 +148,7 @@ GRID = {
     },
     **{f"gate {gate}": Call(case(200, gate=gate)) for gate in (None, 0.0, -1.0, -10.0, -60.0)},
     **{
-        f"gate {gate}, states": Call(case(150, gate=gate, state=True), used=BOTH)
+        f"gate {gate}, states": Call(case(150, hq=2, h=1, gate=gate, state=True), used=BOTH)
         for gate in (None, 0.0, -1.0, -60.0)
     },
     "no tokens": Call(case(0, state=True), used=BOTH),
@@ -160,8 +160,8 @@ GRID = {
     "final state": Call(case(100), used=BOTH),
     "final state alone": Call(case(100, state=True), used=ALONE),
     "final state alone, one chunk": Call(case(50), used=ALONE),
-    "rows of zeros": Call(case(150, zero_rows=True)),
-    "rows of zeros, states": Call(case(150, zero_rows=True, state=True), used=BOTH),
+    "rows of zeros": Call(case(150, hq=2, h=1, zero_rows=True)),
+    "rows of zeros, states": Call(case(150, hq=2, h=1, zero_rows=True, state=True), used=BOTH),
     **{name: Call(case(100, b=2), layout=name) for name in LAYOUTS},
     **{f"{name} alone": Call(case(100, state=True), used=BOTH, wanted=(name,)) for name in INPUTS},
     "Q, V and states alone": Call(
@@ -390,22 +390,25 @@ REPEATED = {
 }
 
 
-def step(call: Call, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def step(call: Call, inputs: dict[str, Tensor | None], **options: bool) -> dict[str, Tensor]:
     """Results and gradients, as they are given."""
     leaves = {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
     cu_seqlens = None
     if call.bounds is not None:
         cu_seqlens = torch.tensor(call.bounds, dtype=torch.int32, device=inputs["Q"].device)
-    return differentiate(leaves, cu_seqlens)
+    return differentiate(leaves, cu_seqlens, **options)
 
 
-def differentiate(leaves: dict[str, Tensor | None], cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+def differentiate(
+    leaves: dict[str, Tensor | None], cu_seqlens: Tensor | None, keep_states: bool = False
+) -> dict[str, Tensor]:
     out, state, keys = retention.power_retention(
         **leaves,
         chunk_size=64,
         switch_over_seq_len=0,
         return_final_state=True,
         cu_seqlens=cu_seqlens,
+        keep_states=keep_states,
     )
     names = [name for name, x in leaves.items() if x is not None]
     given = torch.autograd.grad(
@@ -430,6 +433,18 @@ def test_every_run_gives_the_same_bits(dtype, name):
         del junk  # memory that the next run is given holds something else
         for key, x in step(REPEATED[name], inputs).items():
             assert torch.equal(bits(x), bits(expected[key])), key
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_every_schedule_gives_the_same_bits(dtype, emulator, paths):
+    """Of the threads of the kernels. States that are kept are those that are computed again."""
+    call = packed((0, 1, 70, 70, 100), hq=2, h=1, state=True)
+    inputs = make_inputs(call, dtype, "cpu")
+    expected = step(call, inputs)
+    for keep_states in (False, True):
+        for key, x in step(call, inputs, keep_states=keep_states).items():
+            assert torch.equal(bits(x), bits(expected[key])), key
+    assert paths() == (["kernels"] * 3, ["kernels"] * 3)
 
 
 @gpu
