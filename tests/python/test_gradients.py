@@ -249,7 +249,6 @@ def compare(
     inputs: dict[str, Tensor | None],
     actual: dict[str, Tensor],
     dtype: torch.dtype,
-    by_kernels: bool,
 ) -> None:
     """Every gradient as a whole: at most twice the error of the formula's own backward in the same
     dtype, and one rounding. In 16 bits, besides, no bias of half a rounding."""
@@ -271,9 +270,10 @@ def compare(
             allowed = error_of(expected(torch.bfloat16), name) / 8
         size = max(wanted.norm().item(), SMALLEST * math.sqrt(wanted.numel()))
         few = rounding
-        if name == "log_G" and (by_kernels or dtype.itemsize > 2):
+        if name == "log_G" and dtype.itemsize > 2:
             # A sum of k . dk over the sequence, each with its own rounding, which cancels where
-            # gates are strong: a random walk. The formula's roundings cancel as well.
+            # gates are strong: a random walk. In float32 it is far below what training sees; the
+            # kernels' roundings cancel as the terms do.
             few *= math.sqrt(call.case.t)
         error, bound = error_of(actual, name), 2 * allowed + few * size
         if not error <= bound:  # nor NaN
@@ -325,7 +325,7 @@ def check(call: Call, device: str, path: str, dtype: torch.dtype, paths) -> None
         path = "PyTorch path"  # nothing to be done
     assert [x.startswith(path) for x in forward] == [True]
     assert [x.startswith(path) for x in backward] == [True]
-    compare(call, inputs, actual, dtype, path == "kernels")
+    compare(call, inputs, actual, dtype)
 
 
 @pytest.fixture
