@@ -6,6 +6,7 @@ Everything is installed in the versions of constraints.txt and built in folders 
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -154,7 +155,13 @@ def tests(session: nox.Session) -> None:
         "cmake",
         *("-S", str(ROOT), "-B", build, "-G", "Ninja"),
         *defines(
-            cuda_options() | {"RETENTION_BUILD_TESTS": "ON", "RETENTION_WARNINGS_AS_ERRORS": "ON"}
+            cuda_options()
+            | {
+                "RETENTION_BUILD_TESTS": "ON",
+                "RETENTION_BUILD_EMULATED": "ON",
+                "RETENTION_WARNINGS_AS_ERRORS": "ON",
+                "Python_EXECUTABLE": str(Path(session.bin) / "python"),
+            }
         ),
     )
     session.run("cmake", "--build", build)
@@ -162,7 +169,9 @@ def tests(session: nox.Session) -> None:
         *("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"),
         *("--parallel", str(os.cpu_count() or 1)),
     )
-    session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]))
+    # Where it is named, it must be there. The emulator is for Linux.
+    emulated = {"RETENTION_EMULATED": f"{build}/emulated"} if sys.platform == "linux" else {}
+    session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]), env=emulated)
 
 
 @nox.session

@@ -39,8 +39,9 @@ install(
   PATTERN "*.hpp")
 
 set(package_configurations)
-foreach(source IN LISTS instantiations)
-  string(REGEX REPLACE "^.*/forward_(.*)\\.cu$" "\\1" name "${source}")
+foreach(configuration IN LISTS compiled)
+  separate_arguments(configuration)
+  list(GET configuration -1 name)
   list(APPEND package_configurations "${name}")
 endforeach()
 string(REPLACE "," ";" package_architectures "${architectures}")

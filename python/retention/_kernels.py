@@ -259,7 +259,7 @@ def _make_plan(
     reason = _C.forward_can_implement(sizes, pointers)
     if reason is not None:
         return Plan(reason)
-    with torch.cuda.device(Q.device):
+    with torch.cuda.device(Q.get_device()):
         workspace = _C.forward_workspace_size(sizes, pointers)
     state = (sequences, h, state_dim(d, deg), dv) if return_final_state else (0, 0, 0, 0)
     keeps = save_for_backward and keep_states

@@ -28,9 +28,9 @@ def has_weight(z: Tensor) -> Tensor:
     """Whether there is any weight in a sum of weights.
 
     Weights are never negative: a negative sum is rounding. One below the normal numbers is made of
-    terms that have lost their digits.
+    terms that have lost their digits. NaN counts as weight: it must be seen in what is made of it.
     """
-    return z > torch.finfo(z.dtype).tiny
+    return ~(z <= torch.finfo(z.dtype).tiny)
 
 
 def normalise(n: Tensor, z: Tensor) -> Tensor:

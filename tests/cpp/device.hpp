@@ -15,6 +15,7 @@
 
 #ifdef RETENTION_EMULATOR
 #include "emulator/emulator.hpp"
+#include "emulator_launcher.hpp"
 #include "retention/device/backward_kernels.hpp"
 #include "retention/device/forward_kernels.hpp"
 #else
@@ -57,19 +58,6 @@ inline std::vector<Configuration> configurations() {
   return {{kIsBFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, TEST_HEAD_DIM,
            TEST_VALUE_DIM, 2}};
 }
-
-struct EmulatorLauncher {
-  std::uint64_t seed;
-
-  template <class Kernel>
-  device::Status launch(typename Kernel::Params const& params) const {
-    dim3 const grid = Kernel::grid(params);
-    emulator::LaunchConfig const config{
-        {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
-    auto const report = emulator::launch<Kernel>(config, params);
-    return report.ok() ? device::Status{} : device::Status{report.text};
-  }
-};
 
 using Memory = emulator::GlobalArray<char>;
 using ForwardKernels = device::ForwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;

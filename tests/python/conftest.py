@@ -1,9 +1,20 @@
-"""Tests marked ``gpu`` run where there is a CUDA device that the build has kernels for."""
+"""Tests marked ``gpu`` run where there is a CUDA device that the build has kernels for; the fixture
+``emulator`` runs the kernels on the CPU where the build has the emulator."""
+
+import functools
+import importlib.machinery
+import importlib.util
+import itertools
+import math
+import os
+import zlib
 
 import pytest
 import torch
 
-from retention import _kernels
+from retention import _kernels, _ops
+
+EMULATED = "RETENTION_EMULATED"  # names the folder of a module _C whose kernels the emulator runs
 
 
 def missing() -> str | None:
@@ -18,3 +29,45 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=f"needs a GPU with kernels: {reason}"))
+
+
+@functools.cache
+def emulated_module():
+    folder = os.environ.get(EMULATED)
+    if folder is None:
+        return None
+    spec = importlib.machinery.PathFinder.find_spec("_C", [folder])
+    if spec is None:
+        raise FileNotFoundError(f"{EMULATED}: expected a folder with a module _C, got {folder}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def aligned(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """As a device's allocator: at a multiple of 256 bytes, with something in it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.full((size + 256,), 0xFF, dtype=torch.uint8)  # NaN in all floating types
+    start = -memory.data_ptr() % 256
+    return memory[start : start + size].view(dtype).view(shape)
+
+
+@pytest.fixture
+def emulator(monkeypatch, request):
+    """Calls with tensors on the CPU take the kernels, and the emulator runs them."""
+    module = emulated_module()
+    if module is None:
+        pytest.skip(f"needs kernels on the emulator: {EMULATED} is not set (see CONTRIBUTING.md)")
+    monkeypatch.setattr(_kernels, "_C", module)
+    monkeypatch.setattr(_kernels, "_compiled", functools.cache(_kernels._compiled.__wrapped__))
+    monkeypatch.setattr(_kernels, "_plans", {})
+    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_current_device", lambda: torch.empty(0).get_device())
+    monkeypatch.setattr(_kernels, "_allocate", aligned)
+    # In the stream's place: the seed of the schedule in which a kernel's threads run.
+    seeds = itertools.count(zlib.crc32(request.node.name.encode()))
+    monkeypatch.setattr(_kernels, "_current_stream", lambda device: next(seeds))
+    with torch.library._scoped_library("retention", "IMPL") as library:
+        library.impl("forward", _ops._forward_cuda, "CPU")
+        library.impl("backward", _ops._backward_cuda, "CPU")
+        yield

@@ -275,9 +275,9 @@ struct Output {
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
         // Below the normal numbers a sum is made of terms that have lost their digits, here or in
-        // units of 1: then there is no weight.
+        // units of 1: then there is no weight. One that is NaN is to be seen.
         float const scaled = sum > FLT_MIN ? sum * unit : cute::min(sum * unit, sum);
-        float const inverse = scaled > FLT_MIN ? 1.0f / sum : 0.0f;
+        float const inverse = scaled <= FLT_MIN ? 0.0f : 1.0f / sum;
 
         int const row = first_row + 16 * m + 8 * upper;
         bool const valid = row < rows.count();

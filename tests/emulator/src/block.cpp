@@ -1,5 +1,7 @@
 #include "block.hpp"
 
+#include <dlfcn.h>
+#include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -11,8 +13,9 @@
 #include <numeric>
 #include <stdexcept>
 
-// Bounds of the program's own image, defined by the linker: constants live there.
-extern "C" char __executable_start, end;
+// Bounds of the image that this is part of, a program or a module, as the linker defines them:
+// constants live there.
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
 
 namespace emulator::detail {
 
@@ -55,12 +58,21 @@ std::string source_line(void* site) {
   if (site == nullptr) {
     return "";
   }
-  auto const offset = static_cast<std::size_t>(static_cast<char*>(site) - &__executable_start) - 1;
-  char command[128];
-  std::snprintf(command, sizeof(command), "addr2line -i -e /proc/%d/exe 0x%zx 2>/dev/null",
-                static_cast<int>(getpid()), offset);
+  Dl_info info;
+  link_map* image = nullptr;
+  if (dladdr1(site, &info, reinterpret_cast<void**>(&image), RTLD_DL_LINKMAP) == 0) {
+    return "";
+  }
+  bool const is_program = image->l_name[0] == '\0';
+  std::string const file =
+      is_program ? "/proc/" + std::to_string(getpid()) + "/exe" : std::string(image->l_name);
+  char offset[32];
+  std::snprintf(
+      offset, sizeof(offset), "0x%zx",
+      static_cast<std::size_t>(reinterpret_cast<std::uintptr_t>(site) - image->l_addr - 1));
+  std::string const command = "addr2line -i -e '" + file + "' " + offset + " 2>/dev/null";
   std::string found;
-  if (FILE* pipe = popen(command, "r")) {
+  if (FILE* pipe = popen(command.c_str(), "r")) {
     char buffer[1024];
     while (std::fgets(buffer, sizeof(buffer), pipe) != nullptr) {
       std::string line = buffer;
@@ -364,9 +376,9 @@ void Launch::access(std::uintptr_t address, std::size_t bytes, Access kind, bool
     return;
   }
   if (!store) {
-    auto const image = reinterpret_cast<std::uintptr_t>(&__executable_start);
+    auto const image = reinterpret_cast<std::uintptr_t>(&__ehdr_start);
     if (address - params_ < params_bytes_ ||
-        address - image < reinterpret_cast<std::uintptr_t>(&end) - image) {
+        address - image < reinterpret_cast<std::uintptr_t>(&_end) - image) {
       return;
     }
   }

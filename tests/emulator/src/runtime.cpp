@@ -93,7 +93,7 @@ class SignalGuard {
     stack_t alternate = {};
     alternate.ss_sp = stack;
     alternate.ss_size = sizeof(stack);
-    sigaltstack(&alternate, nullptr);
+    sigaltstack(&alternate, &stack_);
     struct sigaction action = {};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
@@ -103,9 +103,11 @@ class SignalGuard {
   ~SignalGuard() {
     sigaction(SIGSEGV, &segv_, nullptr);
     sigaction(SIGBUS, &bus_, nullptr);
+    sigaltstack(&stack_, nullptr);
   }
 
  private:
+  stack_t stack_;
   struct sigaction segv_, bus_;
 };
 

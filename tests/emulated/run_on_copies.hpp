@@ -1,0 +1,148 @@
+// A call on memory that the emulator does not know: tensors of PyTorch. Every operand is copied to
+// an array of its own, which ends where the tensor does, and what a kernel may write copied back.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "compiled.hpp"
+#include "emulator/emulator.hpp"
+#include "emulator_launcher.hpp"
+#include "retention/device/backward_plan.hpp"
+#include "retention/device/forward_plan.hpp"
+#include "retention/symmetric_power.hpp"
+
+namespace retention::test {
+
+class Copies {
+ public:
+  explicit Copies(device::ForwardArguments const& sizes) : a_(sizes) {}
+
+  /// Replaces the pointers, by arrays that live as long as this. None of these results holds
+  /// anything but NaN before a kernel writes it.
+  void take_results(device::ForwardArguments& a) {
+    result(a.output, "output", rows(a.query_heads, a.value_dim, a.output_strides), 2);
+    result(a.output_residual, "output_residual", rows(a.query_heads, a.value_dim, a.output_strides),
+           2);
+    result(a.normalizer, "normalizer", batch() * a.tokens * a.query_heads, 4);
+    result(a.final_state, "final_state", states() * a.value_dim, 4);
+    result(a.final_key_sum, "final_key_sum", states(), 4);
+  }
+
+  void take_operands(device::ForwardArguments& a) {
+    operand(a.query, "query", rows(a.query_heads, a.head_dim, a.query_strides), 2);
+    operand(a.key, "key", rows(a.heads, a.head_dim, a.key_strides), 2);
+    operand(a.value, "value", rows(a.heads, a.value_dim, a.value_strides), 2);
+    operand(a.log_gate, "log_gate", rows(a.heads, 1, a.log_gate_strides), 4);
+    operand(a.cu_seqlens, "cu_seqlens", a.sequences + std::int64_t{1}, 4);
+    operand(a.initial_state, "initial_state", states() * a.value_dim, 4);
+    operand(a.initial_key_sum, "initial_key_sum", states(), 4);
+  }
+
+  void take(device::BackwardArguments& b, std::size_t forward_workspace_bytes) {
+    device::ForwardArguments& a = b.forward;
+    take_operands(a);
+    operand(a.output, "output", rows(a.query_heads, a.value_dim, a.output_strides), 2);
+    operand(a.output_residual, "output_residual",
+            rows(a.query_heads, a.value_dim, a.output_strides), 2);
+    operand(a.normalizer, "normalizer", batch() * a.tokens * a.query_heads, 4);
+    operand(b.forward_workspace, "forward workspace",
+            static_cast<std::int64_t>(forward_workspace_bytes), 1);
+    operand(b.d_output, "d_output", rows(a.query_heads, a.value_dim, b.d_output_strides), 2);
+    operand(b.d_final_state, "d_final_state", states() * a.value_dim, 4);
+    operand(b.d_final_key_sum, "d_final_key_sum", states(), 4);
+    result(b.d_query, "d_query", batch() * a.tokens * a.query_heads * a.head_dim, 2);
+    result(b.d_key, "d_key", batch() * a.tokens * a.heads * a.head_dim, 2);
+    result(b.d_value, "d_value", batch() * a.tokens * a.heads * a.value_dim, 2);
+    result(b.d_log_gate, "d_log_gate", batch() * a.tokens * a.heads, 4);
+    result(b.d_initial_state, "d_initial_state", states() * a.value_dim, 4);
+    result(b.d_initial_key_sum, "d_initial_key_sum", states(), 4);
+  }
+
+  template <class T>
+  void result(T*& data, char const* name, std::int64_t elements, std::size_t element_bytes) {
+    if (data != nullptr) {
+      Array& array = add(name, elements, element_bytes, /*read_only=*/false);
+      results_.push_back({data, arrays_.size() - 1});
+      data = reinterpret_cast<T*>(array.data());
+    }
+  }
+
+  void give_back() {
+    for (auto const& [target, index] : results_) {
+      std::memcpy(target, arrays_[index].data(), arrays_[index].size());
+    }
+  }
+
+ private:
+  using Array = emulator::GlobalArray<char>;
+
+  struct Result {
+    void* target;
+    std::size_t index;
+  };
+
+  template <class T>
+  void operand(T*& data, char const* name, std::int64_t elements, std::size_t element_bytes) {
+    if (data != nullptr) {
+      Array& array = add(name, elements, element_bytes, /*read_only=*/true);
+      std::memcpy(array.data(), data, array.size());
+      data = reinterpret_cast<T*>(array.data());
+    }
+  }
+
+  Array& add(char const* name, std::int64_t elements, std::size_t element_bytes, bool read_only) {
+    std::size_t const bytes = static_cast<std::size_t>(elements) * element_bytes;
+    return arrays_.emplace_back(name, bytes, read_only);
+  }
+
+  std::int64_t batch() const { return a_.cu_seqlens != nullptr ? 1 : a_.sequences; }
+  /// Elements of all sums of keys.
+  std::int64_t states() const {
+    return std::int64_t{a_.sequences} * a_.heads * state_dim(a_.head_dim, a_.degree);
+  }
+  /// Elements from the first of [b, t, heads, width] to the last.
+  std::int64_t rows(int heads, int width, device::Strides const& strides) const {
+    return (batch() - 1) * strides.batch + (a_.tokens - 1) * strides.token +
+           (heads - 1) * strides.head + width;
+  }
+
+  device::ForwardArguments a_;
+  std::vector<Array> arrays_;
+  std::vector<Result> results_;
+};
+
+/// The launcher's seed is what stands where a device has its stream.
+inline EmulatorLauncher launcher(CUstream_st* stream) {
+  return {reinterpret_cast<std::uintptr_t>(stream)};
+}
+
+template <class Kernels>
+device::Status run_on_copies(device::ForwardPlan plan, void* workspace, CUstream_st* stream) {
+  Copies copies(plan.arguments);
+  copies.take_operands(plan.arguments);
+  copies.take_results(plan.arguments);
+  copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
+  device::Status const status = Kernels::run(plan, workspace, launcher(stream));
+  copies.give_back();
+  return status;
+}
+
+template <class Kernels>
+device::Status run_on_copies(device::BackwardPlan const& plan, void* workspace,
+                             CUstream_st* stream) {
+  device::BackwardArguments arguments = plan.arguments;
+  Copies copies(arguments.forward);
+  copies.take(arguments, plan.forward.workspace_bytes);
+  copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
+  device::Status const status =
+      Kernels::run(device::BackwardPlan::make(arguments, device::multiprocessors()), workspace,
+                   launcher(stream));
+  copies.give_back();
+  return status;
+}
+
+}  // namespace retention::test

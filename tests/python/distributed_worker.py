@@ -1,0 +1,217 @@
+"""One of several processes that train models together: `distributed_worker.py RANK FOLDER`.
+
+For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `train` returns.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from retention.lm.config import ModelConfig
+from retention.lm.model import Block, LanguageModel
+from retention.lm.training import make_model
+from retention.nn import PowerRetention
+
+PROCESSES = 2
+STEPS = 3
+MODEL = ModelConfig(layers=2, hidden_size=32, heads=4, kv_heads=2, chunk_size=8)
+
+# Lengths of the packed sequences, for each process: not as many tokens in one as in the other.
+LENGTHS = ([5, 0, 17], [9])
+
+Forward = Callable[[nn.Module, int], Tensor]  # the loss of part of the batch
+
+
+def language_model() -> LanguageModel:
+    return make_model(MODEL, 0, torch.device("cpu")).double()
+
+
+def layer() -> PowerRetention:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PowerRetention(32, 4, 2, chunk_size=4, switch_over_seq_len=4, dtype=torch.float64)
+
+
+def next_byte_loss(model: nn.Module, part: int, micro: slice = slice(None)) -> Tensor:
+    """Over two of four sequences of 20 bytes."""
+    tokens = torch.randint(256, (4, 21), generator=torch.Generator().manual_seed(1))
+    tokens = tokens[2 * part : 2 * part + 2][micro]
+    logits = model(tokens[:, :-1].contiguous())
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def packed_loss(model: nn.Module, part: int) -> Tensor:
+    """Such that the mean over the parts is the mean over all tokens, wherever they are."""
+    lengths = torch.tensor([0, *LENGTHS[part]], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(2 + part)
+    x = torch.randn(1, sum(LENGTHS[part]), 32, generator=generator, dtype=torch.float64)
+    total = model(x, lengths.cumsum(0, dtype=torch.int32)).square().sum()
+    return total * len(LENGTHS) / sum(map(sum, LENGTHS))
+
+
+def train(
+    model: nn.Module,
+    backward: Callable[[nn.Module], None],
+    gradients: Callable[[nn.Module], dict[str, Tensor]],
+    parameters: Callable[[nn.Module], dict[str, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Whole gradients of the first step, and whole parameters after all of them.
+
+    SGD with momentum is linear in the gradients: a difference in them is none larger in what is
+    learnt.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    first = None
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        backward(model)
+        first = gradients(model) if first is None else first
+        optimizer.step()
+    return first, parameters(model)
+
+
+def plain_name(name: str) -> str:
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(n): p.grad.detach().clone() for n, p in model.named_parameters()}
+
+
+def whole_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(n): p.detach().clone() for n, p in model.named_parameters()}
+
+
+def alone(model: nn.Module, loss: Forward) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What one process makes of all parts of the batch."""
+
+    def backward(model: nn.Module) -> None:
+        (sum(loss(model, part) for part in range(PROCESSES)) / PROCESSES).backward()
+
+    return train(model, backward, whole_gradients, whole_parameters)
+
+
+def checkpointed(model: LanguageModel) -> LanguageModel:
+    """The same model; every block is computed again in backward."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model
+
+
+# ---- ways to share the work ---------------------------------------------------------------------
+
+
+def data_parallel(rank: int) -> dict:
+    from torch.nn.parallel import DistributedDataParallel
+
+    def one(model: nn.Module) -> None:
+        next_byte_loss(model, rank).backward()
+
+    def accumulated(model: nn.Module) -> None:
+        with model.no_sync():
+            (next_byte_loss(model, rank, slice(0, 1)) / 2).backward()
+        (next_byte_loss(model, rank, slice(1, 2)) / 2).backward()
+
+    def packed(model: nn.Module) -> None:
+        packed_loss(model, rank).backward()
+
+    whole = whole_gradients, whole_parameters
+    wrap = DistributedDataParallel
+    compiled = torch.compile(wrap(layer()), backend="aot_eager")
+    return {
+        "language model": train(wrap(language_model()), one, *whole),
+        "small buckets": train(
+            wrap(language_model(), bucket_cap_mb=0.01, gradient_as_bucket_view=True), one, *whole
+        ),
+        "accumulated": train(wrap(language_model()), accumulated, *whole),
+        "checkpointed": train(wrap(checkpointed(language_model())), one, *whole),
+        "packed": train(wrap(layer()), packed, *whole),
+        "packed, compiled": train(compiled, packed, *whole),
+    }
+
+
+def fully_sharded(rank: int) -> dict:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    def summoned(read: Callable[[nn.Module], dict[str, Tensor]], **options):
+        def inside(model: nn.Module) -> dict[str, Tensor]:
+            with FullyShardedDataParallel.summon_full_params(model, **options):
+                return read(model)
+
+        return inside
+
+    def one(model: nn.Module) -> None:
+        next_byte_loss(model, rank).backward()
+
+    def packed(model: nn.Module) -> None:
+        packed_loss(model, rank).backward()
+
+    whole = summoned(whole_gradients, with_grads=True), summoned(whole_parameters)
+    wrap = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
+    blocks = {"auto_wrap_policy": ModuleWrapPolicy({Block})}
+    return {
+        "language model": train(wrap(language_model(), **blocks), one, *whole),
+        "checkpointed": train(wrap(checkpointed(language_model()), **blocks), one, *whole),
+        "packed": train(wrap(layer()), packed, *whole),
+    }
+
+
+def fully_sharded_by_parameter(rank: int) -> dict:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+
+    def one(model: nn.Module) -> None:
+        next_byte_loss(model, rank).backward()
+
+    def packed(model: nn.Module) -> None:
+        packed_loss(model, rank).backward()
+
+    def sharded(model: nn.Module) -> nn.Module:
+        for block in getattr(model, "blocks", ()):
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    whole = (
+        lambda model: {n: p.grad.full_tensor() for n, p in model.named_parameters()},
+        lambda model: {n: p.detach().full_tensor() for n, p in model.named_parameters()},
+    )
+    return {
+        "language model": train(sharded(language_model()), one, *whole),
+        "checkpointed": train(sharded(checkpointed(language_model())), one, *whole),
+        "packed": train(sharded(layer()), packed, *whole),
+    }
+
+
+WAYS = {"DDP": data_parallel, "FSDP": fully_sharded, "fully_shard": fully_sharded_by_parameter}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=(folder / "rendezvous").as_uri(),
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(seconds=30),  # where one process fails, the other does not wait for long
+    )
+    for way, trained in WAYS.items():
+        torch.save(trained(rank), folder / f"{way}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,83 @@
+"""Training shared by two processes: the gradients are those of one process on the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import distributed_worker as worker
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+
+# Both sides are float64, and differ in the order of a few sums.
+TOLERANCE = 1e-12
+
+SECONDS = 120  # far more than it takes: a process that hangs is killed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the processes leave: results and logs."""
+    folder = tmp_path_factory.mktemp("distributed")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's own name resolves to
+    program = Path(worker.__file__).resolve()
+    processes = []
+    try:
+        for rank in range(worker.PROCESSES):
+            with (folder / f"{rank}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, program, str(rank), folder],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                    )
+                )
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+            time.sleep(0.05)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Gradients of the first step and parameters after all of one process, by model."""
+    return {
+        "language model": worker.alone(worker.language_model(), worker.next_byte_loss),
+        "packed": worker.alone(worker.layer(), worker.packed_loss),
+    }
+
+
+@pytest.mark.parametrize("way", worker.WAYS)
+def test_two_processes_train_as_one(way: str, folder: Path, alone):
+    paths = [folder / f"{way}-{rank}.pt" for rank in range(worker.PROCESSES)]
+    if not all(path.exists() for path in paths):
+        pytest.fail("\n----\n".join(log.read_text()[-5000:] for log in folder.glob("*.log")))
+    results = [torch.load(path) for path in paths]
+    assert results[0].keys() == results[1].keys() >= {"language model", "packed"}
+    for variant in results[0]:
+        expected = alone["packed" if "packed" in variant else "language model"]
+        for index, what in enumerate(("gradient", "parameter")):
+            first, second = (result[variant][index] for result in results)
+            assert first.keys() == second.keys() == expected[index].keys()
+            for name, wanted in expected[index].items():
+                where = f"{variant}: {what} of {name}"
+                assert torch.equal(first[name], second[name]), where
+                assert wanted.abs().max() > 1e-5, where
+                difference = (first[name] - wanted).abs().max().item()
+                assert difference <= TOLERANCE, f"{where}: off by {difference:.1e}"
