@@ -176,9 +176,11 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   std::cout << '\n';
   // Scores' gradients, phi, states and the results are rounded once each. do . v and delta cancel
   // where one weight dominates, both fp32.
-  for (Error const* x : {&query, &key, &value, &initial_state, &initial_key_sum}) {
+  for (Error const* x : {&query, &key, &value, &initial_state}) {
     RETENTION_CHECK(x->is_within(3 * u, 1e-6));
   }
+  // Of few tokens, all of whose part has the error of delta = do . o, and o's roundings.
+  RETENTION_CHECK(initial_key_sum.is_within(6 * u, 1e-6));
   // A sum over the tokens after it, of k . dk with a rounding each.
   RETENTION_CHECK(gate.of_terms() <= u);
 }
@@ -198,7 +200,9 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
     run({"small values", {100}, 64, 0, false, 2, 1, -0.2, false, true, false, 1.0, 1.0, 1e-3});
     run({"packed", {70, 0, 1}, 64, 64, true, 1, 1, -0.1, true, true});
-    run({"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true});
+    Case strong{"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true};
+    strong.aligned = true;
+    run(strong);
     run({"large keys", {100}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
     run({"one chunk, initial and final states", {40}, 0, 0, false, 1, 1, -0.1, true, true});
   }

@@ -32,6 +32,7 @@ struct Case {
   double query_magnitude = 1.0;
   double value_magnitude = 1.0;
   double gradient_magnitude = 1.0;
+  bool aligned = false;  // queries resemble their tokens' keys: no row is left without weight
 };
 
 /// A [b, t, heads, width] tensor in memory.
@@ -188,8 +189,13 @@ class Call {
     for (size_t n = 0; n < group; ++n) {
       in.query.clear();
       for (size_t t = 0; t < length; ++t) {
-        fill(&query[query_layout.at(row(s), first + t, h * group + n)], d, c.query_magnitude,
-             in.query);
+        std::uint16_t* target = &query[query_layout.at(row(s), first + t, h * group + n)];
+        fill(target, d, c.query_magnitude, in.query);
+        for (size_t i = 0; c.aligned && i < d; ++i) {
+          float& x = in.query[t * d + i];
+          target[i] = encode(element, static_cast<double>(x + in.key[t * d + i]));
+          x = static_cast<float>(decode(element, target[i]));
+        }
       }
       inputs[(s * heads + h) * group + n] = in;
     }

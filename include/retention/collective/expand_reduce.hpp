@@ -93,11 +93,13 @@ struct ExpandReduce {
   using KeyLayout = StagedTileLayout<kTileTokens, kKeyColumns, kStages>;   // [token, d, stage]
   using ValueLayout = StagedTileLayout<kTileTokens, kValueTile, kStages>;  // [token, dv, stage]
 
-  /// Both weights of the four tokens of 16 that a lane needs, 2 t + {0, 1, 8, 9}.
+  /// Both weights of the four tokens of 16 that a lane needs, 2 t + {0, 1, 8, 9}, each as a number
+  /// and what is left of it.
   struct alignas(32) TwoWeights {
     Element high[4];  // in S
-    Element low[4];   // in S, what is left of it
-    Element sum[4];   // in z
+    Element low[4];
+    Element sum_high[4];  // in z
+    Element sum_low[4];
   };
 
   struct OneWeightStorage {
@@ -126,7 +128,9 @@ struct ExpandReduce {
     Element const high(weight);
     target.high[index % 4] = high;
     target.low[index % 4] = Element(weight - float(high));
-    target.sum[index % 4] = Element(sum_weight);
+    Element const sum_high(sum_weight);
+    target.sum_high[index % 4] = sum_high;
+    target.sum_low[index % 4] = Element(sum_weight - float(sum_high));
   }
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
@@ -266,7 +270,7 @@ struct ExpandReduce {
     std::uint32_t outer[2];
     float4 weight;
     uint4 split_weight;  // high and low, instead of weight
-    uint2 sum_weight;
+    uint4 split_sum_weight;
   };
 
   /// The native blocks go to `operands`.
@@ -286,7 +290,7 @@ struct ExpandReduce {
     if constexpr (KeySumWeights) {
       TwoWeights const& weight = shared.weight[stage][4 * step + lane % 4];
       keys.split_weight = *reinterpret_cast<uint4 const*>(weight.high);
-      keys.sum_weight = *reinterpret_cast<uint2 const*>(weight.sum);
+      keys.split_sum_weight = *reinterpret_cast<uint4 const*>(weight.sum_high);
     } else {
       float const* weight = &shared.weight[stage][16 * step + lane % 4 * 4];
       keys.weight = *reinterpret_cast<float4 const*>(weight);
@@ -305,8 +309,9 @@ struct ExpandReduce {
       };
       operands.outer[0] = weighed(outer[0], keys.split_weight.x, keys.split_weight.z);
       operands.outer[1] = weighed(outer[1], keys.split_weight.y, keys.split_weight.w);
-      operands.sum_outer[0] = detail::multiply<Element>(outer[0], keys.sum_weight.x);
-      operands.sum_outer[1] = detail::multiply<Element>(outer[1], keys.sum_weight.y);
+      uint4 const& sum = keys.split_sum_weight;
+      operands.sum_outer[0] = weighed(outer[0], sum.x, sum.z);
+      operands.sum_outer[1] = weighed(outer[1], sum.y, sum.w);
     } else {
       float4 const& weight = keys.weight;
       operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,

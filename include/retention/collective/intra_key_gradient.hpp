@@ -5,6 +5,9 @@
 //     values: dv_j += sum_{i >= j} s_ji^2 E_ij c_i do_i
 //     keys:   dk_j += sum_{i >= j} s_ji E_ij c_i (u_ji - delta_i) q_i
 //
+// and for keys k_j . dk_j in fp32, as gradients of gates need it: without the rounding of weights
+// between the two products.
+//
 // Scores and weights stay in registers: what an mma leaves in a lane is what the next one takes as
 // its A operand.
 //
@@ -59,6 +62,8 @@ struct IntraKeyGradient {
   static constexpr int kThreads = Tiles::kThreads;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   static constexpr int kWidth = kIsKey ? HeadDim : ValueDim;  // of the gradient
+  /// Of rows g and g + 8 of each mma tile, a lane's part of k_j . dk_j.
+  using KeyProducts = float[kMmaRows][2];
   // Of the rows, how many have scores at one time: together with the gradients that registers hold.
   static constexpr int kScoreRows = kMmaRows == 4 && ValueDim == 64 ? 2 : kMmaRows;
   static constexpr bool kSplitsScores = kScoreRows < kMmaRows && HeadDim > 64;
@@ -201,10 +206,12 @@ struct IntraKeyGradient {
   }
 
   /// Adds to `gradient` [rows, d or dv], which is over R_j; what is returned is not. `key` and, for
-  /// gradients of keys, `value` are the tiles of rows in shared memory.
+  /// gradients of keys, `value` are the tiles of rows in shared memory, and `products` is added to
+  /// in the same units.
   template <class Gradient>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* key,
-                              Element const* value, float const* row_gate, Gradient& gradient) {
+                              Element const* value, float const* row_gate, Gradient& gradient,
+                              KeyProducts& products) {
     HeldRows<kHoldsKeys, HeadDim> held_keys;
     HeldRows<kHoldsValues, ValueDim> held_values;
     {
@@ -226,17 +233,25 @@ struct IntraKeyGradient {
         load(shared, work, columns.next(work.group), (slot ^ kLoadTiles) & kLoadTiles);
         token = columns.token + (kLoadTiles - 1) * kTileQueries;
         if (columns.head == 0 && columns.token + kLoadQueries == reach.end_exact) {
-          for_each_row(row_gate, gradient,
-                       [&](float gate) { return detail::exp2(reach.reference - gate); });
+          auto const decay = [&](float gate) { return detail::exp2(reach.reference - gate); };
+          for_each_row(row_gate, gradient, decay);
+          if constexpr (kIsKey) {
+            int const first_row = this_thread() / 32 * Tiling::kWarpRows + this_thread() % 32 / 4;
+#pragma unroll
+            for (int m = 0; m < kMmaRows; ++m) {
+              products[m][0] *= decay(row_gate[first_row + 16 * m]);
+              products[m][1] *= decay(row_gate[first_row + 16 * m + 8]);
+            }
+          }
         }
       }
       if (token + kTileQueries > reach.first_token) {  // else no row of this warp is attended to
         if (token < reach.end_exact) {
           add<true>(shared, key, value, held_keys, held_values, row_gate, work, token, slot,
-                    gradient);
+                    gradient, products);
         } else {
           add<false>(shared, key, value, held_keys, held_values, row_gate, work, token, slot,
-                     gradient);
+                     gradient, products);
         }
       }
       token -= kTileQueries;
@@ -288,7 +303,7 @@ struct IntraKeyGradient {
   CUTE_DEVICE static void add(SharedStorage& shared, Element const* key, Element const* value,
                               HeldKeys const& held_keys, HeldValues const& held_values,
                               float const* row_gate, Work const& work, int first_query, int slot,
-                              Gradient& gradient) {
+                              Gradient& gradient, KeyProducts& products) {
     int const thread = this_thread();
     Offsets const offsets = shared.offsets[thread];
     set_factors<Exact>(shared, slot, thread);
@@ -304,6 +319,14 @@ struct IntraKeyGradient {
             value, offsets.value_rows, held_values, shared.d_output, offsets.value_columns, m, slot,
             product);
         weigh<Exact>(shared, work, row_gate, product, m, slot, first_query, thread, score);
+#pragma unroll
+        for (int i = 0; i < kScoreRows; ++i) {
+#pragma unroll
+          for (int n = 0; n < kTileQueries / 8; ++n) {
+            products[m + i][0] += product[i][n][0] + product[i][n][1];
+            products[m + i][1] += product[i][n][2] + product[i][n][3];
+          }
+        }
       } else {
         weigh<Exact>(shared, work, row_gate, score, m, slot, first_query, thread, score);
       }
@@ -415,14 +438,15 @@ struct IntraKeyGradient {
     __syncwarp();
   }
 
-  // Scores to weights, in place, for the mma tiles of the warp from `first` on; `product` is u_ji,
-  // and the score itself for gradients of values. The meeting points keep these steps apart, and
+  // Scores to weights, in place, for the mma tiles of the warp from `first` on. For gradients of
+  // keys `product` is u_ji and becomes the weight times the score; for those of values it is the
+  // score, and remains it. The meeting points keep these steps apart, and
   // the branch a branch: run together with the products before and after them they would need more
   // registers than there are.
   template <bool Exact>
   CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
                                 float const* row_gates,
-                                float const (&product)[kScoreRows][kTileQueries / 8][4], int first,
+                                float (&product)[kScoreRows][kTileQueries / 8][4], int first,
                                 int slot, int first_query, int thread,
                                 float (&weight)[kScoreRows][kTileQueries / 8][4]) {
     int const warp = thread / 32;
@@ -456,7 +480,10 @@ struct IntraKeyGradient {
           float& w = weight[m][n][i];
           float const score = w * root;
           if constexpr (kIsKey) {
-            w = score * factor * root * (product[m][n][i] - (i % 2 == 0 ? deltas.x : deltas.y));
+            float& u = product[m][n][i];
+            float const d_score = score * factor * (u - (i % 2 == 0 ? deltas.x : deltas.y));
+            w = d_score * root;
+            u = d_score * score;
           } else {
             w = score * factor * score;
           }
@@ -478,8 +505,13 @@ struct IntraKeyGradient {
             for (int n = 0; n < kTileQueries / 8; ++n) {
               // Not a product with zero: the exponential of a difference that is no decay may be
               // huge.
+              bool const is_seen = 8 * n + i % 2 >= row + 16 * m + 8 * (i / 2);
               float& w = weight[m][n][i];
-              w = 8 * n + i % 2 >= row + 16 * m + 8 * (i / 2) ? w : 0.0f;
+              w = is_seen ? w : 0.0f;
+              if constexpr (kIsKey) {
+                float& p = product[m][n][i];
+                p = is_seen ? p : 0.0f;
+              }
             }
           }
         }

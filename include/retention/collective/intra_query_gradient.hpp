@@ -3,7 +3,8 @@
 //
 //     da_ij = s_ij exp(g_i - g_j) (u_ij r_i - delta_i r_i),  s_ij = q_i . k_j,  u_ij = do_i . v_j
 //
-// for cumulative log gates g and factors r and delta r of the rows. s and u are two products with
+// for cumulative log gates g and factors r and delta r of the rows, and beside it q_i . dq_i in
+// fp32, as gradients of gates need it: without the rounding of da. s and u are two products with
 // the same keys' tiles; da stays in registers, as what an mma leaves in a lane is what the next one
 // takes as its A operand.
 //
@@ -42,6 +43,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
   static constexpr int kMmaRows = 2;  // mma tiles of 16 rows in a warp
   static constexpr int kWarpRows = 16 * kMmaRows;
   static constexpr int kRows = kWarpRows * Warps;
+
+  /// Of rows g and g + 8 of each mma tile, a lane's part of q_i . dq_i.
+  using QueryProducts = float[kMmaRows][2];
 
   using QueryLayout = StagedTileLayout<kRows, HeadDim, 1>;    // q: [row, d, 1]
   using OutputLayout = StagedTileLayout<kRows, ValueDim, 1>;  // do: [row, dv, 1]
@@ -92,12 +96,14 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     Tiles::prefetch(shared, work);
   }
 
-  /// Adds to `gradient`, (MMA, rows / 16, d / 8), of the warp's rows. The tiles of rows `query` and
+  /// Adds to `gradient`, (MMA, rows / 16, d / 8), of the warp's rows, and to `products` in the same
+  /// units. The tiles of rows `query` and
   /// `d_output` and what else there is of the rows are in shared memory, as `work` is. What the
   /// other threads wrote or copied there needs no barrier before.
   template <class Gradient>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
-                              Element const* d_output, RowFactors const& rows, Gradient& gradient) {
+                              Element const* d_output, RowFactors const& rows, Gradient& gradient,
+                              QueryProducts& products) {
     cute::cp_async_wait<0>();
     __syncthreads();
     Kept<HeadDim, kKeepQuery> kept_query;
@@ -119,10 +125,10 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
       }
       if (first_key + kTileKeys <= reach.first_token) {
         add<false>(shared, work, query, d_output, kept_query, kept_output, rows, first_key,
-                   gradient);
+                   gradient, products);
       } else {
-        add<true>(shared, work, query, d_output, kept_query, kept_output, rows, first_key,
-                  gradient);
+        add<true>(shared, work, query, d_output, kept_query, kept_output, rows, first_key, gradient,
+                  products);
       }
     } while ((first_key += kTileKeys) < work.rows.end_token());
   }
@@ -206,22 +212,16 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
   CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Element const* query,
                               Element const* d_output, Query const& kept_query,
                               Output const& kept_output, RowFactors const& rows, int first_key,
-                              Gradient& gradient) {
+                              Gradient& gradient, QueryProducts& products) {
     int const thread = this_thread();
     int const lane = thread % 32;
     int const first_row = thread / 32 * kWarpRows;
     int const slot = first_key / kTileKeys % kSlots;
     Offsets const offsets = shared.offsets[thread];
-    float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, and then da
+    float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, s root(E), and then da
     multiply<QueryLayout, KeyLayout>(kept_query, query, offsets.query, shared.key, offsets.key,
                                      slot, weight);
-    if constexpr (Diagonal) {
-      decay(shared, work, rows.gate + first_row + lane / 4, slot, lane, weight);
-    } else {
-      float factor[kTileKeys / 8][2];  // C_j
-      Tiles::column_factors(shared, work, rows.gate[first_row], slot, offsets.gate, factor);
-      for_each(weight, [&](float& w, int, int n, int, int c) { w *= factor[n][c]; });
-    }
+    multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets.gate, lane, weight);
     float product[kMmaRows][kTileKeys / 8][4] = {};  // u
     multiply<OutputLayout, ValueLayout>(kept_output, d_output, offsets.output, shared.value,
                                         offsets.value, slot, product);
@@ -232,17 +232,25 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
       factor[i / 2][i % 2] = factors[first_row + lane / 4 + 8 * i];
     }
     for_each(weight, [&](float& w, int m, int n, int upper, int c) {
-      w *= fmaf(product[m][n][2 * upper + c], factor[m][upper].scale, factor[m][upper].shift);
+      float& u = product[m][n][2 * upper + c];
+      float const root = w;
+      w *= fmaf(u, factor[m][upper].scale, factor[m][upper].shift);
+      u = w * root;
     });
+    multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets.gate, lane, weight);
     if constexpr (Diagonal) {
       // Not a product with zero: what later keys and values give may be anything.
       int const quad = lane % 4;
       for_each(weight, [&](float& w, int m, int n, int upper, int c) {
         int const row = first_row + lane / 4 + 16 * m + 8 * upper;
         int const last = work.rows.token(row) - first_key - 2 * quad;
-        w = 8 * n + c <= last ? w : 0.0f;
+        bool const is_seen = 8 * n + c <= last;
+        float& p = product[m][n][2 * upper + c];
+        w = is_seen ? w : 0.0f;
+        p = is_seen ? p : 0.0f;
       });
     }
+    for_each(product, [&](float const& p, int m, int, int upper, int) { products[m][upper] += p; });
 
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k) {
@@ -277,23 +285,35 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     }
   }
 
-  // Multiplies by exp(g_i - g_j).
-  CUTE_DEVICE static void decay(SharedStorage const& shared, Work const& work,
-                                float const* row_gates, int slot, int lane,
-                                float (&weight)[kMmaRows][kTileKeys / 8][4]) {
+  // Multiplies by the square root of E_ij, or of C_j unless `Diagonal`.
+  template <bool Diagonal>
+  CUTE_DEVICE static void multiply_roots(SharedStorage const& shared, Work const& work,
+                                         RowFactors const& rows, int first_row, int slot,
+                                         int gate_offset, int lane,
+                                         float (&weight)[kMmaRows][kTileKeys / 8][4]) {
     if (work.gate == nullptr) {
       return;
     }
-    float key_gate[kTileKeys / 8][2];
+    float column[kTileKeys / 8][2];
+    float const first_gate = rows.gate[first_row];
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      float2 const gate =
-          *reinterpret_cast<float2 const*>(&shared.gate[slot][8 * n + 2 * (lane % 4)]);
-      key_gate[n][0] = log2_gate(gate.x);
-      key_gate[n][1] = log2_gate(gate.y);
+      float2 const gate = *reinterpret_cast<float2 const*>(
+          reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + gate_offset);
+      column[n][0] = log2_gate(gate.x);
+      column[n][1] = log2_gate(gate.y);
+      if constexpr (!Diagonal) {
+        column[n][0] = detail::exp2(0.5f * (first_gate - column[n][0]));
+        column[n][1] = detail::exp2(0.5f * (first_gate - column[n][1]));
+      }
     }
     for_each(weight, [&](float& w, int m, int n, int upper, int c) {
-      w *= detail::exp2(row_gates[16 * m + 8 * upper] - key_gate[n][c]);
+      if constexpr (Diagonal) {
+        float const gate = rows.gate[first_row + lane / 4 + 16 * m + 8 * upper];
+        w *= detail::exp2(0.5f * (gate - column[n][c]));
+      } else {
+        w *= column[n][c];
+      }
     });
   }
 

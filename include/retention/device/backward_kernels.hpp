@@ -205,6 +205,7 @@ struct BackwardKernels {
       p.states = in_forward<Element>(plan.forward.states);
       p.key_sums = in_forward<Element>(plan.forward.key_sums);
       p.d_query = static_cast<Element*>(arguments.d_query);
+      p.d_gate = in<float>(plan.query_d_gate);
       p.query_stride = query_stride;
       p.key_stride = stride(a.key_strides);
       p.value_stride = stride(a.value_strides);
@@ -308,6 +309,7 @@ struct BackwardKernels {
       p.d_key = static_cast<Element*>(arguments.d_key);
       p.d_key_stride = contiguous(a.heads, HeadDim);
       p.d_gate = in<float>(plan.d_gate);
+      p.query_d_gate = in<float>(plan.query_d_gate);
       p.d_gate_stride = forward.gate_stride;
       return p;
     }

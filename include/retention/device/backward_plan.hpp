@@ -36,6 +36,7 @@ struct BackwardPlan {
   Region delta;
   Region weight;
   Region scale;
+  Region query_d_gate;       // [b, hq, t] what queries have of d_gate
   Region d_gate;             // [b, t, h] of the gate's cumulative sum
   Region gate_sums;          // [gate slots, h] of d_gate
   Region d_states;           // [slots, h, D, dv] after each chunk, in the element type
@@ -89,6 +90,7 @@ struct BackwardPlan {
       *row = regions.take(tokens * a.query_heads, sizeof(float));
     }
     if (arguments.d_log_gate != nullptr) {
+      plan.query_d_gate = regions.take(tokens * a.query_heads, sizeof(float));
       plan.d_gate = regions.take(tokens * heads, sizeof(float));
       plan.gate_sums = regions.take(ForwardPlan::slots_of(a, kGateTokens) * heads, sizeof(double));
     }

@@ -1,6 +1,5 @@
-// The gradient of log gates. A weight is homogeneous of degree 2 in its key, so that with
-// L = cumsum(log_gate) the gradient of L_t is -k_t . dk_t / 2 (that of the query is zero, for the
-// output is normalised), and within a sequence of T tokens
+// The gradient of log gates. With L = cumsum(log_gate), whose gradient dL comes from the kernels of
+// queries and keys, and within a sequence of T tokens,
 //
 //     d log_gate_t = sum_{t <= j < T} dL_j + <dS_T, S_T> + <dz_T, z_T>
 //

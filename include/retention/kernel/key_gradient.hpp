@@ -5,9 +5,13 @@
 //     da_ij = s_ij exp(g_i - g_j) inverse_i (do_i . v_j - delta_i),     s_ij = qs_i . k_j
 //
 // over all query heads that read the key head, for query rows as kernel/gradient_rows.hpp prepares
-// them, with G the cumulative gate of the chunk's last token and J the Jacobian of phi_k. A token's
-// part in the gradient of the gates is -(k_j . dk_j) / 2. With a chunk as long as the sequence only
-// a final state has a gradient: that is the quadratic form.
+// them, with G the cumulative gate of the chunk's last token and J the Jacobian of phi_k. With a
+// chunk as long as the sequence only a final state has a gradient: that is the quadratic form.
+//
+// A weight is homogeneous of degree 2 in its query and its key, so that the gradient of the
+// cumulative log gate is half of q_j . dq_j, over the same heads, less k_j . dk_j. The first would
+// be zero in exact arithmetic. But sums of both over many tokens cancel but for what crosses their
+// ends, and errors do so too only where both have the same.
 
 #pragma once
 
@@ -60,13 +64,15 @@ struct KeyGradient {
     int exponent;     // of da in the accumulators
     Element* target;  // the first row's gradient
     float* gate_target;
+    float const* gate_source;
     float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
     float ones[kRows];
   };
 
   struct Params : KeyRowsParams<Element> {
-    Element* d_key;  // [b, t, h, d]
-    float* d_gate;   // [b, t, h] -(k . dk) / 2; null for not wanted
+    Element* d_key;             // [b, t, h, d]
+    float* d_gate;              // [b, t, h] of the cumulative log gate; null for not wanted
+    float const* query_d_gate;  // [b, t, hq] q . dq / 2, if so
     TokenStride d_key_stride;
     TokenStride d_gate_stride;
   };
@@ -90,6 +96,7 @@ struct KeyGradient {
       shared.target = params.d_key + rows.at(params.d_key_stride, head);
       shared.gate_target =
           params.d_gate == nullptr ? nullptr : params.d_gate + rows.at(params.d_gate_stride, head);
+      shared.gate_source = params.query_d_gate + rows.at(params.row_stride, head * params.group);
     }
     bool const has_state = rows.has_state(params);
     Contract contract(shared.contract,
@@ -110,6 +117,7 @@ struct KeyGradient {
         shared.value, thread, as_it_is);
 
     cute::Tensor gradient = cute::make_tensor<float>(typename Contract::GradientLayout{});
+    typename Intra::KeyProducts products = {};
     if (has_state) {
       for (int row = thread; row < kRows; row += kThreads) {
         shared.ones[row] = 1.0f;
@@ -125,12 +133,14 @@ struct KeyGradient {
       // Without the factor 2 of da.
       Intra::scale(shared.intra, shared.row_gate, shared.row_gate[kRows], shared.exponent - 1,
                    gradient);
+      multiply_keys(shared, gradient, products);
     } else {
       cute::clear(gradient);
       __syncthreads();  // the rows and their gates are there
       Intra::set_reach(shared.intra, shared.work, shared.row_gate);
     }
-    Intra::run(shared.intra, shared.work, shared.key, shared.value, shared.row_gate, gradient);
+    Intra::run(shared.intra, shared.work, shared.key, shared.value, shared.row_gate, gradient,
+               products);
 
     int const last_thread = Intra::this_thread();
     int const first_row = last_thread / 32 * Tiling::kWarpRows;
@@ -138,8 +148,8 @@ struct KeyGradient {
     store_rows(shared.target, params.d_key_stride.token, first_row, shared.work.rows, unit,
                last_thread % 32, gradient);
     if (shared.gate_target != nullptr) {
-      store_gates(shared, params.d_gate_stride.token, first_row, -0.5f * unit, last_thread % 32,
-                  gradient);
+      store_gates(shared, params.row_stride, params.d_gate_stride.token, first_row, -0.5f * unit,
+                  last_thread % 32, products);
     }
   }
 
@@ -148,31 +158,54 @@ struct KeyGradient {
     return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
   }
 
-  // factor k . dk
+  // k . dk of what comes from the state, a lane's part.
   template <class Gradient>
-  CUTE_DEVICE static void store_gates(SharedStorage& shared, std::int64_t stride, int first_row,
-                                      float factor, int lane, Gradient const& gradient) {
+  CUTE_DEVICE static void multiply_keys(SharedStorage& shared, Gradient const& gradient,
+                                        typename Intra::KeyProducts& products) {
     cute::Tensor key =
         cute::make_tensor(cute::make_smem_ptr(shared.key), typename Intra::KeyLayout{});
+    int const thread = Intra::this_thread();
+    int const row = thread / 32 * Tiling::kWarpRows + thread % 32 / 4;
 #pragma unroll
     for (int m = 0; m < Tiling::kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = first_row + lane / 4 + 16 * m + 8 * upper;
-        float sum = 0.0f;
+        float& sum = products[m][upper];
+        sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          auto const pair =
-              *reinterpret_cast<std::uint32_t const*>(&key(row, 8 * n + 2 * (lane % 4), 0));
+          auto const pair = *reinterpret_cast<std::uint32_t const*>(
+              &key(row + 16 * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
           sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
                      sum);
           sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
                      sum);
         }
+      }
+    }
+  }
+
+  // What queries have, and factor k . dk.
+  CUTE_DEVICE static void store_gates(SharedStorage& shared, TokenStride const& row_stride,
+                                      std::int64_t stride, int first_row, float factor, int lane,
+                                      typename Intra::KeyProducts const& products) {
+#pragma unroll
+    for (int m = 0; m < Tiling::kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        int const row = first_row + lane / 4 + 16 * m + 8 * upper;
+        bool const valid = row < shared.work.rows;
+        float sum = factor * products[m][upper];
+        if (valid) {
+          float const* source = shared.gate_source + row * row_stride.token;
+          for (int head = lane % 4; head < shared.work.group; head += 4) {
+            sum += source[head * row_stride.head];
+          }
+        }
         sum += __shfl_xor_sync(0xffffffffu, sum, 1);
         sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (lane % 4 == 0 && row < shared.work.rows) {
-          shared.gate_target[row * stride] = factor * sum;
+        if (lane % 4 == 0 && valid) {
+          shared.gate_target[row * stride] = sum;
         }
       }
     }

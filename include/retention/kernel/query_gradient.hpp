@@ -5,6 +5,9 @@
 //     da_ij = s_ij exp(g_i - g_j) inverse_i (do_i . v_j - delta_i),     s_ij = qs_i . k_j
 //     dq_i  = scale_i dqs_i                                    0 where the row has no weight
 //
+// and the query's part of the gradient of the cumulative log gate, q_i . dq_i / 2: the rounding
+// that is left of what would be zero, for kernel/key_gradient.hpp.
+//
 // for rows as kernel/gradient_rows.hpp prepares them, with w_i = exp(g_i) inverse_i and J the
 // Jacobian of phi. Tiles of rows are those of kernel/row_tiles.hpp; with a chunk as long as the
 // sequence nothing comes from a state.
@@ -70,6 +73,7 @@ struct QueryGradient {
     float key_sum_factor[kRows];  // -delta_i
     float state_weight[kRows];    // w_i 2^{f_c}: see `GradientExponents`
     float scale[kRows];           // of what is accumulated; 0 where the row has no gradient
+    int exponent;                 // of da in the accumulators
   };
 
   /// Every row of d or dv elements is aligned to 16 bytes.
@@ -85,6 +89,7 @@ struct QueryGradient {
     Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
     Element const* key_sums;  // [slots, h, D]
     Element* d_query;         // [b, t, hq, d]
+    float* d_gate;            // [b, t, hq] by row_stride; null for not wanted
     TokenStride query_stride;
     TokenStride key_stride;
     TokenStride value_stride;
@@ -143,6 +148,7 @@ struct QueryGradient {
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
+      shared.exponent = exponent(params.gradient_exponents.score, slot_head);
     }
     bool const has_state = tile.chunk > 0 || params.initial_states;
     Contract contract(shared.contract, params.states + slot_head * Contract::kStateDim * kValueDim,
@@ -159,6 +165,7 @@ struct QueryGradient {
 
     int const first_row = thread / 32 * Contract::kWarpRows;
     cute::Tensor gradient = cute::make_tensor<float>(typename Contract::GradientLayout{});
+    typename Intra::QueryProducts products = {};
     if (has_state) {
       // Without the factor 2 of da, and over the factor 2^-weight_exponent of each row.
       int const unit = score_exponent - 1 - weight_exponent;
@@ -169,11 +176,13 @@ struct QueryGradient {
       __syncthreads();  // the keys come where the state was
       Intra::prefetch(shared.intra, shared.work);
       multiply_rows(shared.state_weight, gradient);
+      multiply_queries(shared, gradient, products);
     } else {
       cute::clear(gradient);
     }
-    Intra::run(shared.intra, shared.work, shared.query, shared.d_output, shared.rows, gradient);
-    store(params, shared, gradient);
+    Intra::run(shared.intra, shared.work, shared.query, shared.d_output, shared.rows, gradient,
+               products);
+    store(params, shared, gradient, products);
   }
 
  private:
@@ -253,9 +262,35 @@ struct QueryGradient {
     }
   }
 
+  // q . dq of what comes from the state, a lane's part.
+  template <class Tensor>
+  CUTE_DEVICE static void multiply_queries(SharedStorage& shared, Tensor const& gradient,
+                                           typename Intra::QueryProducts& products) {
+    cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
+    int const thread = Intra::this_thread();
+    int const row = thread / 32 * Contract::kWarpRows + thread % 32 / 4;
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        float& sum = products[m][upper];
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          auto const pair = *reinterpret_cast<std::uint32_t const*>(
+              &query(row + 16 * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
+          sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
+                     sum);
+          sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
+                     sum);
+        }
+      }
+    }
+  }
+
   template <class Tensor>
   CUTE_DEVICE static void store(Params const& params, SharedStorage const& shared,
-                                Tensor const& gradient) {
+                                Tensor const& gradient,
+                                typename Intra::QueryProducts const& products) {
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
     int const first_row = thread / 32 * Contract::kWarpRows + lane / 4;
@@ -272,6 +307,16 @@ struct QueryGradient {
         float const scale = shared.scale[row];
         // Not a product with zero: without weight, what was accumulated may be anything.
         auto const scaled = [&](float x) { return scale == 0.0f ? 0.0f : scale * x; };
+        if (params.d_gate != nullptr) {
+          float sum = products[m][upper];
+          sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+          sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+          if (lane % 4 == 0 && valid) {
+            params.d_gate[params.row_stride.at(sequence, first_token + rows.token(row),
+                                               head * params.group + rows.head(row))] =
+                scale == 0.0f ? 0.0f : detail::power_of_two(-shared.exponent) * sum;
+          }
+        }
         Element* target = params.d_query +
                           params.d_query_stride.at(sequence, first_token + rows.token(row),
                                                    head * params.group + rows.head(row)) +

@@ -125,7 +125,8 @@ struct ValueGradient {
       __syncthreads();  // the keys and their gates are there
       Intra::set_reach(shared.intra, shared.work, shared.row_gate);
     }
-    Intra::run(shared.intra, shared.work, shared.key, nullptr, shared.row_gate, gradient);
+    typename Intra::KeyProducts none;
+    Intra::run(shared.intra, shared.work, shared.key, nullptr, shared.row_gate, gradient, none);
     int const last_thread = Intra::this_thread();
     store_rows(shared.target, params.d_value_stride.token, last_thread / 32 * Tiling::kWarpRows,
                shared.work.rows, detail::power_of_two(-kWeightExponent), last_thread % 32,
