@@ -39,6 +39,7 @@ struct KeyGradientCase {
   float log_gate = 0.05f;  // magnitude
   bool steady = false;     // every log gate is -log_gate, else random
   bool rising = false;     // some log gates are positive
+  float cliff = 0.0f;      // what token 64 forgets besides, as a log gate
   float key_scale = 1.0f;
   float value_scale = 1.0f;
   float d_output_scale = 1.0f;
@@ -162,8 +163,8 @@ class KeyGradientProblem {
     return report.ok();
   }
 
-  /// A relative error over a whole tensor, in roundings. What the format itself cannot hold does
-  /// not count: near the end of fp16's range the gradient's own rounding errors are larger.
+  /// A relative error over a head of a tensor, in roundings. What the format itself cannot hold
+  /// does not count: near the end of fp16's range the gradient's own rounding errors are larger.
   class Error {
    public:
     /// `magnitude` is that of fp32 terms that cancel.
@@ -225,16 +226,19 @@ class KeyGradientProblem {
     in.head_dim = HeadDim;
     in.value_dim = ValueDim;
     in.group = c_.group;
+    // Heads differ in their exponents.
+    float const key_scale = std::ldexp(c_.key_scale, 3 * static_cast<int>(h));
+    float const d_output_scale = std::ldexp(c_.d_output_scale, 10 * static_cast<int>(h));
     double total = 0.0;
     float cumulative = 0.0f;
     for (size_t t = 0; t < length; ++t) {
       fill_row(&key_[at(params.key_stride, s, t, h)], kDim,
-               (c_.zeros && t % 3 == 1) || t >= static_cast<size_t>(c_.keys) ? 0.0f : c_.key_scale,
+               (c_.zeros && t % 3 == 1) || t >= static_cast<size_t>(c_.keys) ? 0.0f : key_scale,
                in.key);
       fill_row(&value_[at(params.value_stride, s, t, h)], kValue, c_.value_scale, in.value);
       if (c_.gated) {
         float const draw = c_.steady ? 1.0f : c_.rising ? normal_(rng_) : std::abs(normal_(rng_));
-        float const log_gate = -c_.log_gate * draw;
+        float const log_gate = -c_.log_gate * draw - (t == 64 ? c_.cliff : 0.0f);
         bool const starts_chunk = t % static_cast<size_t>(c_.chunk_size) == 0;
         cumulative = starts_chunk ? log_gate : cumulative + log_gate;
         gate_[at(params.gate_stride, s, t, h)] = cumulative;
@@ -251,17 +255,16 @@ class KeyGradientProblem {
           in.query.push_back(std::ldexp(query[i], kQueryExponent - e));
         }
         fill_row(&d_output_[at(params.d_output_stride, s, t, h * group + n)], kValue,
-                 c_.d_output_scale, in.d_output);
+                 d_output_scale, in.d_output);
       }
     }
     if (c_.final && length > 0) {
       for (size_t i = 0; i < kState * kValue; ++i) {
-        in.d_final_state.push_back(c_.d_output_scale / (c_.key_scale * c_.key_scale) *
-                                   normal_(rng_));
+        in.d_final_state.push_back(d_output_scale / (key_scale * key_scale) * normal_(rng_));
       }
       for (size_t i = 0; i < kState; ++i) {
-        in.d_final_key_sum.push_back(c_.d_output_scale * c_.value_scale /
-                                     (c_.key_scale * c_.key_scale) * normal_(rng_));
+        in.d_final_key_sum.push_back(d_output_scale * c_.value_scale / (key_scale * key_scale) *
+                                     normal_(rng_));
       }
     }
     QueryRows const rows = query_rows(in);
@@ -358,10 +361,15 @@ std::vector<KeyGradientCase> key_gradient_cases() {
                 [](Case& c) {
                   c.log_gate = 3.0f, c.steady = true, c.chunk_size = 320, c.lengths = {300};
                 }),
+      // Too steep for factors in fp16.
+      make_case("falling gates in a long chunk",
+                [](Case& c) {
+                  c.log_gate = 0.5f, c.steady = true, c.chunk_size = 192, c.lengths = {150};
+                }),
       make_case("early keys alone",
                 [](Case& c) {
-                  c.log_gate = 0.25f, c.steady = true, c.chunk_size = 320, c.lengths = {320},
-                  c.keys = 40;
+                  c.log_gate = 0.1f, c.steady = true, c.chunk_size = 320, c.lengths = {320},
+                  c.keys = 30;
                 }),
       make_case("early keys alone, all but no gates",
                 [](Case& c) {
@@ -373,6 +381,12 @@ std::vector<KeyGradientCase> key_gradient_cases() {
                 [](Case& c) {
                   c.log_gate = 0.35f, c.steady = true, c.chunk_size = 320, c.lengths = {320},
                   c.keys = 20, c.key_scale = 8.0f;
+                }),
+      // In fp16, what keys of zero are multiplied by would be infinite.
+      make_case("early keys alone, before a cliff",
+                [](Case& c) {
+                  c.log_gate = 0.01f, c.steady = true, c.cliff = 105.0f, c.chunk_size = 256;
+                  c.lengths = {160}, c.keys = 40, c.key_scale = 100.0f;
                 }),
       make_case("zero rows, nothing after", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
       make_case("keys of 100, large values and gradients",

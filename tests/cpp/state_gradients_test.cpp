@@ -193,7 +193,11 @@ void run(Case const& c, std::uint64_t seed) {
         for (size_t i = start * group; i < end * group; ++i) {
           size_t const t = i / group, query_head = h * group + i % group;
           bool const weightless = rng() % 8 == 0;
-          float const w = std::ldexp(0.05f + 0.95f * std::abs(uniform(rng)), weight_scale);
+          // Many that one 16-bit number holds as badly as any.
+          float const w = rng() % 2 == 0
+                              ? std::ldexp(1.0f + 6.97f * (kHalf ? 0x1p-11f : 0x1p-8f),
+                                           weight_scale - 1 - static_cast<int>(rng() % 4))
+                              : std::ldexp(0.05f + 0.95f * std::abs(uniform(rng)), weight_scale);
           for (size_t j = 0; j < d; ++j) {
             Element const x = weightless ? Element(0.0f) : Element(query_magnitude * uniform(rng));
             query[at(query_stride, t, query_head) + j] = x;
@@ -479,6 +483,7 @@ void run_all_cases(std::uint64_t seed) {
   test({"partial tile, groups of 2, strided", 128, {150}, false, 2, 2, 0.5f, true, 0, true, true});
   test({"packed, groups of 3", 64, {65, 0, 1, 130}, true, 3, 1, 0.5f, true});
   test({"segments, no gates, groups of 5", 64, {150}, false, 5, 1, 0.0f, false, 2});
+  test({"one token each", 64, {1, 1, 1, 1}});
   test({"steep gates, no initial gradient", 64, {200}, false, 1, 1, 60.0f, false, 0, false});
   test({"all magnitudes", 64, {320}, false, 1, 1, 0.5f, true, 3, true, false, true});
 }

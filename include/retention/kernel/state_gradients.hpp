@@ -241,7 +241,7 @@ struct StateGradients {
                             ? nullptr
                             : params.gate + params.gate_stride.at(sequence, first_token, head);
     auto gate_of = [&](int chunk) {
-      int const last = cute::min((chunk + 1) * chunk_size, tokens) - 1;
+      int const last = chunk * chunk_size + cute::min(chunk_size, tokens - chunk * chunk_size) - 1;
       return gate != nullptr && chunk >= 0 ? gate[last * params.gate_stride.token] : 0.0f;
     };
     // Whether there is anything after the chunk: after a sequence's last, only what was given.
