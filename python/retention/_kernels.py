@@ -145,6 +145,9 @@ class Plan:
     residual: Layout | None = None
     workspace: Layout | None = None  # None: not needed
     kept: Layout | None = None  # None: the workspace is
+    # State, sum of keys, residual and what is kept, where none of them is wanted: empty, and the
+    # same for all calls. Allocating them would take as long as all that has a use.
+    nothing: tuple[Tensor, ...] | None = None
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -263,6 +266,16 @@ def _make_plan(
         workspace = _C.forward_workspace_size(sizes, pointers)
     state = (sequences, h, state_dim(d, deg), dv) if return_final_state else (0, 0, 0, 0)
     keeps = save_for_backward and keep_states
+    state_layout = Layout.of(state, torch.float32)
+    keys_layout = Layout.of(state[:3], torch.float32)
+    residual = Layout.of((b, t, hq, dv) if save_for_backward else (0, 0, 0, 0), Q.dtype)
+    kept = None if keeps and workspace else Layout.of((0,), torch.uint8)
+    nothing = None
+    # Autograd takes results of its functions as its own.
+    if not save_for_backward and not return_final_state:
+        with torch.cuda.device(Q.get_device()), torch.inference_mode(False):
+            layouts = (state_layout, keys_layout, residual, kept)
+            nothing = tuple(_allocate(*layout) for layout in layouts)
     return Plan(
         None,
         (deg, chunk_size, switch_over, return_final_state, save_for_backward, keep_states),
@@ -272,11 +285,12 @@ def _make_plan(
         return_final_state,
         Layout.of((b, t, hq, dv), Q.dtype),
         Layout.of((b, t, hq), torch.float32),
-        Layout.of(state, torch.float32),
-        Layout.of(state[:3], torch.float32),
-        Layout.of((b, t, hq, dv) if save_for_backward else (0, 0, 0, 0), Q.dtype),
+        state_layout,
+        keys_layout,
+        residual,
         Layout.of((workspace,), torch.uint8) if workspace else None,
-        None if keeps and workspace else Layout.of((0,), torch.uint8),
+        kept,
+        nothing,
     )
 
 
@@ -303,16 +317,22 @@ def forward(
         with torch.cuda.device(plan.device):
             return forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     q, k, v = Q.data_ptr(), K.data_ptr(), V.data_ptr()
-    state_in = keys_in = state_out = keys_out = 0
+    state_in = keys_in = state_out = keys_out = residual_out = 0
     if initial_state is not None:
         state_in, keys_in = initial_state.data_ptr(), sum_of_keys.data_ptr()
     if plan.copies or (q | k | v | state_in | keys_in) & 15:
         return _forward_copies(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
 
-    out, norm, residual = _allocate(*plan.out), _allocate(*plan.norm), _allocate(*plan.residual)
-    state, keys = _allocate(*plan.state), _allocate(*plan.keys)
-    if plan.has_state:
-        state_out, keys_out = state.data_ptr(), keys.data_ptr()
+    out, norm = _allocate(*plan.out), _allocate(*plan.norm)
+    if plan.nothing is not None:
+        state, keys, residual, kept = plan.nothing
+    else:
+        state, keys = _allocate(*plan.state), _allocate(*plan.keys)
+        if plan.has_state:
+            state_out, keys_out = state.data_ptr(), keys.data_ptr()
+        residual = _allocate(*plan.residual)
+        residual_out = residual.data_ptr()  # 0 for one that is empty
+        kept = None if plan.kept is None else _allocate(*plan.kept)
     # Freed when this returns, before the work is done: reused by later work on this stream only.
     workspace = None if plan.workspace is None else _allocate(*plan.workspace)
     pointers = (
@@ -324,7 +344,7 @@ def forward(
         state_in,
         keys_in,
         out.data_ptr(),
-        residual.data_ptr(),  # 0 for one that is empty
+        residual_out,
         norm.data_ptr(),
         state_out,
         keys_out,
@@ -335,8 +355,7 @@ def forward(
         0 if workspace is None else workspace.data_ptr(),
         _current_stream(plan.device),
     )
-    kept = workspace if plan.kept is None else _allocate(*plan.kept)
-    return out, norm, state, keys, residual, kept
+    return out, norm, state, keys, residual, workspace if kept is None else kept
 
 
 def _forward_copies(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:

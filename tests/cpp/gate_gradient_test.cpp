@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "element.hpp"
 #include "emulator/emulator.hpp"
 
 namespace {
@@ -19,8 +20,10 @@ using emulator::GlobalArray;
 using retention::kernel::GateGradient;
 using retention::kernel::GateGradientSums;
 using retention::kernel::GatePiece;
-using retention::kernel::StateProduct;
+using retention::kernel::StateProducts;
 using retention::kernel::TokenStride;
+using retention::test::decode;
+using retention::test::encode;
 using std::size_t;
 
 enum class Fill { kNormal, kCancelling, kNaN };
@@ -36,6 +39,7 @@ struct Case {
   std::vector<int> lengths = {100};  // one a sequence; rows of a batch unless `packed`
   bool packed = false;
   int heads = 1;
+  int chunk_size = 0;  // all of a sequence is one chunk
   bool final = false;  // whether a final state has a gradient
   Fill fill = Fill::kNormal;
   Order in = Order::kTokensHeads;
@@ -66,7 +70,9 @@ bool launch(typename Kernel::Params const& params, std::uint64_t seed) {
   return report.ok();
 }
 
-void run(Case const& c, std::uint64_t seed) {
+template <class Element>
+void run_case(Case const& c, std::uint64_t seed) {
+  using Products = StateProducts<Element>;
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
@@ -112,37 +118,117 @@ void run(Case const& c, std::uint64_t seed) {
       }
     }
   }
-  size_t const items = sequences * heads;
-  GlobalArray<float> state("state", items * D * dv, true);
-  GlobalArray<float> state_gradient("state_gradient", items * D * dv, true);
-  GlobalArray<float> key_sum("key_sum", items * D, true);
-  GlobalArray<float> key_sum_gradient("key_sum_gradient", items * D, true);
-  for (GlobalArray<float>* x : {&state, &state_gradient, &key_sum, &key_sum_gradient}) {
-    for (float& y : *x) {
-      y = normal(rng);
+  int const chunk_size = c.chunk_size != 0 ? c.chunk_size : (tokens / 64 + 1) * 64;
+  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens,
+                                           chunk_size, static_cast<int>(sequences)};
+  auto const slots = static_cast<size_t>(where.num_slots());
+  size_t const elements = D * dv, items = slots * heads;
+  bool const chunked = chunk_size < longest;
+  // Of slots without a chunk, of states before a first chunk, or after a last one: NaN.
+  auto const states = [&](char const* name, size_t width) {
+    return GlobalArray<std::uint16_t>(name, chunked ? items * width : 0);
+  };
+  auto state = states("states", elements), d_state = states("state_gradients", elements);
+  auto key_sum = states("key_sums", D), d_key_sum = states("key_sum_gradients", D);
+  GlobalArray<int> state_exponents("state_exponents", items), d_state_exponents("", items);
+  GlobalArray<int> key_sum_exponents("key_sum_exponents", items), d_key_sum_exponents("", items);
+  auto const finals = [&](char const* name, size_t width) {
+    return GlobalArray<float>(name, c.final ? sequences * heads * width : 0);
+  };
+  auto final_state = finals("final_state", elements), d_final_state = finals("", elements);
+  auto final_key_sum = finals("final_key_sum", D), d_final_key_sum = finals("", D);
+  // <S, dS> + <z, dz> after each chunk, and the terms' absolute values.
+  struct Product {
+    double sum = 0.0, magnitude = 0.0;
+  };
+  std::vector<Product> after(items);
+  constexpr bool kIsHalf = std::is_same_v<Element, cute::half_t>;
+  retention::ElementType const element =
+      kIsHalf ? retention::ElementType::kFloat16 : retention::ElementType::kBFloat16;
+  // 16-bit numbers, stored as 2^-exponent of what they stand for.
+  auto const fill = [&](GlobalArray<std::uint16_t>& x, GlobalArray<int>& exponents, size_t item,
+                        size_t width) {
+    std::vector<double> values(width);
+    int const exponent = kIsHalf ? static_cast<int>(rng() % 41) - 20 : 0;
+    exponents[item] = exponent;
+    for (size_t i = 0; i < width; ++i) {
+      x[item * width + i] = encode(element, normal(rng));
+      values[i] = std::ldexp(decode(element, x[item * width + i]), exponent);
+    }
+    return values;
+  };
+  auto const fill_final = [&](GlobalArray<float>& x, size_t item, size_t width) {
+    std::vector<double> values(width);
+    for (size_t i = 0; i < width; ++i) {
+      x[item * width + i] = normal(rng);
+      values[i] = double{x[item * width + i]};
+    }
+    return values;
+  };
+  auto const slot_of = [&](size_t s) {
+    return static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
+  };
+  auto const chunk = static_cast<size_t>(chunk_size);
+  for (size_t s = 0; s < sequences; ++s) {
+    auto const length = static_cast<size_t>(c.lengths[s]);
+    for (size_t h = 0; h < heads; ++h) {
+      for (size_t first = 0; first < length; first += chunk) {
+        size_t const item = (slot_of(s) + first / chunk) * heads + h;
+        auto const add = [&](std::vector<double> const& x, std::vector<double> const& y) {
+          for (size_t i = 0; i < x.size(); ++i) {
+            after[item].sum += x[i] * y[i];
+            after[item].magnitude += std::abs(x[i] * y[i]);
+          }
+        };
+        if (first + chunk < length) {
+          add(fill(state, state_exponents, item + heads, elements),
+              fill(d_state, d_state_exponents, item, elements));
+          add(fill(key_sum, key_sum_exponents, item + heads, D),
+              fill(d_key_sum, d_key_sum_exponents, item, D));
+        } else if (c.final) {
+          size_t const last = s * heads + h;
+          add(fill_final(final_state, last, elements), fill_final(d_final_state, last, elements));
+          add(fill_final(final_key_sum, last, D), fill_final(d_final_key_sum, last, D));
+        }
+      }
     }
   }
 
-  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens, 64,
-                                           static_cast<int>(sequences)};
-  auto const slots = static_cast<size_t>(where.segments(GatePiece::kTokens).num_slots());
-  GlobalArray<double> products("products", items * size_t{StateProduct::kParts});
-  GlobalArray<double> sums("sums", heads * slots);
-  StateProduct::Params const product{state.data(),
-                                     key_sum.data(),
-                                     state_gradient.data(),
-                                     key_sum_gradient.data(),
-                                     products.data(),
-                                     static_cast<int>(sequences),
-                                     c.heads,
-                                     c.state_dim,
-                                     c.value_dim};
+  size_t const pieces = static_cast<size_t>(GatePiece::per_chunk(chunk_size));
+  GlobalArray<double> products("products", items * size_t{Products::kParts});
+  GlobalArray<double> sums("sums", pieces > 1 ? items * pieces : 0);
+  bool const has_products = c.final || chunked;
+  typename Products::Params product{};
+  auto const data = [](GlobalArray<std::uint16_t>& x) {
+    return reinterpret_cast<Element const*>(x.data());
+  };
+  if (chunked) {
+    product.states = data(state);
+    product.key_sums = data(key_sum);
+    product.state_gradients = data(d_state);
+    product.key_sum_gradients = data(d_key_sum);
+    product.exponents = {nullptr, nullptr, state_exponents.data(), key_sum_exponents.data()};
+    product.gradient_exponents.state = d_state_exponents.data();
+    product.gradient_exponents.key_sum = d_key_sum_exponents.data();
+  }
+  if (c.final) {
+    product.final_state = final_state.data();
+    product.final_key_sum = final_key_sum.data();
+    product.final_state_gradient = d_final_state.data();
+    product.final_key_sum_gradient = d_final_key_sum.data();
+  }
+  product.products = products.data();
+  product.sequences = where;
+  product.heads = c.heads;
+  product.state_dim = c.state_dim;
+  product.value_dim = c.value_dim;
   GateGradientSums::Params const first{d_gate.data(), in_stride, sums.data(), where, c.heads};
   GateGradient::Params const second{d_gate.data(), d_log_gate.data(),
                                     in_stride,     out_stride,
-                                    sums.data(),   c.final ? products.data() : nullptr,
+                                    sums.data(),   has_products ? products.data() : nullptr,
                                     where,         c.heads};
-  if ((c.final && !launch<StateProduct>(product, seed)) || !launch<GateGradientSums>(first, seed) ||
+  if ((has_products && !launch<Products>(product, seed)) ||
+      (pieces > 1 && !launch<GateGradientSums>(first, seed)) ||
       !launch<GateGradient>(second, seed)) {
     return;
   }
@@ -150,30 +236,27 @@ void run(Case const& c, std::uint64_t seed) {
   double worst = 0.0;
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t h = 0; h < heads; ++h) {
-      double sum = 0.0, magnitude = 0.0;
-      auto add = [&](float x, float y) {
-        sum += double{x} * double{y};
-        magnitude += std::abs(double{x} * double{y});
-      };
-      if (c.final) {
-        size_t const item = s * heads + h;
-        for (size_t i = 0; i < D * dv; ++i) {
-          add(state[item * D * dv + i], state_gradient[item * D * dv + i]);
-        }
-        for (size_t i = 0; i < D; ++i) {
-          add(key_sum[item * D + i], key_sum_gradient[item * D + i]);
-        }
-      }
+      double sum = 0.0, magnitude = 0.0, rounding = 0.0;
       bool right = true;
       for (int t = c.lengths[s] - 1; t >= 0; --t) {
-        add(d_gate[at(in_stride, s, t, h)], 1.0f);
+        if (t + 1 == c.lengths[s] || (t + 1) % chunk_size == 0) {
+          Product const& product_after =
+              after[(slot_of(s) + static_cast<size_t>(t / chunk_size)) * heads + h];
+          sum = product_after.sum;
+          magnitude = product_after.magnitude;
+          // Sums of eight products in fp32, but for those of final states.
+          rounding = t + 1 == c.lengths[s] ? 0.0 : 0x1p-22 * magnitude / std::sqrt(elements / 8.0);
+        }
+        double const x = double{d_gate[at(in_stride, s, t, h)]};
+        sum += x;
+        magnitude += std::abs(x);
         float const actual = d_log_gate[at(out_stride, s, t, h)];
         if (std::isnan(sum)) {
           right = right && std::isnan(actual);
           continue;
         }
         // The rounding to fp32, and what two orders of summation in float64 may differ by.
-        double const bound = 0x1p-24 * std::abs(sum) + 1e-13 * magnitude;
+        double const bound = 0x1p-24 * std::abs(sum) + 1e-13 * magnitude + rounding;
         double const error = std::abs(actual - sum);
         worst = std::max(worst, error == 0.0 ? 0.0 : error / bound);
         right = right && error <= bound;
@@ -195,33 +278,46 @@ void run(Case const& c, std::uint64_t seed) {
   std::cout << c.name << ", seed " << seed << ": worst error " << worst << " of its bound\n";
 }
 
+void run(Case const& c, std::uint64_t seed) {
+  run_case<cute::bfloat16_t>(c, seed);
+  if (c.chunk_size != 0) {
+    run_case<cute::half_t>(c, seed);
+  }
+}
+
 }  // namespace
 
 int main() {
   std::uint64_t seed = 0;
   run({"one tile", {128}}, seed++);
   run({"one token", {1}, false, 3}, seed++);
-  run({"batch, eight heads", {200, 200, 200}, false, 8, true}, seed++);
-  run({"eleven heads", {130}, false, 11, true}, seed++);
+  run({"batch, eight heads", {200, 200, 200}, false, 8, 64, true}, seed++);
+  run({"eleven heads", {130}, false, 11, 128, true}, seed++);
   run({"pieces", {1024, 1024}, false, 2}, seed++);
-  run({"pieces, one token more", {2049}, false, 3, true}, seed++);
-  run({"long", {50000}, false, 1, true}, seed++);
-  run({"long, cancelling", {40000}, false, 2, false, Fill::kCancelling}, seed++);
+  run({"pieces, one token more", {2049}, false, 3, 0, true}, seed++);
+  run({"chunks of pieces", {5200, 5200}, false, 2, 2112}, seed++);
+  run({"chunks of pieces, the last of one", {4230}, false, 1, 2112, true}, seed++);
+  run({"chunks of one piece", {3000}, false, 2, 1024}, seed++);
+  run({"long, one chunk", {50000}, false, 1, 0, true}, seed++);
+  run({"long", {20000}, false, 1, 256, true}, seed++);
+  run({"long, cancelling", {40000}, false, 2, 0, false, Fill::kCancelling}, seed++);
   for (Order const in : {Order::kTokensHeads, Order::kHeadsTokens, Order::kGaps}) {
     for (Order const out : {Order::kTokensHeads, Order::kHeadsTokens, Order::kGaps}) {
-      run({"strides", {1100, 1100}, false, 9, true, Fill::kNormal, in, out}, seed++);
+      run({"strides", {1100, 1100}, false, 9, 0, true, Fill::kNormal, in, out}, seed++);
     }
   }
   for (int const heads : {1, 3, 8}) {
     Case c{"packed", {65, 0, 1, 1530, 0, 0, 64, 7, 2100}, true, heads};
     run(c, seed++);
+    c.chunk_size = 128;
+    run(c, seed++);
     c.final = true;
     c.in = Order::kHeadsTokens;
     run(c, seed++);
   }
-  run({"packed, empty ends", {0, 0, 1400, 0}, true, 2, true}, seed++);
-  run({"NaN", {1300, 1300}, false, 3, false, Fill::kNaN}, seed++);
-  Case large{"large state", {70, 70}, false, 2, true};
+  run({"packed, empty ends", {0, 0, 1400, 0}, true, 2, 256, true}, seed++);
+  run({"NaN", {1300, 1300}, false, 3, 0, false, Fill::kNaN}, seed++);
+  Case large{"large state", {70, 70}, false, 2, 64, true};
   large.state_dim = 2304;
   large.value_dim = 64;
   run(large, seed++);

@@ -67,6 +67,8 @@ struct IntraKeyGradient {
   // Of the rows, how many have scores at one time: together with the gradients that registers hold.
   static constexpr int kScoreRows = kMmaRows == 4 && ValueDim == 64 ? 2 : kMmaRows;
   static constexpr bool kSplitsScores = kScoreRows < kMmaRows && HeadDim > 64;
+  // Where registers are short, each thread's products are in shared memory.
+  static constexpr bool kSharesProducts = kIsKey && HeadDim > 64 && ValueDim > 64;
   // Rows that registers have room for are not loaded anew for each tile of columns.
   static constexpr bool kHoldsKeys = kMmaRows == 2 && HeadDim <= 64;
   static constexpr bool kHoldsValues = kIsKey && HeadDim <= 64 && ValueDim <= 64;
@@ -122,6 +124,7 @@ struct IntraKeyGradient {
     Offsets offsets[kThreads];
     Reach reach[kThreads];
     Columns columns[kThreads];  // loaded last
+    alignas(16) float products[kSharesProducts ? kThreads : 1][kMmaRows][2];
   };
 
   /// What the loop needs beside its registers, all of which gradients and scores take: it stays in
@@ -191,6 +194,15 @@ struct IntraKeyGradient {
     shared.reach[thread] = {rows <= 0 ? INT_MAX : first_token,
                             high - low <= kMaxSpan ? end : INT_MAX, high,
                             0.5f * static_cast<float>(work.unit_exponent)};
+  }
+
+  /// Where a thread has its products.
+  CUTE_DEVICE static KeyProducts& products_in(SharedStorage& shared, KeyProducts& registers) {
+    if constexpr (kSharesProducts) {
+      return shared.products[this_thread()];
+    } else {
+      return registers;
+    }
   }
 
   /// Multiplies what a state gives by its decay, exp(G - g_j) over R_j, and by 2^exponent.
@@ -321,11 +333,15 @@ struct IntraKeyGradient {
         weigh<Exact>(shared, work, row_gate, product, m, slot, first_query, thread, score);
 #pragma unroll
         for (int i = 0; i < kScoreRows; ++i) {
+          float lower = products[m + i][0];
+          float upper = products[m + i][1];
 #pragma unroll
           for (int n = 0; n < kTileQueries / 8; ++n) {
-            products[m + i][0] += product[i][n][0] + product[i][n][1];
-            products[m + i][1] += product[i][n][2] + product[i][n][3];
+            lower += product[i][n][0] + product[i][n][1];
+            upper += product[i][n][2] + product[i][n][3];
           }
+          products[m + i][0] = lower;
+          products[m + i][1] = upper;
         }
       } else {
         weigh<Exact>(shared, work, row_gate, score, m, slot, first_query, thread, score);

@@ -3,11 +3,12 @@
 //     states            those of forward, again, unless they were kept
 //     rows              what every query row needs: rescaled queries, normalisers, delta
 //     exponents         fp16 only: the powers of two that keep gradients in range
-//     query gradient    from the states, which nobody reads after that,
-//     state gradients   which take their place: after every chunk, by segments side by side
+//     query gradient    from the states
+//     state gradients   after every chunk, by segments side by side; in the place of the states,
+//                       where gates have no gradient to read them for
 //     carry             what a segment hands on to those before it
 //     value, key gradient
-//     gate gradient     from the keys and their gradients, and from the final state
+//     gate gradient     from what queries and keys left for it, and states and their gradients
 
 #pragma once
 
@@ -36,11 +37,13 @@ struct BackwardKernels {
   using ValueGradient =
       kernel::ValueGradient<kernel::ValueGradientTraits<Element, HeadDim, ValueDim>>;
   using KeyGradient = kernel::KeyGradient<kernel::KeyGradientTraits<Element, HeadDim, ValueDim>>;
+  using StateProducts = kernel::StateProducts<Element>;
 
   static constexpr bool kScaled = Forward::kScaled;
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
   static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
-                    kernel::StateProduct::kParts == BackwardPlan::kProductParts &&
+                    StateProducts::kParts == BackwardPlan::kProductParts &&
+                    kernel::GateGradient::kParts == BackwardPlan::kProductParts &&
                     Rows::kTileTokens == BackwardPlan::kTileTokens &&
                     sizeof(kernel::GradientRange) == 6 * sizeof(float),
                 "the plan reserves memory for them");
@@ -314,14 +317,20 @@ struct BackwardKernels {
       return p;
     }
 
-    kernel::StateProduct::Params product() const {
-      kernel::StateProduct::Params p{};
-      p.state = in<float>(plan.final_state);
-      p.key_sum = in<float>(plan.final_key_sum);
-      p.state_gradient = arguments.d_final_state;
-      p.key_sum_gradient = arguments.d_final_key_sum;
+    typename StateProducts::Params products() const {
+      typename StateProducts::Params p{};
+      p.states = in_forward<Element>(plan.forward.states);
+      p.key_sums = in_forward<Element>(plan.forward.key_sums);
+      p.state_gradients = in<Element>(plan.d_states);
+      p.key_sum_gradients = in<Element>(plan.d_key_sums);
+      p.final_state = in<float>(plan.final_state);
+      p.final_key_sum = in<float>(plan.final_key_sum);
+      p.final_state_gradient = arguments.d_final_state;
+      p.final_key_sum_gradient = arguments.d_final_key_sum;
       p.products = in<double>(plan.products);
-      p.count = a.sequences;
+      p.exponents = forward.exponents;
+      p.gradient_exponents = exponents;
+      p.sequences = forward.sequences;
       p.heads = a.heads;
       p.state_dim = kStateDim;
       p.value_dim = ValueDim;
@@ -354,14 +363,16 @@ struct BackwardKernels {
 
   template <class Launcher>
   static Status run_gates(Call const& call, Launcher const& launcher) {
-    if (call.plan.gate_of_final_state) {
-      if (Status status = launcher.template launch<kernel::StateProduct>(call.product()); !status) {
+    if (call.plan.gate_of_states) {
+      if (Status status = launcher.template launch<StateProducts>(call.products()); !status) {
         return status;
       }
     }
-    if (Status status = launcher.template launch<kernel::GateGradientSums>(call.gate_sums());
-        !status) {
-      return status;
+    if (call.plan.gate_sums.bytes != 0) {
+      if (Status status = launcher.template launch<kernel::GateGradientSums>(call.gate_sums());
+          !status) {
+        return status;
+      }
     }
     return launcher.template launch<kernel::GateGradient>(call.gate());
   }

@@ -14,8 +14,8 @@ namespace retention::device {
 struct BackwardPlan {
   static constexpr std::size_t kAlignment = Regions::kAlignment;
   static constexpr int kTileTokens = 64;    // of a range of gradients
-  static constexpr int kGateTokens = 1024;  // of a partial sum of gate gradients
-  static constexpr int kProductParts = 32;  // that the product of two states is summed in
+  static constexpr int kGateTokens = 1024;  // of a piece of a chunk, for gates' gradients
+  static constexpr int kProductParts = 16;  // that the product of two states is summed in
 
   BackwardArguments arguments;
   // Of the call before, in `arguments.forward_workspace`, or of the states that are computed again,
@@ -26,11 +26,11 @@ struct BackwardPlan {
   bool makes_gradients = false;  // whether such gradients are computed, to be read or the initial
   bool segmented = false;        // whether a sequence is cut and a carry follows
   bool gate_of_final_state = false;  // whether the final state is needed, for the gates' gradient
+  bool gate_of_states = false;       // whether any product of a state and its gradient is
 
   // Workspace; the first two with `gate_of_final_state`.
   Region final_state;    // [n, h, D, dv] fp32
   Region final_key_sum;  // [n, h, D]
-  Region products;       // [n, h, kProductParts] of the final state and its gradient
   Region query;          // [b, hq, t, d] rescaled by powers of two, see kernel/gradient_rows.hpp
   Region inverse;        // [b, hq, t], as those that follow
   Region delta;
@@ -38,7 +38,8 @@ struct BackwardPlan {
   Region scale;
   Region query_d_gate;       // [b, hq, t] what queries have of d_gate
   Region d_gate;             // [b, t, h] of the gate's cumulative sum
-  Region gate_sums;          // [gate slots, h] of d_gate
+  Region products;           // [slots, h, kProductParts] of states and their gradients
+  Region gate_sums;          // [h, slots, pieces of a chunk] of d_gate, where those are several
   Region d_states;           // [slots, h, D, dv] after each chunk, in the element type
   Region d_key_sums;         // [slots, h, D]
   Region d_segment_state;    // [items, h, D, dv] fp32, of each segment alone
@@ -70,6 +71,7 @@ struct BackwardPlan {
     ForwardArguments const& a = plan.forward.arguments;
     plan.reads_gradients = a.chunk_size < a.tokens || has_final;
     plan.makes_gradients = plan.reads_gradients || arguments.d_initial_state != nullptr;
+    plan.gate_of_states = plan.reads_gradients && arguments.d_log_gate != nullptr;
     // The states' segments suit their gradients as well, where there are any.
     plan.segmented = plan.makes_gradients && a.segment_tokens < a.tokens;
 
@@ -83,7 +85,6 @@ struct BackwardPlan {
     if (plan.gate_of_final_state) {
       plan.final_state = regions.take(sequences * heads * D * a.value_dim, sizeof(float));
       plan.final_key_sum = regions.take(sequences * heads * D, sizeof(float));
-      plan.products = regions.take(sequences * heads * kProductParts, sizeof(double));
     }
     plan.query = regions.take(tokens * a.query_heads * a.head_dim, 2);
     for (Region* row : {&plan.inverse, &plan.delta, &plan.weight, &plan.scale}) {
@@ -92,10 +93,17 @@ struct BackwardPlan {
     if (arguments.d_log_gate != nullptr) {
       plan.query_d_gate = regions.take(tokens * a.query_heads, sizeof(float));
       plan.d_gate = regions.take(tokens * heads, sizeof(float));
-      plan.gate_sums = regions.take(ForwardPlan::slots_of(a, kGateTokens) * heads, sizeof(double));
+      if (plan.gate_of_states) {
+        plan.products = regions.take(slots * heads * kProductParts, sizeof(double));
+      }
+      if (a.chunk_size > kGateTokens) {
+        std::int64_t const pieces = (a.chunk_size - 1) / kGateTokens + 1;
+        plan.gate_sums = regions.take(slots * pieces * heads, sizeof(double));
+      }
     }
-    // By the time that gradients of states are written, nobody reads the states any more.
-    bool const reuses = plan.recomputes && plan.forward.reads_states;
+    // By the time that gradients of states are written, none but the gates' gradient reads the
+    // states any more.
+    bool const reuses = plan.recomputes && plan.forward.reads_states && !plan.gate_of_states;
     if (plan.reads_gradients) {
       plan.d_states =
           reuses ? plan.forward.states : regions.take(slots * heads * D * a.value_dim, 2);

@@ -1,13 +1,16 @@
 // The gradient of log gates. With L = cumsum(log_gate), whose gradient dL comes from the kernels of
-// queries and keys, and within a sequence of T tokens,
+// queries and keys, and for a token t of a chunk that ends before token e,
 //
-//     d log_gate_t = sum_{t <= j < T} dL_j + <dS_T, S_T> + <dz_T, z_T>
+//     d log_gate_t = sum_{t <= j < e} dL_j + <dS, S> + <dz, z>
 //
-// where the products are those of a final state with its gradient. Three kernels, one after the
-// other, every sum in an order of its own and in double precision:
+// where S and z are the state after the chunk and dS and dz its gradient: what tokens of later
+// chunks have of t, they have through that state. The sum over their dL is the same number, but
+// with the roundings of all of them, however little of the chunk's state is left there.
 //
-// - `StateProduct`, if there is such a gradient: parts of its product with the state;
-// - `GateGradientSums`: the sum over each piece of a sequence;
+// Three kernels, one after the other, every sum in an order of its own and in double precision:
+//
+// - `StateProducts`, if there is a state after a chunk that has a gradient: parts of the products;
+// - `GateGradientSums`, if chunks have more than one piece: the sum over each piece of a chunk;
 // - `GateGradient`: the sums from each token on, within its piece and over the pieces after it.
 
 #pragma once
@@ -16,49 +19,84 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/gate_tile.hpp"
+#include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
+#include "retention/kernel/gradient_exponents.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
 
-struct StateProduct {
+template <class Element>
+struct StateProducts {
   static constexpr int kThreads = 256;
   static constexpr int kMinBlocks = 4;
   static constexpr int kWarps = kThreads / 32;
-  static constexpr int kParts = 32;  // blocks that share a state
+  static constexpr int kParts = 16;  // blocks that share a state
+  // Whether numbers of this type are stored with exponents.
+  static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
 
   struct SharedStorage {
     double warps[kWarps];
   };
 
   struct Params {
-    float const* state;             // [count, h, D, dv], 16-byte aligned, as all of these
-    float const* key_sum;           // [count, h, D]
-    float const* state_gradient;    // [count, h, D, dv]
-    float const* key_sum_gradient;  // [count, h, D]
-    double* products;               // [count, h, kParts], to be added up
-    int count;                      // sequences
+    // All 16-byte aligned. Those of states that there are none of may be null.
+    Element const* states;             // [slots, h, D, dv] before each chunk but the first
+    Element const* key_sums;           // [slots, h, D]
+    Element const* state_gradients;    // [slots, h, D, dv] after each chunk but the last
+    Element const* key_sum_gradients;  // [slots, h, D]
+    // After the last chunk of each sequence; without a gradient their product is 0.
+    float const* final_state;             // [count, h, D, dv]
+    float const* final_key_sum;           // [count, h, D]
+    float const* final_state_gradient;    // [count, h, D, dv]; null for zero
+    float const* final_key_sum_gradient;  // [count, h, D]
+    double* products;                     // [slots, h, kParts], to be added up
+    Exponents exponents;                  // for fp16
+    GradientExponents gradient_exponents;
+    Sequences sequences;
     int heads;
-    int state_dim;  // D, a multiple of 4
+    int state_dim;  // D, a multiple of 8
     int value_dim;  // dv
   };
 
-  /// (sequence and part, part fastest; head)
+  /// (slot and part, part fastest; head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.count) * kParts, static_cast<unsigned>(params.heads));
+    return dim3(static_cast<unsigned>(params.sequences.num_slots()) * kParts,
+                static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const part = static_cast<int>(blockIdx.x % kParts);
-    std::int64_t const item =
-        static_cast<std::int64_t>(blockIdx.x / kParts) * params.heads + blockIdx.y;
+    int const slot = static_cast<int>(blockIdx.x / kParts);
+    int const head = blockIdx.y;
+    Chunk const chunk = params.sequences.find(slot);
+    int const length = params.sequences.get(chunk.sequence).length;
+    std::int64_t const end =
+        (std::int64_t{chunk.index} + 1) * std::int64_t{params.sequences.chunk_size};
+    if (end - params.sequences.chunk_size >= length) {
+      return;  // a slot without a chunk
+    }
+    std::int64_t const item = std::int64_t{slot} * params.heads + head;
     std::int64_t const sums = params.state_dim;
     std::int64_t const elements = sums * params.value_dim;
-    double sum =
-        product(params.state + item * elements, params.state_gradient + item * elements, elements,
-                part) +
-        product(params.key_sum + item * sums, params.key_sum_gradient + item * sums, sums, part);
+    double sum = 0.0;
+    if (end < length) {
+      std::int64_t const next = item + params.heads;
+      double const state = product(params.states + next * elements,
+                                   params.state_gradients + item * elements, elements, part);
+      double const key_sum = product(params.key_sums + next * sums,
+                                     params.key_sum_gradients + item * sums, sums, part);
+      sum =
+          scaled(state, params.exponents.state, next, params.gradient_exponents.state, item) +
+          scaled(key_sum, params.exponents.key_sum, next, params.gradient_exponents.key_sum, item);
+    } else if (params.final_state_gradient != nullptr) {
+      std::int64_t const last = std::int64_t{chunk.sequence} * params.heads + head;
+      sum = product(params.final_state + last * elements,
+                    params.final_state_gradient + last * elements, elements, part) +
+            product(params.final_key_sum + last * sums, params.final_key_sum_gradient + last * sums,
+                    sums, part);
+    }
     sum = detail::reduce_warp(sum, detail::Plus{});
     if (threadIdx.x % 32 == 0) {
       shared.warps[threadIdx.x / 32] = sum;
@@ -74,51 +112,86 @@ struct StateProduct {
   }
 
  private:
-  // The thread's part of a part of the product of `size` floats.
-  CUTE_DEVICE static double product(float const* x, float const* y, std::int64_t size, int part) {
+  // The thread's part of a part of the product of `size` numbers, 16 bytes at a time.
+  template <class T>
+  CUTE_DEVICE static double product(T const* x, T const* y, std::int64_t size, int part) {
+    constexpr int kWidth = 16 / sizeof(T);
     double sum = 0.0;
-#pragma unroll 4
-    for (std::int64_t i = 4 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
-         i += 4 * kParts * kThreads) {
-      float4 const a = *reinterpret_cast<float4 const*>(x + i);
-      float4 const b = *reinterpret_cast<float4 const*>(y + i);
-      sum += double{a.x} * double{b.x} + double{a.y} * double{b.y} + double{a.z} * double{b.z} +
-             double{a.w} * double{b.w};
+#pragma unroll 2
+    for (std::int64_t i = kWidth * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
+         i += kWidth * kParts * kThreads) {
+      sum += product_of(x + i, y + i);
     }
     return sum;
   }
+  CUTE_DEVICE static double product_of(float const* x, float const* y) {
+    float4 const a = *reinterpret_cast<float4 const*>(x);
+    float4 const b = *reinterpret_cast<float4 const*>(y);
+    return double{a.x} * double{b.x} + double{a.y} * double{b.y} + double{a.z} * double{b.z} +
+           double{a.w} * double{b.w};
+  }
+  // Exact products of few digits; their sum of eight need not be.
+  CUTE_DEVICE static double product_of(Element const* x, Element const* y) {
+    uint4 const a = *reinterpret_cast<uint4 const*>(x);
+    uint4 const b = *reinterpret_cast<uint4 const*>(y);
+    auto const pair = [](std::uint32_t u, std::uint32_t v) {
+      return fmaf(detail::unpack_lo<Element>(u), detail::unpack_lo<Element>(v),
+                  detail::unpack_hi<Element>(u) * detail::unpack_hi<Element>(v));
+    };
+    return double{(pair(a.x, b.x) + pair(a.y, b.y)) + (pair(a.z, b.z) + pair(a.w, b.w))};
+  }
+
+  // What is stored of both is 2^-exponent times the number.
+  CUTE_DEVICE static double scaled(double x, int const* exponents, std::int64_t slot_head,
+                                   int const* gradient_exponents, std::int64_t gradient_slot_head) {
+    if constexpr (kScaled) {
+      auto const power = [](int const* e, std::int64_t index) {
+        return double{detail::power_of_two(e == nullptr ? 0 : e[index])};
+      };
+      return x * power(exponents, slot_head) * power(gradient_exponents, gradient_slot_head);
+    } else {
+      return x;
+    }
+  }
 };
 
-/// A piece of a sequence, and the heads of it that a block takes.
+/// A piece of a chunk, and the heads of it that a block takes.
 struct GatePiece {
   static constexpr int kTokens = 1024;
 
-  Sequences pieces;
   Sequence sequence;
-  int sequence_index;
-  int index;  // of the piece in its sequence
-  std::int64_t first_token;
-  int tokens;  // at most 0 where the slot has no piece
+  int slot;         // of the chunk
+  int pieces;       // of the chunk, some of them empty in a sequence's last
+  int index;        // of the piece in its chunk
+  int first_token;  // in the sequence
+  int tokens;       // at most 0 where there is no such piece
   int first_head;
   int heads;
 
   CUTE_DEVICE GatePiece(Sequences const& sequences, int all_heads)
-      : pieces(sequences.segments(kTokens)) {
-    Chunk const piece = pieces.find(static_cast<int>(blockIdx.x));
-    sequence = pieces.get(piece.sequence);
-    sequence_index = piece.sequence;
-    index = piece.index;
-    first_token = static_cast<std::int64_t>(index) * kTokens;
-    tokens = static_cast<int>(
-        cute::min(sequence.length - first_token, static_cast<std::int64_t>(kTokens)));
+      : pieces(per_chunk(sequences.chunk_size)) {
+    slot = static_cast<int>(blockIdx.x) / pieces;
+    index = static_cast<int>(blockIdx.x) % pieces;
+    Chunk const chunk = sequences.find(slot);
+    sequence = sequences.get(chunk.sequence);
+    std::int64_t const chunk_start = std::int64_t{chunk.index} * sequences.chunk_size;
+    std::int64_t const first = chunk_start + std::int64_t{index} * kTokens;
+    std::int64_t const end =
+        cute::min(chunk_start + sequences.chunk_size, std::int64_t{sequence.length});
+    first_token = static_cast<int>(cute::min(first, std::int64_t{sequence.length}));
+    tokens =
+        static_cast<int>(cute::max(cute::min(end - first, std::int64_t{kTokens}), std::int64_t{0}));
     first_head = static_cast<int>(blockIdx.y) * collective::GateTile::kHeads;
     heads = cute::min(cute::Int<collective::GateTile::kHeads>{}, all_heads - first_head);
   }
 
-  /// (piece, heads)
+  CUTE_HOST_DEVICE static constexpr int per_chunk(int chunk_size) {
+    return (chunk_size - 1) / kTokens + 1;
+  }
+  /// (chunk and piece, piece fastest; heads)
   CUTE_HOST static dim3 grid(Sequences const& sequences, int heads) {
     constexpr int kHeads = collective::GateTile::kHeads;
-    return dim3(static_cast<unsigned>(sequences.segments(kTokens).num_slots()),
+    return dim3(static_cast<unsigned>(sequences.num_slots() * per_chunk(sequences.chunk_size)),
                 static_cast<unsigned>((heads + kHeads - 1) / kHeads));
   }
 };
@@ -135,7 +208,7 @@ struct GateGradientSums {
   struct Params {
     float const* d_gate;  // [b, t, h] the gradient of the cumulative log gate
     TokenStride d_gate_stride;
-    double* sums;  // [h, slots of pieces]
+    double* sums;  // [h, slots, pieces of a chunk]
     Sequences sequences;
     int heads;
   };
@@ -178,7 +251,7 @@ struct GateGradientSums {
     }
     sum = detail::reduce_warp(sum, detail::Plus{});
     if (warp < piece.heads && lane == 0) {
-      params.sums[(piece.first_head + warp) * piece.pieces.num_slots() + blockIdx.x] = sum;
+      params.sums[(piece.first_head + warp) * std::int64_t{gridDim.x} + blockIdx.x] = sum;
     }
   }
 };
@@ -187,8 +260,7 @@ struct GateGradient {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 4;
-  static constexpr int kParts = StateProduct::kParts;
-  static_assert(kParts == 32, "one a lane");
+  static constexpr int kParts = 16;  // of the products of `StateProducts`, one a lane
 
   struct SharedStorage {
     float tile[Tile::kSize];
@@ -199,8 +271,8 @@ struct GateGradient {
     float* d_log_gate;    // [b, t, h]
     TokenStride d_gate_stride;
     TokenStride d_log_gate_stride;
-    double const* sums;      // [h, slots of pieces]
-    double const* products;  // [count, h, kParts]; null for none
+    double const* sums;      // [h, slots, pieces of a chunk]; unused where that is one
+    double const* products;  // [slots, h, kParts]; null for none
     Sequences sequences;
     int heads;
   };
@@ -257,17 +329,18 @@ struct GateGradient {
   CUTE_DEVICE static double after(Params const& params, GatePiece const& piece, int warp,
                                   int lane) {
     int const head = piece.first_head + warp;
-    int const pieces = cute::ceil_div(piece.sequence.length, cute::Int<GatePiece::kTokens>{});
-    double const* sums = params.sums + head * piece.pieces.num_slots() + piece.sequence.first_slot;
     double sum = 0.0;
+    // In a sequence's last chunk, those without tokens have no sum.
+    int const left = piece.sequence.length - piece.first_token;
+    int const pieces = cute::min(piece.pieces, piece.index + GatePiece::per_chunk(left));
+    double const* const sums =
+        params.sums + (head * std::int64_t{gridDim.x} + blockIdx.x - piece.index);
 #pragma unroll 4
     for (int index = piece.index + 1 + lane; index < pieces; index += 32) {
       sum += sums[index];
     }
-    if (params.products != nullptr) {
-      std::int64_t const item =
-          static_cast<std::int64_t>(piece.sequence_index) * params.heads + head;
-      sum += params.products[item * kParts + lane];
+    if (params.products != nullptr && lane < kParts) {
+      sum += params.products[(std::int64_t{piece.slot} * params.heads + head) * kParts + lane];
     }
     return detail::reduce_warp(sum, detail::Plus{});
   }

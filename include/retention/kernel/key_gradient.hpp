@@ -117,7 +117,8 @@ struct KeyGradient {
         shared.value, thread, as_it_is);
 
     cute::Tensor gradient = cute::make_tensor<float>(typename Contract::GradientLayout{});
-    typename Intra::KeyProducts products = {};
+    typename Intra::KeyProducts registers;
+    typename Intra::KeyProducts& products = Intra::products_in(shared.intra, registers);
     if (has_state) {
       for (int row = thread; row < kRows; row += kThreads) {
         shared.ones[row] = 1.0f;
@@ -136,6 +137,10 @@ struct KeyGradient {
       multiply_keys(shared, gradient, products);
     } else {
       cute::clear(gradient);
+#pragma unroll
+      for (int m = 0; m < Tiling::kMmaRows; ++m) {
+        products[m][0] = products[m][1] = 0.0f;
+      }
       __syncthreads();  // the rows and their gates are there
       Intra::set_reach(shared.intra, shared.work, shared.row_gate);
     }
