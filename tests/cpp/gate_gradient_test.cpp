@@ -34,13 +34,22 @@ enum class Order {
   kGaps,         // [b, t, h] with gaps between heads, tokens and rows
 };
 
+// Where there are states with gradients.
+enum class States {
+  kNone,
+  kBetween,  // chunks
+  kInitial,  // and before the first
+  kFinal,    // and after the last
+  kAll,
+};
+
 struct Case {
   char const* name;
   std::vector<int> lengths = {100};  // one a sequence; rows of a batch unless `packed`
   bool packed = false;
   int heads = 1;
   int chunk_size = 0;  // all of a sequence is one chunk
-  bool final = false;  // whether a final state has a gradient
+  States states = States::kNone;
   Fill fill = Fill::kNormal;
   Order in = Order::kTokensHeads;
   Order out = Order::kTokensHeads;
@@ -123,25 +132,24 @@ void run_case(Case const& c, std::uint64_t seed) {
                                            chunk_size, static_cast<int>(sequences)};
   auto const slots = static_cast<size_t>(where.num_slots());
   size_t const elements = D * dv, items = slots * heads;
-  bool const chunked = chunk_size < longest;
-  // Of slots without a chunk, of states before a first chunk, or after a last one: NaN.
+  bool const has_states = c.states != States::kNone;
+  bool const has_initial = c.states == States::kInitial || c.states == States::kAll;
+  bool const has_final = c.states == States::kFinal || c.states == States::kAll;
+  // NaN where there is no state before a chunk or no gradient after it.
   auto const states = [&](char const* name, size_t width) {
-    return GlobalArray<std::uint16_t>(name, chunked ? items * width : 0);
+    return GlobalArray<std::uint16_t>(name, has_states ? items * width : 0);
   };
   auto state = states("states", elements), d_state = states("state_gradients", elements);
   auto key_sum = states("key_sums", D), d_key_sum = states("key_sum_gradients", D);
   GlobalArray<int> state_exponents("state_exponents", items), d_state_exponents("", items);
   GlobalArray<int> key_sum_exponents("key_sum_exponents", items), d_key_sum_exponents("", items);
-  auto const finals = [&](char const* name, size_t width) {
-    return GlobalArray<float>(name, c.final ? sequences * heads * width : 0);
+  GlobalArray<float> state_d_gate("state_d_gate", d_gate.size());
+  GlobalArray<float> gate("gate", d_gate.size());
+  // What comes from after each chunk, and its terms' absolute values.
+  struct After {
+    double sum = 0.0, magnitude = 0.0, product = 0.0, product_magnitude = 0.0;
   };
-  auto final_state = finals("final_state", elements), d_final_state = finals("", elements);
-  auto final_key_sum = finals("final_key_sum", D), d_final_key_sum = finals("", D);
-  // <S, dS> + <z, dz> after each chunk, and the terms' absolute values.
-  struct Product {
-    double sum = 0.0, magnitude = 0.0;
-  };
-  std::vector<Product> after(items);
+  std::vector<After> after(items);
   constexpr bool kIsHalf = std::is_same_v<Element, cute::half_t>;
   retention::ElementType const element =
       kIsHalf ? retention::ElementType::kFloat16 : retention::ElementType::kBFloat16;
@@ -157,77 +165,81 @@ void run_case(Case const& c, std::uint64_t seed) {
     }
     return values;
   };
-  auto const fill_final = [&](GlobalArray<float>& x, size_t item, size_t width) {
-    std::vector<double> values(width);
-    for (size_t i = 0; i < width; ++i) {
-      x[item * width + i] = normal(rng);
-      values[i] = double{x[item * width + i]};
-    }
-    return values;
-  };
   auto const slot_of = [&](size_t s) {
     return static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
   };
-  auto const chunk = static_cast<size_t>(chunk_size);
-  for (size_t s = 0; s < sequences; ++s) {
-    auto const length = static_cast<size_t>(c.lengths[s]);
+  for (size_t s = 0; has_states && s < sequences; ++s) {
     for (size_t h = 0; h < heads; ++h) {
-      for (size_t first = 0; first < length; first += chunk) {
-        size_t const item = (slot_of(s) + first / chunk) * heads + h;
-        auto const add = [&](std::vector<double> const& x, std::vector<double> const& y) {
-          for (size_t i = 0; i < x.size(); ++i) {
-            after[item].sum += x[i] * y[i];
-            after[item].magnitude += std::abs(x[i] * y[i]);
+      for (int first = 0; first < c.lengths[s]; first += chunk_size) {
+        int const end = std::min(first + chunk_size, c.lengths[s]);
+        size_t const item = (slot_of(s) + static_cast<size_t>(first / chunk_size)) * heads + h;
+        After& x = after[item];
+        bool const has_gradient = has_final || end < c.lengths[s];
+        for (int t = first; t < end; ++t) {
+          float& term = state_d_gate[at(in_stride, s, t, h)];
+          term = has_gradient ? normal(rng) : 0.0f;
+          x.sum += double{term};
+          x.magnitude += std::abs(double{term});
+        }
+        // Where nothing is left of a state, it need not be finite.
+        bool const forgets = rng() % 4 == 0;
+        float& end_gate = gate[at(in_stride, s, end - 1, h)];
+        end_gate = forgets ? -200.0f : -std::abs(normal(rng));
+        if (!has_gradient || !(has_initial || first > 0) || forgets) {
+          continue;
+        }
+        double const decay = std::exp(double{end_gate});
+        auto const add = [&](std::vector<double> const& y, std::vector<double> const& z) {
+          for (size_t i = 0; i < y.size(); ++i) {
+            x.product += decay * y[i] * z[i];
+            x.product_magnitude += std::abs(decay * y[i] * z[i]);
           }
         };
-        if (first + chunk < length) {
-          add(fill(state, state_exponents, item + heads, elements),
-              fill(d_state, d_state_exponents, item, elements));
-          add(fill(key_sum, key_sum_exponents, item + heads, D),
-              fill(d_key_sum, d_key_sum_exponents, item, D));
-        } else if (c.final) {
-          size_t const last = s * heads + h;
-          add(fill_final(final_state, last, elements), fill_final(d_final_state, last, elements));
-          add(fill_final(final_key_sum, last, D), fill_final(d_final_key_sum, last, D));
-        }
+        add(fill(state, state_exponents, item, elements),
+            fill(d_state, d_state_exponents, item, elements));
+        add(fill(key_sum, key_sum_exponents, item, D),
+            fill(d_key_sum, d_key_sum_exponents, item, D));
       }
     }
   }
 
-  size_t const pieces = static_cast<size_t>(GatePiece::per_chunk(chunk_size));
+  auto const pieces = static_cast<size_t>(GatePiece::per_chunk(chunk_size));
   GlobalArray<double> products("products", items * size_t{Products::kParts});
   GlobalArray<double> sums("sums", pieces > 1 ? items * pieces : 0);
-  bool const has_products = c.final || chunked;
   typename Products::Params product{};
   auto const data = [](GlobalArray<std::uint16_t>& x) {
     return reinterpret_cast<Element const*>(x.data());
   };
-  if (chunked) {
-    product.states = data(state);
-    product.key_sums = data(key_sum);
-    product.state_gradients = data(d_state);
-    product.key_sum_gradients = data(d_key_sum);
+  product.states = data(state);
+  product.key_sums = data(key_sum);
+  product.state_gradients = data(d_state);
+  product.key_sum_gradients = data(d_key_sum);
+  if (kIsHalf) {
     product.exponents = {nullptr, nullptr, state_exponents.data(), key_sum_exponents.data()};
     product.gradient_exponents.state = d_state_exponents.data();
     product.gradient_exponents.key_sum = d_key_sum_exponents.data();
   }
-  if (c.final) {
-    product.final_state = final_state.data();
-    product.final_key_sum = final_key_sum.data();
-    product.final_state_gradient = d_final_state.data();
-    product.final_key_sum_gradient = d_final_key_sum.data();
-  }
+  product.gate = gate.data();
+  product.gate_stride = in_stride;
   product.products = products.data();
   product.sequences = where;
   product.heads = c.heads;
   product.state_dim = c.state_dim;
   product.value_dim = c.value_dim;
+  product.initial_states = has_initial;
+  product.final_gradients = has_final;
   GateGradientSums::Params const first{d_gate.data(), in_stride, sums.data(), where, c.heads};
-  GateGradient::Params const second{d_gate.data(), d_log_gate.data(),
-                                    in_stride,     out_stride,
-                                    sums.data(),   has_products ? products.data() : nullptr,
-                                    where,         c.heads};
-  if ((has_products && !launch<Products>(product, seed)) ||
+  GateGradient::Params second{};
+  second.d_gate = d_gate.data();
+  second.d_log_gate = d_log_gate.data();
+  second.d_gate_stride = in_stride;
+  second.d_log_gate_stride = out_stride;
+  second.state_d_gate = has_states ? state_d_gate.data() : nullptr;
+  second.sums = sums.data();
+  second.products = has_states ? products.data() : nullptr;
+  second.sequences = where;
+  second.heads = c.heads;
+  if ((has_states && !launch<Products>(product, seed)) ||
       (pieces > 1 && !launch<GateGradientSums>(first, seed)) ||
       !launch<GateGradient>(second, seed)) {
     return;
@@ -240,12 +252,13 @@ void run_case(Case const& c, std::uint64_t seed) {
       bool right = true;
       for (int t = c.lengths[s] - 1; t >= 0; --t) {
         if (t + 1 == c.lengths[s] || (t + 1) % chunk_size == 0) {
-          Product const& product_after =
+          After const& given =
               after[(slot_of(s) + static_cast<size_t>(t / chunk_size)) * heads + h];
-          sum = product_after.sum;
-          magnitude = product_after.magnitude;
-          // Sums of eight products in fp32, but for those of final states.
-          rounding = t + 1 == c.lengths[s] ? 0.0 : 0x1p-22 * magnitude / std::sqrt(elements / 8.0);
+          sum = given.sum + given.product;
+          magnitude = given.magnitude;
+          // Sums of eight products in fp32, and the decay.
+          rounding = 0x1p-22 * given.product_magnitude / std::sqrt(elements / 8.0) +
+                     0x1p-21 * std::abs(given.product);
         }
         double const x = double{d_gate[at(in_stride, s, t, h)]};
         sum += x;
@@ -291,33 +304,35 @@ int main() {
   std::uint64_t seed = 0;
   run({"one tile", {128}}, seed++);
   run({"one token", {1}, false, 3}, seed++);
-  run({"batch, eight heads", {200, 200, 200}, false, 8, 64, true}, seed++);
-  run({"eleven heads", {130}, false, 11, 128, true}, seed++);
+  run({"one chunk, initial state", {100}, false, 2, 0, States::kInitial}, seed++);
+  run({"batch, eight heads", {200, 200, 200}, false, 8, 64, States::kAll}, seed++);
+  run({"eleven heads", {130}, false, 11, 128, States::kFinal}, seed++);
   run({"pieces", {1024, 1024}, false, 2}, seed++);
-  run({"pieces, one token more", {2049}, false, 3, 0, true}, seed++);
-  run({"chunks of pieces", {5200, 5200}, false, 2, 2112}, seed++);
-  run({"chunks of pieces, the last of one", {4230}, false, 1, 2112, true}, seed++);
-  run({"chunks of one piece", {3000}, false, 2, 1024}, seed++);
-  run({"long, one chunk", {50000}, false, 1, 0, true}, seed++);
-  run({"long", {20000}, false, 1, 256, true}, seed++);
-  run({"long, cancelling", {40000}, false, 2, 0, false, Fill::kCancelling}, seed++);
+  run({"pieces, one token more", {2049}, false, 3, 0, States::kAll}, seed++);
+  run({"chunks of pieces", {5200, 5200}, false, 2, 2112, States::kBetween}, seed++);
+  run({"chunks of pieces, the last of one", {4230}, false, 1, 2112, States::kAll}, seed++);
+  run({"chunks of one piece", {3000}, false, 2, 1024, States::kBetween}, seed++);
+  run({"long, one chunk", {50000}, false, 1, 0, States::kFinal}, seed++);
+  run({"long", {20000}, false, 1, 256, States::kAll}, seed++);
+  run({"long, cancelling", {40000}, false, 2, 0, States::kNone, Fill::kCancelling}, seed++);
   for (Order const in : {Order::kTokensHeads, Order::kHeadsTokens, Order::kGaps}) {
     for (Order const out : {Order::kTokensHeads, Order::kHeadsTokens, Order::kGaps}) {
-      run({"strides", {1100, 1100}, false, 9, 0, true, Fill::kNormal, in, out}, seed++);
+      run({"strides", {1100, 1100}, false, 9, 0, States::kFinal, Fill::kNormal, in, out}, seed++);
     }
   }
   for (int const heads : {1, 3, 8}) {
     Case c{"packed", {65, 0, 1, 1530, 0, 0, 64, 7, 2100}, true, heads};
     run(c, seed++);
     c.chunk_size = 128;
+    c.states = States::kBetween;
     run(c, seed++);
-    c.final = true;
+    c.states = States::kAll;
     c.in = Order::kHeadsTokens;
     run(c, seed++);
   }
-  run({"packed, empty ends", {0, 0, 1400, 0}, true, 2, 256, true}, seed++);
-  run({"NaN", {1300, 1300}, false, 3, 0, false, Fill::kNaN}, seed++);
-  Case large{"large state", {70, 70}, false, 2, 64, true};
+  run({"packed, empty ends", {0, 0, 1400, 0}, true, 2, 256, States::kInitial}, seed++);
+  run({"NaN", {1300, 1300}, false, 3, 0, States::kNone, Fill::kNaN}, seed++);
+  Case large{"large state", {70, 70}, false, 2, 64, States::kAll};
   large.state_dim = 2304;
   large.value_dim = 64;
   run(large, seed++);

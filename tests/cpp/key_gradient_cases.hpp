@@ -294,7 +294,7 @@ class KeyGradientProblem {
       state_exponents_[slot] = store(gradients[chunk].state, &d_states_[slot * kState * kValue]);
       key_sum_exponents_[slot] = store(gradients[chunk].key_sum, &d_key_sums_[slot * kState]);
     }
-    expected_.push_back(key_gradients(in, rows));
+    expected_.push_back(key_gradients(in, rows, c_.chunk_size));
     inputs_.push_back(std::move(in));
   }
 

@@ -58,12 +58,15 @@ QueryRows query_rows(KeyGradientInputs const& inputs) {
   return rows;
 }
 
-KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& rows) {
+KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& rows, int chunk_size) {
   auto const d = static_cast<size_t>(inputs.head_dim), dv = static_cast<size_t>(inputs.value_dim);
   auto const tokens = static_cast<size_t>(inputs.tokens);
   KeyGradients gradients{std::vector<double>(tokens * d), std::vector<double>(tokens * d),
-                         std::vector<double>(tokens * dv)};
+                         std::vector<double>(tokens * dv), std::vector<double>(tokens),
+                         std::vector<double>(tokens)};
+  auto const c = static_cast<size_t>(chunk_size);
   for (size_t j = 0; j < tokens; ++j) {
+    std::vector<double> from_state(d);
     double const* key = &inputs.key[j * d];
     double const* value = &inputs.value[j * dv];
     double* d_key = &gradients.d_key[j * d];
@@ -83,6 +86,7 @@ KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& row
       for (size_t e = 0; e < d; ++e) {
         double const d_product = 2.0 * factor * query[e];
         d_key[e] += d_product * (product - delta);
+        from_state[e] += i / c > j / c ? d_product * (product - delta) : 0.0;
         magnitude[e] += std::abs(d_product) * (std::abs(product) + std::abs(delta));
       }
       for (size_t e = 0; e < dv; ++e) {
@@ -96,14 +100,19 @@ KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& row
                                           static_cast<std::int64_t>(m), inputs.head_dim, 2));
         double const* state = &inputs.d_final_state[m * dv];
         double const d_phi = factor * (dot(state, value, dv) + inputs.d_final_key_sum[m]);
-        d_key[first] += d_phi * key[second];
-        d_key[second] += d_phi * key[first];
+        for (double* sum : {d_key, from_state.data()}) {
+          sum[first] += d_phi * key[second];
+          sum[second] += d_phi * key[first];
+        }
         double const phi = factor * key[first] * key[second];
         for (size_t e = 0; e < dv; ++e) {
           d_value[e] += phi * state[e];
         }
       });
     }
+    gradients.state_gate[j] = 0.5 * dot(key, from_state.data(), d);
+    gradients.state_gate_size[j] =
+        0.5 * std::sqrt(dot(key, key, d) * dot(from_state.data(), from_state.data(), d));
   }
   return gradients;
 }

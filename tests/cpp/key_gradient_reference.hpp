@@ -36,9 +36,12 @@ struct KeyGradients {
   std::vector<double> d_key;            // [t, d]
   std::vector<double> d_key_magnitude;  // [t, d] of its terms, before do . v - delta
   std::vector<double> d_value;          // [t, dv]
+  // k . dk / 2 of what comes from after the key's chunk, and |k| |dk| / 2.
+  std::vector<double> state_gate;       // [t]
+  std::vector<double> state_gate_size;  // [t]
 };
 
-KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& rows);
+KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& rows, int chunk_size);
 
 struct StateGradient {
   std::vector<double> state;    // [D, dv]

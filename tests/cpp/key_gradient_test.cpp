@@ -24,6 +24,11 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
   GlobalArray<float> d_gate("d_gate", problem.size_of(params.d_gate_stride, heads, 1));
   params.d_key = d_key.data();
   params.d_gate = c.gated ? d_gate.data() : nullptr;
+  GlobalArray<float> state_d_gate("state_d_gate", d_gate.size());
+  // Not wanted where no state has a gradient.
+  int const longest = *std::max_element(c.lengths.begin(), c.lengths.end());
+  bool const has_state = c.final || longest > c.chunk_size;
+  params.state_d_gate = c.gated && has_state ? state_d_gate.data() : nullptr;
   auto const group = static_cast<size_t>(c.group);
   GlobalArray<float> query_d_gate("query_d_gate",
                                   problem.size_of(params.row_stride, heads * group, 1), true);
@@ -37,7 +42,9 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
     return;
   }
   struct Error : Problem::Error {
-    double gate = 0.0, gate_size = 0.0, gate_magnitude = 0.0;  // sums of squares
+    // Sums of squares.
+    double gate = 0.0, gate_size = 0.0, gate_magnitude = 0.0;
+    double state_gate = 0.0, state_gate_size = 0.0;
   };
   std::vector<Error> errors(heads);
   problem.for_each_head(
@@ -62,25 +69,34 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
             error.gate += (actual - gate) * (actual - gate);
             error.gate_size += 0.25 * key_norm * norm;
             error.gate_magnitude += 0.25 * key_norm * magnitude;
+            if (has_state) {
+              double const of_state = state_d_gate[problem.at(params.d_gate_stride, s, t, h)];
+              double const difference = of_state - expected.state_gate[t];
+              error.state_gate += difference * difference;
+              error.state_gate_size += expected.state_gate_size[t] * expected.state_gate_size[t];
+            }
           }
         }
       });
   double const u = roundoff(Problem::kElement);
-  int const longest = *std::max_element(c.lengths.begin(), c.lengths.end());
-  bool const has_state = c.final || longest > c.chunk_size;
   // Half a rounding of the largest cumulative gate, in fp32.
   double const of_gate =
       c.gated ? 0x1p-25 * double{c.log_gate} * std::min(longest, c.chunk_size) : 0.0;
   for (Error const& error : errors) {
     // Of fp32 products and sums, but for a state, whose elements are rounded.
     double const gate_error = std::sqrt(error.gate);
-    double const gate_bound = (has_state ? 0.5 * u : 1e-6) * std::sqrt(error.gate_size) +
-                              (1e-6 + of_gate) * std::sqrt(error.gate_magnitude);
+    double const fp32_bound = (1e-6 + of_gate) * std::sqrt(error.gate_magnitude);
+    double const gate_bound =
+        (has_state ? 0.5 * u : 1e-6) * std::sqrt(error.gate_size) + fp32_bound;
+    double const state_error = std::sqrt(error.state_gate);
+    double const state_bound = 0.5 * u * std::sqrt(error.state_gate_size) + fp32_bound;
     std::cout << problem.title() << ", seed " << seed << ": error " << error.roundings()
-              << " roundings, gates " << gate_error / gate_bound << " of the bound\n";
+              << " roundings, gates " << gate_error / gate_bound << " of the bound, states' "
+              << state_error / state_bound << '\n';
     // The state, da and the gradient are each rounded once: 1.1 to 1.3 was seen.
     RETENTION_CHECK(error.roundings() <= 2.0);
     RETENTION_CHECK(gate_error <= gate_bound);
+    RETENTION_CHECK(state_error <= state_bound);
   }
 }
 

@@ -217,6 +217,12 @@ struct IntraKeyGradient {
     });
   }
 
+  /// R_j, which sums are over before `run`, for a row of this gate.
+  CUTE_DEVICE static float row_unit(SharedStorage const& shared, float gate) {
+    Reach const reach = shared.reach[this_thread()];
+    return reach.end_exact == INT_MAX ? 1.0f : detail::exp2(reach.reference - gate);
+  }
+
   /// Adds to `gradient` [rows, d or dv], which is over R_j; what is returned is not. `key` and, for
   /// gradients of keys, `value` are the tiles of rows in shared memory, and `products` is added to
   /// in the same units.

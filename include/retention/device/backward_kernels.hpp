@@ -51,9 +51,6 @@ struct BackwardKernels {
   /// `launcher` as for ForwardKernels.
   template <class Launcher>
   static Status run(BackwardPlan plan, void* workspace, Launcher const& launcher) {
-    // From here on the workspace is known.
-    plan.forward.arguments.final_state = plan.final_state.template in<float>(workspace);
-    plan.forward.arguments.final_key_sum = plan.final_key_sum.template in<float>(workspace);
     Call const call(plan, workspace);
     if (plan.recomputes) {
       if (Status status = Forward::run_states(plan.forward, workspace, launcher); !status) {
@@ -312,6 +309,7 @@ struct BackwardKernels {
       p.d_key = static_cast<Element*>(arguments.d_key);
       p.d_key_stride = contiguous(a.heads, HeadDim);
       p.d_gate = in<float>(plan.d_gate);
+      p.state_d_gate = in<float>(plan.state_d_gate);
       p.query_d_gate = in<float>(plan.query_d_gate);
       p.d_gate_stride = forward.gate_stride;
       return p;
@@ -323,10 +321,8 @@ struct BackwardKernels {
       p.key_sums = in_forward<Element>(plan.forward.key_sums);
       p.state_gradients = in<Element>(plan.d_states);
       p.key_sum_gradients = in<Element>(plan.d_key_sums);
-      p.final_state = in<float>(plan.final_state);
-      p.final_key_sum = in<float>(plan.final_key_sum);
-      p.final_state_gradient = arguments.d_final_state;
-      p.final_key_sum_gradient = arguments.d_final_key_sum;
+      p.gate = forward.gate;
+      p.gate_stride = forward.gate_stride;
       p.products = in<double>(plan.products);
       p.exponents = forward.exponents;
       p.gradient_exponents = exponents;
@@ -334,6 +330,8 @@ struct BackwardKernels {
       p.heads = a.heads;
       p.state_dim = kStateDim;
       p.value_dim = ValueDim;
+      p.initial_states = a.initial_state != nullptr;
+      p.final_gradients = arguments.d_final_state != nullptr;
       return p;
     }
 
@@ -353,6 +351,7 @@ struct BackwardKernels {
       p.d_log_gate = arguments.d_log_gate;
       p.d_gate_stride = forward.gate_stride;
       p.d_log_gate_stride = contiguous(a.heads, 1);
+      p.state_d_gate = in<float>(plan.state_d_gate);
       p.sums = in<double>(plan.gate_sums);
       p.products = in<double>(plan.products);
       p.sequences = forward.sequences;

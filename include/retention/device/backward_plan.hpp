@@ -25,19 +25,17 @@ struct BackwardPlan {
   bool reads_gradients = false;  // whether keys and values read the gradient of a state
   bool makes_gradients = false;  // whether such gradients are computed, to be read or the initial
   bool segmented = false;        // whether a sequence is cut and a carry follows
-  bool gate_of_final_state = false;  // whether the final state is needed, for the gates' gradient
-  bool gate_of_states = false;       // whether any product of a state and its gradient is
+  bool gate_of_states = false;   // whether gates need products of states and their gradients
 
-  // Workspace; the first two with `gate_of_final_state`.
-  Region final_state;    // [n, h, D, dv] fp32
-  Region final_key_sum;  // [n, h, D]
-  Region query;          // [b, hq, t, d] rescaled by powers of two, see kernel/gradient_rows.hpp
-  Region inverse;        // [b, hq, t], as those that follow
+  // Workspace.
+  Region query;    // [b, hq, t, d] rescaled by powers of two, see kernel/gradient_rows.hpp
+  Region inverse;  // [b, hq, t], as those that follow
   Region delta;
   Region weight;
   Region scale;
   Region query_d_gate;       // [b, hq, t] what queries have of d_gate
   Region d_gate;             // [b, t, h] of the gate's cumulative sum
+  Region state_d_gate;       // [b, t, h] what keys have of it from states
   Region products;           // [slots, h, kProductParts] of states and their gradients
   Region gate_sums;          // [h, slots, pieces of a chunk] of d_gate, where those are several
   Region d_states;           // [slots, h, D, dv] after each chunk, in the element type
@@ -59,19 +57,16 @@ struct BackwardPlan {
     BackwardPlan plan;
     plan.arguments = arguments;
     bool const has_final = arguments.d_final_state != nullptr;
-    plan.gate_of_final_state = has_final && arguments.d_log_gate != nullptr;
-    plan.recomputes = arguments.forward_workspace == nullptr || plan.gate_of_final_state;
+    plan.recomputes = arguments.forward_workspace == nullptr;
 
     ForwardArguments forward = arguments.forward;
-    // Whether it is null is all that matters before the workspace is known.
-    forward.final_state =
-        plan.gate_of_final_state ? const_cast<float*>(arguments.d_final_state) : nullptr;
-    forward.final_key_sum = forward.final_state;
+    forward.final_state = forward.final_key_sum = nullptr;
     plan.forward = ForwardPlan::make(forward, multiprocessors);
     ForwardArguments const& a = plan.forward.arguments;
     plan.reads_gradients = a.chunk_size < a.tokens || has_final;
     plan.makes_gradients = plan.reads_gradients || arguments.d_initial_state != nullptr;
-    plan.gate_of_states = plan.reads_gradients && arguments.d_log_gate != nullptr;
+    plan.gate_of_states =
+        plan.reads_gradients && plan.forward.reads_states && arguments.d_log_gate != nullptr;
     // The states' segments suit their gradients as well, where there are any.
     plan.segmented = plan.makes_gradients && a.segment_tokens < a.tokens;
 
@@ -82,10 +77,6 @@ struct BackwardPlan {
     std::int64_t const slots = plan.forward.slots;
     std::int64_t const items = plan.forward.items;
     Regions regions(plan.recomputes ? plan.forward.workspace_bytes : 0);
-    if (plan.gate_of_final_state) {
-      plan.final_state = regions.take(sequences * heads * D * a.value_dim, sizeof(float));
-      plan.final_key_sum = regions.take(sequences * heads * D, sizeof(float));
-    }
     plan.query = regions.take(tokens * a.query_heads * a.head_dim, 2);
     for (Region* row : {&plan.inverse, &plan.delta, &plan.weight, &plan.scale}) {
       *row = regions.take(tokens * a.query_heads, sizeof(float));
@@ -93,6 +84,9 @@ struct BackwardPlan {
     if (arguments.d_log_gate != nullptr) {
       plan.query_d_gate = regions.take(tokens * a.query_heads, sizeof(float));
       plan.d_gate = regions.take(tokens * heads, sizeof(float));
+      if (plan.reads_gradients) {
+        plan.state_d_gate = regions.take(tokens * heads, sizeof(float));
+      }
       if (plan.gate_of_states) {
         plan.products = regions.take(slots * heads * kProductParts, sizeof(double));
       }

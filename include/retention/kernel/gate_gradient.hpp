@@ -7,10 +7,18 @@
 // chunks have of t, they have through that state. The sum over their dL is the same number, but
 // with the roundings of all of them, however little of the chunk's state is left there.
 //
+// For the same reason the products must be those that dL has terms of. S consists of what was left
+// of the state before the chunk, S' and z', and of the chunk's keys, so that they are
+//
+//     sum_j (k_j . dk_j of the state) / 2 + exp(G) (<dS, S'> + <dz, z'>)
+//
+// with the state as queries read it, dS as keys read it, and G the chunk's cumulative gate. Terms
+// of dL_j cancel against the first sum, as far as they do not cross t, to the last digits of fp32.
+//
 // Three kernels, one after the other, every sum in an order of its own and in double precision:
 //
-// - `StateProducts`, if there is a state after a chunk that has a gradient: parts of the products;
-// - `GateGradientSums`, if chunks have more than one piece: the sum over each piece of a chunk;
+// - `StateProducts`, where there are states on both sides of a chunk: parts of those products;
+// - `GateGradientSums`, where chunks have more than one piece: the sum over each piece of a chunk;
 // - `GateGradient`: the sums from each token on, within its piece and over the pieces after it.
 
 #pragma once
@@ -40,23 +48,21 @@ struct StateProducts {
   };
 
   struct Params {
-    // All 16-byte aligned. Those of states that there are none of may be null.
-    Element const* states;             // [slots, h, D, dv] before each chunk but the first
-    Element const* key_sums;           // [slots, h, D]
-    Element const* state_gradients;    // [slots, h, D, dv] after each chunk but the last
+    Element const* states;             // [slots, h, D, dv] before each chunk, 16-byte aligned, as
+    Element const* key_sums;           // [slots, h, D]     all of these
+    Element const* state_gradients;    // [slots, h, D, dv] after each chunk
     Element const* key_sum_gradients;  // [slots, h, D]
-    // After the last chunk of each sequence; without a gradient their product is 0.
-    float const* final_state;             // [count, h, D, dv]
-    float const* final_key_sum;           // [count, h, D]
-    float const* final_state_gradient;    // [count, h, D, dv]; null for zero
-    float const* final_key_sum_gradient;  // [count, h, D]
-    double* products;                     // [slots, h, kParts], to be added up
-    Exponents exponents;                  // for fp16
+    float const* gate;                 // [b, t, h] cumulative log gate since the chunk's start
+    TokenStride gate_stride;
+    double* products;     // [slots, h, kParts], to be added up
+    Exponents exponents;  // for fp16
     GradientExponents gradient_exponents;
     Sequences sequences;
     int heads;
-    int state_dim;  // D, a multiple of 8
-    int value_dim;  // dv
+    int state_dim;         // D, a multiple of 8
+    int value_dim;         // dv
+    bool initial_states;   // whether the state before a sequence's first chunk is not zero
+    bool final_gradients;  // whether the gradient after its last chunk is not zero
   };
 
   /// (slot and part, part fastest; head)
@@ -71,31 +77,32 @@ struct StateProducts {
     int const slot = static_cast<int>(blockIdx.x / kParts);
     int const head = blockIdx.y;
     Chunk const chunk = params.sequences.find(slot);
-    int const length = params.sequences.get(chunk.sequence).length;
+    Sequence const sequence = params.sequences.get(chunk.sequence);
+    std::int64_t const start = std::int64_t{chunk.index} * params.sequences.chunk_size;
     std::int64_t const end =
-        (std::int64_t{chunk.index} + 1) * std::int64_t{params.sequences.chunk_size};
-    if (end - params.sequences.chunk_size >= length) {
+        cute::min(start + params.sequences.chunk_size, std::int64_t{sequence.length});
+    if (start >= end) {
       return;  // a slot without a chunk
     }
+    bool const has_state = params.initial_states || start > 0;
+    bool const has_gradient = params.final_gradients || end < sequence.length;
     std::int64_t const item = std::int64_t{slot} * params.heads + head;
-    std::int64_t const sums = params.state_dim;
-    std::int64_t const elements = sums * params.value_dim;
     double sum = 0.0;
-    if (end < length) {
-      std::int64_t const next = item + params.heads;
-      double const state = product(params.states + next * elements,
-                                   params.state_gradients + item * elements, elements, part);
-      double const key_sum = product(params.key_sums + next * sums,
-                                     params.key_sum_gradients + item * sums, sums, part);
-      sum =
-          scaled(state, params.exponents.state, next, params.gradient_exponents.state, item) +
-          scaled(key_sum, params.exponents.key_sum, next, params.gradient_exponents.key_sum, item);
-    } else if (params.final_state_gradient != nullptr) {
-      std::int64_t const last = std::int64_t{chunk.sequence} * params.heads + head;
-      sum = product(params.final_state + last * elements,
-                    params.final_state_gradient + last * elements, elements, part) +
-            product(params.final_key_sum + last * sums, params.final_key_sum_gradient + last * sums,
-                    sums, part);
+    if (has_state && has_gradient) {
+      float const decay =
+          detail::exp_scaled(params.gate[params.gate_stride.at(sequence, end - 1, head)], 0.0f);
+      // Nothing is left of the state where that is zero: its product need not be finite.
+      if (decay != 0.0f) {
+        std::int64_t const sums = params.state_dim;
+        std::int64_t const elements = sums * params.value_dim;
+        double const state = product(params.states + item * elements,
+                                     params.state_gradients + item * elements, elements, part);
+        double const key_sum = product(params.key_sums + item * sums,
+                                       params.key_sum_gradients + item * sums, sums, part);
+        sum = scaled(state, params.exponents.state, params.gradient_exponents.state, item) +
+              scaled(key_sum, params.exponents.key_sum, params.gradient_exponents.key_sum, item);
+        sum *= double{decay};
+      }
     }
     sum = detail::reduce_warp(sum, detail::Plus{});
     if (threadIdx.x % 32 == 0) {
@@ -112,43 +119,33 @@ struct StateProducts {
   }
 
  private:
-  // The thread's part of a part of the product of `size` numbers, 16 bytes at a time.
-  template <class T>
-  CUTE_DEVICE static double product(T const* x, T const* y, std::int64_t size, int part) {
-    constexpr int kWidth = 16 / sizeof(T);
+  // The thread's part of a part of the product of `size` numbers. Those of two are exact in fp32,
+  // the sum of eight need not be.
+  CUTE_DEVICE static double product(Element const* x, Element const* y, std::int64_t size,
+                                    int part) {
     double sum = 0.0;
 #pragma unroll 2
-    for (std::int64_t i = kWidth * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
-         i += kWidth * kParts * kThreads) {
-      sum += product_of(x + i, y + i);
+    for (std::int64_t i = 8 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
+         i += 8 * kParts * kThreads) {
+      uint4 const a = *reinterpret_cast<uint4 const*>(x + i);
+      uint4 const b = *reinterpret_cast<uint4 const*>(y + i);
+      auto const pair = [](std::uint32_t u, std::uint32_t v) {
+        return fmaf(detail::unpack_lo<Element>(u), detail::unpack_lo<Element>(v),
+                    detail::unpack_hi<Element>(u) * detail::unpack_hi<Element>(v));
+      };
+      sum += double{(pair(a.x, b.x) + pair(a.y, b.y)) + (pair(a.z, b.z) + pair(a.w, b.w))};
     }
     return sum;
   }
-  CUTE_DEVICE static double product_of(float const* x, float const* y) {
-    float4 const a = *reinterpret_cast<float4 const*>(x);
-    float4 const b = *reinterpret_cast<float4 const*>(y);
-    return double{a.x} * double{b.x} + double{a.y} * double{b.y} + double{a.z} * double{b.z} +
-           double{a.w} * double{b.w};
-  }
-  // Exact products of few digits; their sum of eight need not be.
-  CUTE_DEVICE static double product_of(Element const* x, Element const* y) {
-    uint4 const a = *reinterpret_cast<uint4 const*>(x);
-    uint4 const b = *reinterpret_cast<uint4 const*>(y);
-    auto const pair = [](std::uint32_t u, std::uint32_t v) {
-      return fmaf(detail::unpack_lo<Element>(u), detail::unpack_lo<Element>(v),
-                  detail::unpack_hi<Element>(u) * detail::unpack_hi<Element>(v));
-    };
-    return double{(pair(a.x, b.x) + pair(a.y, b.y)) + (pair(a.z, b.z) + pair(a.w, b.w))};
-  }
 
   // What is stored of both is 2^-exponent times the number.
-  CUTE_DEVICE static double scaled(double x, int const* exponents, std::int64_t slot_head,
-                                   int const* gradient_exponents, std::int64_t gradient_slot_head) {
+  CUTE_DEVICE static double scaled(double x, int const* exponents, int const* gradient_exponents,
+                                   std::int64_t slot_head) {
     if constexpr (kScaled) {
-      auto const power = [](int const* e, std::int64_t index) {
-        return double{detail::power_of_two(e == nullptr ? 0 : e[index])};
+      auto const power = [&](int const* e) {
+        return double{detail::power_of_two(e == nullptr ? 0 : e[slot_head])};
       };
-      return x * power(exponents, slot_head) * power(gradient_exponents, gradient_slot_head);
+      return x * power(exponents) * power(gradient_exponents);
     } else {
       return x;
     }
@@ -161,6 +158,8 @@ struct GatePiece {
 
   Sequence sequence;
   int slot;         // of the chunk
+  int chunk_start;  // in the sequence
+  int chunk_tokens;
   int pieces;       // of the chunk, some of them empty in a sequence's last
   int index;        // of the piece in its chunk
   int first_token;  // in the sequence
@@ -174,10 +173,12 @@ struct GatePiece {
     index = static_cast<int>(blockIdx.x) % pieces;
     Chunk const chunk = sequences.find(slot);
     sequence = sequences.get(chunk.sequence);
-    std::int64_t const chunk_start = std::int64_t{chunk.index} * sequences.chunk_size;
-    std::int64_t const first = chunk_start + std::int64_t{index} * kTokens;
-    std::int64_t const end =
-        cute::min(chunk_start + sequences.chunk_size, std::int64_t{sequence.length});
+    std::int64_t const start =
+        cute::min(std::int64_t{chunk.index} * sequences.chunk_size, std::int64_t{sequence.length});
+    std::int64_t const end = cute::min(start + sequences.chunk_size, std::int64_t{sequence.length});
+    std::int64_t const first = start + std::int64_t{index} * kTokens;
+    chunk_start = static_cast<int>(start);
+    chunk_tokens = static_cast<int>(end - start);
     first_token = static_cast<int>(cute::min(first, std::int64_t{sequence.length}));
     tokens =
         static_cast<int>(cute::max(cute::min(end - first, std::int64_t{kTokens}), std::int64_t{0}));
@@ -267,12 +268,13 @@ struct GateGradient {
   };
 
   struct Params {
-    float const* d_gate;  // [b, t, h] the gradient of the cumulative log gate
-    float* d_log_gate;    // [b, t, h]
-    TokenStride d_gate_stride;
+    float const* d_gate;        // [b, t, h] the gradient of the cumulative log gate
+    float* d_log_gate;          // [b, t, h]
+    TokenStride d_gate_stride;  // of state_d_gate as well
     TokenStride d_log_gate_stride;
-    double const* sums;      // [h, slots, pieces of a chunk]; unused where that is one
-    double const* products;  // [slots, h, kParts]; null for none
+    float const* state_d_gate;  // [b, t, h] k . dk / 2 of the state after the chunk; null for none
+    double const* sums;         // [h, slots, pieces of a chunk]; unused where that is one
+    double const* products;     // [slots, h, kParts]; null for none
     Sequences sequences;
     int heads;
   };
@@ -338,6 +340,14 @@ struct GateGradient {
 #pragma unroll 4
     for (int index = piece.index + 1 + lane; index < pieces; index += 32) {
       sum += sums[index];
+    }
+    if (params.state_d_gate != nullptr) {
+      float const* const terms =
+          params.state_d_gate + params.d_gate_stride.at(piece.sequence, piece.chunk_start, head);
+#pragma unroll 4
+      for (int token = lane; token < piece.chunk_tokens; token += 32) {
+        sum += terms[token * params.d_gate_stride.token];
+      }
     }
     if (params.products != nullptr && lane < kParts) {
       sum += params.products[(std::int64_t{piece.slot} * params.heads + head) * kParts + lane];

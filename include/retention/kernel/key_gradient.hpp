@@ -64,6 +64,7 @@ struct KeyGradient {
     int exponent;     // of da in the accumulators
     Element* target;  // the first row's gradient
     float* gate_target;
+    float* state_gate_target;
     float const* gate_source;
     float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
     float ones[kRows];
@@ -72,9 +73,10 @@ struct KeyGradient {
   struct Params : KeyRowsParams<Element> {
     Element* d_key;             // [b, t, h, d]
     float* d_gate;              // [b, t, h] of the cumulative log gate; null for not wanted
-    float const* query_d_gate;  // [b, t, hq] q . dq / 2, if so
+    float* state_d_gate;        // [b, t, h] k . dk / 2 of the state alone; null for not wanted
+    float const* query_d_gate;  // [b, t, hq] q . dq / 2, with d_gate
     TokenStride d_key_stride;
-    TokenStride d_gate_stride;
+    TokenStride d_gate_stride;  // of state_d_gate as well
   };
 
   CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
@@ -94,8 +96,11 @@ struct KeyGradient {
       shared.work = work;
       shared.exponent = score_exponent;
       shared.target = params.d_key + rows.at(params.d_key_stride, head);
-      shared.gate_target =
-          params.d_gate == nullptr ? nullptr : params.d_gate + rows.at(params.d_gate_stride, head);
+      auto const gates = [&](float* x) {
+        return x == nullptr ? nullptr : x + rows.at(params.d_gate_stride, head);
+      };
+      shared.gate_target = gates(params.d_gate);
+      shared.state_gate_target = gates(params.state_d_gate);
       shared.gate_source = params.query_d_gate + rows.at(params.row_stride, head * params.group);
     }
     bool const has_state = rows.has_state(params);
@@ -144,6 +149,9 @@ struct KeyGradient {
       __syncthreads();  // the rows and their gates are there
       Intra::set_reach(shared.intra, shared.work, shared.row_gate);
     }
+    if (shared.state_gate_target != nullptr) {
+      store_state_gates(shared, params.d_gate_stride.token, products);
+    }
     Intra::run(shared.intra, shared.work, shared.key, shared.value, shared.row_gate, gradient,
                products);
 
@@ -161,6 +169,12 @@ struct KeyGradient {
  private:
   CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
     return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
+  }
+
+  CUTE_DEVICE static float sum_of_quad(float sum) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    return sum;
   }
 
   // k . dk of what comes from the state, a lane's part.
@@ -190,6 +204,25 @@ struct KeyGradient {
     }
   }
 
+  // k . dk / 2, of which there is no more than what comes from the state.
+  CUTE_DEVICE static void store_state_gates(SharedStorage const& shared, std::int64_t stride,
+                                            typename Intra::KeyProducts const& products) {
+    int const thread = Intra::this_thread();
+    float const unit = 0.5f * detail::power_of_two(1 - shared.exponent);
+#pragma unroll
+    for (int m = 0; m < Tiling::kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        int const row = thread / 32 * Tiling::kWarpRows + thread % 32 / 4 + 16 * m + 8 * upper;
+        float const sum = sum_of_quad(products[m][upper]);
+        if (thread % 4 == 0 && row < shared.work.rows) {
+          shared.state_gate_target[row * stride] =
+              unit * Intra::row_unit(shared.intra, shared.row_gate[row]) * sum;
+        }
+      }
+    }
+  }
+
   // What queries have, and factor k . dk.
   CUTE_DEVICE static void store_gates(SharedStorage& shared, TokenStride const& row_stride,
                                       std::int64_t stride, int first_row, float factor, int lane,
@@ -207,8 +240,7 @@ struct KeyGradient {
             sum += source[head * row_stride.head];
           }
         }
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+        sum = sum_of_quad(sum);
         if (lane % 4 == 0 && valid) {
           shared.gate_target[row * stride] = sum;
         }

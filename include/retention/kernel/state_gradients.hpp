@@ -69,9 +69,10 @@ struct StateGradients {
     typename StateTile::Rows rows[Traits::kWarps];
     float2 row[kStages][kTileTokens];  // weight and delta, as they come from memory
     // What a loop over tiles need not have in registers: from one tile to the next, and (fp16) each
-    // thread's copy of the exponents that its weights take, in this chunk and in the next.
+    // thread's copy of what its weights are multiplied by, in this chunk and in the next: two
+    // powers of two, of which bf16 holds half a word each.
     Distances distance[2];
-    short2 scale[kScaled ? 2 : 1][kScaled ? kThreads : 1];
+    std::uint32_t factor[kScaled ? 2 : 1][kScaled ? kThreads : 1];
   };
 
   struct Params {
@@ -217,19 +218,17 @@ struct StateGradients {
         float2 const row = storage.row[stage][thread];
         float2 factor = {1.0f, 1.0f};
         if constexpr (kScaled) {
-          short2 const scale = storage.scale[next_chunk][thread];
-          factor = {detail::power_of_two(scale.x), detail::power_of_two(scale.y)};
+          std::uint32_t const both = storage.factor[next_chunk][thread];
+          factor = {detail::unpack_lo<cute::bfloat16_t>(both),
+                    detail::unpack_hi<cute::bfloat16_t>(both)};
         }
         Mainloop::set_weights(shared, stage, thread, factor.x * row.x, factor.y * -(row.x * row.y));
       }
     };
-    auto set_scale = [&](int next_chunk, Scale const& scale) {
+    auto set_factor = [&](int next_chunk, Scale const& scale) {
       if constexpr (kScaled) {
-        // From 2^-149 down, `power_of_two` is that; there is none above 2^kMaxScale.
-        auto const bounded = [](int exponent) {
-          return static_cast<short>(cute::max(exponent, cute::Int<-149>{}));
-        };
-        storage.scale[next_chunk][thread] = {bounded(scale.state), bounded(scale.key_sum)};
+        storage.factor[next_chunk][thread] = detail::pack<cute::bfloat16_t>(
+            detail::power_of_two(scale.state), detail::power_of_two(scale.key_sum));
       }
     };
 #pragma unroll
@@ -275,7 +274,7 @@ struct StateGradients {
 
     int stage = 0;
     cute::cp_async_wait<kStages - 2>();
-    set_scale(0, next_scale);
+    set_factor(0, next_scale);
     weigh(stage, 0);
     __syncthreads();
     typename Mainloop::Operands operands;
@@ -301,8 +300,8 @@ struct StateGradients {
       // Needed a chunk from now.
       next_gate = gate_of(chunk - 1);
       next_scale = chunk == 0 ? scale : scale_of(params, slot_head, true, next_gate, scale);
-      set_scale(0, scale);
-      set_scale(1, next_scale);
+      set_factor(0, scale);
+      set_factor(1, next_scale);
 #pragma unroll 1
       for (int left = cute::min(chunk_tiles, tiles - chunk_tile) * params.group; left > 0; --left) {
         // The tile after this one takes over a step before the end of this one, which is in
