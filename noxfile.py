@@ -64,6 +64,12 @@ def cuda_options() -> dict[str, str]:
 
 MAX_WHEEL_MB = 30
 
+# Those that a table of the wheel's kernels must have rows of.
+MAIN_KERNELS = (
+    *("ChunkStates", "Output"),
+    *("QueryGradient", "StateGradients", "KeyGradient", "ValueGradient"),
+)
+
 # One configuration for one architecture, which compiles in a few minutes.
 QUICK = {
     "RETENTION_ELEMENTS": "bf16",
@@ -242,8 +248,9 @@ def wheel(session: nox.Session) -> None:
     if found["cuda"]:
         install(session, "--no-deps", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
         session.run(
-            *("python", str(ROOT / "tools" / "resource_table.py"), "--require", "ChunkStates"),
-            *("--require", "Output", "--markdown", str(dist / "resources.md")),
+            *("python", str(ROOT / "tools" / "resource_table.py")),
+            *(argument for kernel in MAIN_KERNELS for argument in ("--require", kernel)),
+            *("--markdown", str(dist / "resources.md")),
             *(str(path) for path in (package / "lib").glob("libretention.*")),
         )
 

@@ -68,7 +68,7 @@ struct IntraKeyGradient {
   static constexpr int kScoreRows = kMmaRows == 4 && ValueDim == 64 ? 2 : kMmaRows;
   static constexpr bool kSplitsScores = kScoreRows < kMmaRows && HeadDim > 64;
   // Where registers are short, each thread's products are in shared memory.
-  static constexpr bool kSharesProducts = kIsKey && HeadDim > 64 && ValueDim > 64;
+  static constexpr bool kSharesProducts = kIsKey && HeadDim > 64 && ValueDim > 32;
   // Rows that registers have room for are not loaded anew for each tile of columns.
   static constexpr bool kHoldsKeys = kMmaRows == 2 && HeadDim <= 64;
   static constexpr bool kHoldsValues = kIsKey && HeadDim <= 64 && ValueDim <= 64;
