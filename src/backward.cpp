@@ -53,6 +53,10 @@ Status check_backward(BackwardArguments const& a) {
 
 Status can_implement(BackwardArguments const& arguments) {
   Status status = can_implement(arguments.forward);
+  if (status) {
+    CompiledKernels const& compiled = *find_compiled(arguments.forward);
+    status = check_shared_bytes(compiled.configuration, compiled.backward_shared_bytes());
+  }
   return status ? check_backward(arguments) : status;
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cstddef>
+#include <string>
 #include <vector>
 
 #include "retention/device/backward_plan.hpp"
@@ -13,6 +15,9 @@ struct CompiledKernels {
   Configuration configuration;
   Status (*run_forward)(ForwardPlan const& plan, void* workspace, CUstream_st* stream);
   Status (*run_backward)(BackwardPlan const& plan, void* workspace, CUstream_st* stream);
+  // Of shared memory, that a block of some kernel takes.
+  std::size_t (*forward_shared_bytes)();
+  std::size_t (*backward_shared_bytes)();
 };
 
 /// Defined in a source that the build generates from the table of configurations.
@@ -26,5 +31,10 @@ Status check_sizes(ForwardArguments const& arguments);
 
 /// Of the current device; those of an H100 where there is none.
 int multiprocessors();
+/// Shared memory that a block can have on the current device, or on an H100.
+std::size_t shared_bytes();
+
+/// Whether the current device has as much for a block of kernels of this configuration.
+Status check_shared_bytes(Configuration const& configuration, std::size_t needed);
 
 }  // namespace retention::device

@@ -8,18 +8,40 @@
 
 namespace retention::device {
 
+#ifdef __CUDACC__
+namespace {
+
+/// Of the current device; 0 where there is none.
+int attribute(cudaDeviceAttr which) {
+  int device = 0;
+  int value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) {
+    (void)cudaGetLastError();  // not an error of a later call
+    return 0;
+  }
+  return value;
+}
+
+}  // namespace
+#endif
+
 int multiprocessors() {
   int count = 0;
 #ifdef __CUDACC__
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    (void)cudaGetLastError();  // no device: not an error of a later call
-    count = 0;
-  }
+  count = attribute(cudaDevAttrMultiProcessorCount);
 #endif
   constexpr int kOfAnH100 = 132;
   return count > 0 ? count : kOfAnH100;
+}
+
+std::size_t shared_bytes() {
+  int bytes = 0;
+#ifdef __CUDACC__
+  bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+#endif
+  constexpr std::size_t kOfAnH100 = 227 * 1024;
+  return bytes > 0 ? static_cast<std::size_t>(bytes) : kOfAnH100;
 }
 
 }  // namespace retention::device

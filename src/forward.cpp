@@ -124,8 +124,22 @@ Status check_sizes(ForwardArguments const& a) {
   return {};
 }
 
+Status check_shared_bytes(Configuration const& configuration, std::size_t needed) {
+  std::size_t const available = shared_bytes();
+  if (needed <= available) {
+    return {};
+  }
+  return Status("too little shared memory for " + to_string(configuration) + ": expected " +
+                std::to_string(needed) + " bytes a block, this device has " +
+                std::to_string(available));
+}
+
 Status can_implement(ForwardArguments const& arguments) {
   Status status = check_configuration(arguments);
+  if (status) {
+    status = check_shared_bytes(configuration_of(arguments),
+                                find_compiled(arguments)->forward_shared_bytes());
+  }
   if (status) {
     status = check_sizes(arguments);
   }

@@ -133,6 +133,7 @@ class Plan:
     """All that the shapes, strides, dtypes, devices and options of a call decide."""
 
     reason: str | None  # why the PyTorch path is taken; where None, all that follows is set
+    backward_reason: str | None = None  # why backward takes it nevertheless
     options: tuple[int | None, ...] = ()  # of the operator, from deg on
     device: int = -1
     sizes: tuple[int, ...] = ()  # in the order of _C.FORWARD_SIZES
@@ -259,11 +260,18 @@ def _make_plan(
     given = [log_G is not None, cu_seqlens is not None, *[initial_state is not None] * 2]
     there = (True, True, True, *given, True, save_for_backward, True, *[return_final_state] * 2)
     pointers = tuple(256 * x for x in there)
-    reason = _C.forward_can_implement(sizes, pointers)
-    if reason is not None:
-        return Plan(reason)
+    backward_reason = None
     with torch.cuda.device(Q.get_device()):
+        reason = _C.forward_can_implement(sizes, pointers)
+        if reason is not None:
+            return Plan(reason)
         workspace = _C.forward_workspace_size(sizes, pointers)
+        if save_for_backward:
+            # The gradient of the output is made to fit, and others are wanted or not.
+            required = {"d_output", "d_query", "d_key", "d_value"}
+            own = [256 * (name in required) for name in _C.BACKWARD_POINTERS[len(pointers) :]]
+            backward_sizes = (*sizes, *[0] * (len(_C.BACKWARD_SIZES) - len(sizes)))
+            backward_reason = _C.backward_can_implement(backward_sizes, (*pointers, *own))
     state = (sequences, h, state_dim(d, deg), dv) if return_final_state else (0, 0, 0, 0)
     keeps = save_for_backward and keep_states
     state_layout = Layout.of(state, torch.float32)
@@ -278,6 +286,7 @@ def _make_plan(
             nothing = tuple(_allocate(*layout) for layout in layouts)
     return Plan(
         None,
+        backward_reason,
         (deg, chunk_size, switch_over, return_final_state, save_for_backward, keep_states),
         Q.get_device(),
         sizes,

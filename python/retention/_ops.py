@@ -258,9 +258,10 @@ def _backward_cuda(d_out, d_state, d_keys, *arguments):
     tensors, results, options = arguments[:7], arguments[7:11], arguments[11:]
     Q, V = tensors[0], tensors[2]
     plan = _kernels.plan_backward(*tensors, *options)
+    reason = plan.reason or plan.backward_reason
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("backward", Q, V, plan.reason)
-    if plan.reason is not None:
+        _log("backward", Q, V, reason)
+    if reason is not None:
         return _backward(d_out, d_state, d_keys, *arguments)
     gradients = _allocate_backward(*tensors[:6])
     _kernels.backward(plan, d_out, d_state, d_keys, *tensors, *results, gradients)

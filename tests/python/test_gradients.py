@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -396,6 +397,36 @@ LONG = {
 @pytest.mark.parametrize(("device", "path", "dtype"), KERNEL_ROWS, ids=str)
 def test_gradients_of_long_sequences(device, path, dtype, name, paths):
     check(LONG[name], device, path, dtype, paths)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("name", ["chunk 64, switch over 1000", "packed, states"])
+def test_backward_of_a_device_with_little_shared_memory(dtype, name, emulator, paths, monkeypatch):
+    """Forward kernels need less than those of backward, which the PyTorch path replaces."""
+    monkeypatch.setenv("RETENTION_EMULATED_SHARED_BYTES", str(48 * 1024))
+    call = GRID[name]
+    inputs = make_inputs(call, dtype, "cpu")
+    cu_seqlens = None
+    if call.bounds is not None:
+        cu_seqlens = torch.tensor(call.bounds, dtype=torch.int32)
+
+    def function(**leaves):
+        return retention.power_retention(
+            **leaves, return_final_state=True, chunk_size=64, cu_seqlens=cu_seqlens
+        )
+
+    actual = gradients(call, function, inputs, dtype)
+    forward, backward = paths()
+    assert forward == ["kernels"]
+    assert re.match(r"PyTorch path \(too little shared memory for .*_d32_dv32_p2", backward[0])
+    compare(call, inputs, actual, dtype)
+
+
+def test_a_device_with_less_shared_memory(emulator, paths, monkeypatch):
+    monkeypatch.setenv("RETENTION_EMULATED_SHARED_BYTES", str(32 * 1024))
+    inputs = make_inputs(GRID["final state"], torch.bfloat16, "cpu")
+    retention.power_retention(**inputs)
+    assert "expected 44160 bytes a block, this device has 32768" in paths()[0][0]
 
 
 # ---- the same bits, wherever and whenever -------------------------------------------------------

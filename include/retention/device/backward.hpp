@@ -38,7 +38,8 @@ struct BackwardArguments {
   float* d_initial_key_sum = nullptr;  // [n, h, D]; with d_initial_state
 };
 
-/// Whether `run` takes these arguments, and if not, which one and what would do.
+/// Whether `run` takes these arguments on the current device, and if not, which one and what would
+/// do. Wide heads need more shared memory than forward: see docs/cpp.md.
 RETENTION_API Status can_implement(BackwardArguments const& arguments);
 
 /// Bytes of device memory that `run` needs at `workspace`, as for forward.

@@ -40,6 +40,12 @@ struct BackwardKernels {
   using StateProducts = kernel::StateProducts<Element>;
 
   static constexpr bool kScaled = Forward::kScaled;
+  /// As of the forward kernels, some of which run here as well.
+  static constexpr std::size_t kSharedBytes =
+      cute::max(cute::max(Forward::kSharedBytes, sizeof(typename StateGradients::SharedStorage)),
+                cute::max(sizeof(typename QueryGradient::SharedStorage),
+                          cute::max(sizeof(typename ValueGradient::SharedStorage),
+                                    sizeof(typename KeyGradient::SharedStorage))));
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
   static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
                     StateProducts::kParts == BackwardPlan::kProductParts &&

@@ -82,8 +82,8 @@ struct ForwardArguments {
   int segment_tokens = 0;  // a multiple of chunk_size; 0: chosen so that the device is filled
 };
 
-/// Whether `run` takes these arguments, and if not, which one and what would do. Without a device
-/// it says what it would say with one.
+/// Whether `run` takes these arguments on the current device, and if not, which one and what would
+/// do. Without a device it says what it would say with an H100.
 RETENTION_API Status can_implement(ForwardArguments const& arguments);
 
 /// Bytes of device memory that `run` needs at `workspace`; 0 for sizes that make no sense. Of the

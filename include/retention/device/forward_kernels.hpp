@@ -47,6 +47,10 @@ struct ForwardKernels {
   using Output = kernel::Output<kernel::OutputTraits<Element, HeadDim, ValueDim>>;
 
   static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
+  /// Of shared memory, that a block of the largest kernel takes. The others get along with what
+  /// every device has.
+  static constexpr std::size_t kSharedBytes = cute::max(sizeof(typename ChunkStates::SharedStorage),
+                                                        sizeof(typename Output::SharedStorage));
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
                     kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts,
