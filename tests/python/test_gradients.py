@@ -488,14 +488,15 @@ def test_every_run_gives_the_same_bits(dtype, name):
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_every_schedule_gives_the_same_bits(dtype, emulator, paths):
-    """Of the threads of the kernels. States that are kept are those that are computed again."""
-    call = packed((0, 1, 70, 70, 100), hq=2, h=1, state=True)
+    """Of the threads of the kernels, over 100 runs. States that are kept are those that are computed
+    again."""
+    call = packed((0, 1, 67), hq=2, h=1, state=True)
     inputs = make_inputs(call, dtype, "cpu")
     expected = step(call, inputs)
-    for keep_states in (False, True):
-        for key, x in step(call, inputs, keep_states=keep_states).items():
+    assert paths() == (["kernels"], ["kernels"])
+    for run in range(1, 100):
+        for key, x in step(call, inputs, keep_states=run % 2 == 1).items():
             assert torch.equal(bits(x), bits(expected[key])), key
-    assert paths() == (["kernels"] * 3, ["kernels"] * 3)
 
 
 @gpu
