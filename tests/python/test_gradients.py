@@ -488,8 +488,8 @@ def test_every_run_gives_the_same_bits(dtype, name):
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_every_schedule_gives_the_same_bits(dtype, emulator, paths):
-    """Of the threads of the kernels, over 100 runs. States that are kept are those that are computed
-    again."""
+    """Of the threads of the kernels, over 100 runs. States that are kept are those that are
+    computed again."""
     call = packed((0, 1, 67), hq=2, h=1, state=True)
     inputs = make_inputs(call, dtype, "cpu")
     expected = step(call, inputs)
