@@ -8,17 +8,19 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
 using retention::kernel::Direction;
-using retention::kernel::TokenStride;
+using retention::test::first_slot_of;
+using retention::test::kRoundoff;
+using retention::test::Order;
 using std::size_t;
 
 struct Case {
@@ -37,9 +39,6 @@ struct Case {
   bool infinite = false;  // some of what a segment hands on
 };
 
-template <class Element>
-constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
-
 template <class Element, Direction kDirection>
 void run(Case const& c, std::uint64_t seed) {
   constexpr size_t kValueDim = 32;
@@ -49,25 +48,14 @@ void run(Case const& c, std::uint64_t seed) {
   std::normal_distribution<float> normal;
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
   auto const segment_chunks = static_cast<size_t>(c.segment_chunks);
-  std::vector<int> starts = {0};
-  int longest = 0;
-  for (int const length : c.lengths) {
-    starts.push_back(starts.back() + length);
-    longest = std::max(longest, length);
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
+  auto stride = layout.strides(Order::kTokensHeads, heads);
+  if (c.strided) {
+    stride = layout.strides(Order::kHeadsTokens, heads, 2);
+    stride.batch += 3;
   }
-  size_t const batch = c.packed ? 1 : sequences;
-  int const tokens = c.packed ? starts.back() : longest;
-  TokenStride const stride = c.strided ? TokenStride{c.heads * tokens * 2 + 3, 2, tokens * 2}
-                                       : TokenStride{std::int64_t{tokens} * c.heads, c.heads, 1};
-  GlobalArray<float> gate("gate",
-                          static_cast<size_t>(stride.batch) * (batch - 1) +
-                              static_cast<size_t>(stride.token) * static_cast<size_t>(tokens - 1) +
-                              static_cast<size_t>(stride.head) * (heads - 1) + 1,
-                          true);
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
-  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens,
-                                           c.chunk_size, static_cast<int>(sequences)};
+  GlobalArray<float> gate("gate", layout.size_of(stride, heads), true);
+  auto const where = layout.in_chunks(c.chunk_size);
   auto const slots = static_cast<size_t>(where.num_slots());
   int const segment_tokens = c.segment_chunks * c.chunk_size;
   auto const segments = where.segments(segment_tokens);
@@ -102,17 +90,14 @@ void run(Case const& c, std::uint64_t seed) {
 
   for (size_t s = 0; s < sequences; ++s) {
     auto const chunks = static_cast<size_t>((c.lengths[s] + c.chunk_size - 1) / c.chunk_size);
-    auto const first_item = static_cast<size_t>(segments.get(static_cast<int>(s)).first_slot);
-    auto const first_slot = static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
+    size_t const first_item = first_slot_of(segments, s);
+    size_t const first_slot = first_slot_of(where, s);
     for (size_t h = 0; h < heads; ++h) {
       std::vector<double> decay(chunks, 1.0);
       for (size_t chunk = 0; chunk < chunks; ++chunk) {
         int const last = std::min(static_cast<int>(chunk + 1) * c.chunk_size, c.lengths[s]) - 1;
-        int const token = c.packed ? starts[s] + last : last;
         float const g = -c.gate * (0.5f + 0.5f * std::abs(normal(rng)));
-        gate[(c.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
-             static_cast<size_t>(token) * static_cast<size_t>(stride.token) +
-             h * static_cast<size_t>(stride.head)] = g;
+        gate[layout.at(stride, s, last, h)] = g;
         decay[chunk] = c.gate == 0.0f ? 1.0 : std::exp(double{g});
         for (Part& part : parts) {
           (*part.exponents)[(first_slot + chunk) * heads + h] =
@@ -182,12 +167,7 @@ void run(Case const& c, std::uint64_t seed) {
   params.sequences = where;
   params.heads = c.heads;
   params.segment_tokens = segment_tokens;
-  dim3 const grid = Kernel::grid(params);
-  auto const report = emulator::launch<Kernel>(
-      {{grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed},
-      params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!retention::test::launch<Kernel>(params, seed)) {
     return;
   }
 
@@ -201,7 +181,7 @@ void run(Case const& c, std::uint64_t seed) {
   for (Part& part : parts) {
     for (size_t s = 0; s < sequences; ++s) {
       int const chunks = (c.lengths[s] + c.chunk_size - 1) / c.chunk_size;
-      auto const first_slot = static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
+      size_t const first_slot = first_slot_of(where, s);
       for (size_t h = 0; h < heads; ++h) {
         for (size_t chunk = 0; c.states && chunk < static_cast<size_t>(chunks); ++chunk) {
           size_t const slot_head = (first_slot + chunk) * heads + h;

@@ -3,18 +3,21 @@
 #include <cmath>
 #include <iostream>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 #include "reference.hpp"
 #include "retention/kernel/chunk_states.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
+using retention::test::exponent_of;
+using retention::test::first_slot_of;
 using retention::test::Inputs;
+using retention::test::kRoundoff;
 using retention::test::State;
 using retention::test::Sum;
 using std::size_t;
@@ -45,10 +48,6 @@ struct Case {
   bool ends = true;     // whether the state after a sequence's last token is wanted
 };
 
-/// Relative rounding error of one conversion to Element.
-template <class Element>
-constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
-
 float draw_gate(Gates gates, std::mt19937& rng) {
   std::normal_distribution<float> normal;
   switch (gates) {
@@ -64,13 +63,6 @@ float draw_gate(Gates gates, std::mt19937& rng) {
   }
 }
 
-/// The least e with |x| < 2^e.
-int exponent_of(double x) {
-  int exponent = 0;
-  std::frexp(x, &exponent);
-  return exponent;
-}
-
 template <class Element, int HeadDim, int ValueDim>
 void run(Case const& c, std::uint64_t seed) {
   using Kernel = retention::kernel::ChunkStates<
@@ -80,38 +72,18 @@ void run(Case const& c, std::uint64_t seed) {
 
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
   size_t const d = HeadDim, dv = ValueDim, D = Kernel::kStateDim;
-  size_t total = 0, longest = 0;
-  for (int const length : c.lengths) {
-    total += static_cast<size_t>(length);
-    longest = std::max(longest, static_cast<size_t>(length));
-  }
-  size_t const batch = c.packed ? 1 : sequences, tokens = c.packed ? total : longest;
-
-  // Strides of [b, t, h, width]; strided tensors are [b, h, t, width + 8] in memory.
-  auto strides = [&](size_t width) {
-    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
-    auto const t = static_cast<std::int64_t>(tokens), h = static_cast<std::int64_t>(heads);
-    return c.strided ? retention::kernel::TokenStride{h * t * row, row, t * row}
-                     : retention::kernel::TokenStride{t * h * row, h * row, row};
-  };
-  auto const key_stride = strides(d), value_stride = strides(dv), gate_stride = strides(1);
-  auto size_of = [&](retention::kernel::TokenStride const& stride, size_t width) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * (tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads - 1) + width;
-  };
-  GlobalArray<Element> key("key", size_of(key_stride, d), true);
-  GlobalArray<Element> value("value", size_of(value_stride, dv), true);
-  GlobalArray<float> gate("gate", size_of(gate_stride, 1), true);
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
+  retention::test::SequenceLayout const layout(c.lengths, c.packed, c.first_token);
+  auto const key_stride = layout.strides(heads, d, c.strided);
+  auto const value_stride = layout.strides(heads, dv, c.strided);
+  auto const gate_stride = layout.strides(heads, 1, c.strided);
+  GlobalArray<Element> key("key", layout.size_of(key_stride, heads, d), true);
+  GlobalArray<Element> value("value", layout.size_of(value_stride, heads, dv), true);
+  GlobalArray<float> gate("gate", layout.size_of(gate_stride, heads), true);
 
   typename Kernel::Params params{};
-  params.sequences = {c.packed ? cu_seqlens.data() : nullptr,
-                      c.first_token + static_cast<int>(tokens), c.chunk_size,
-                      static_cast<int>(sequences)};
+  params.sequences = layout.in_chunks(c.chunk_size);
   // More than all tokens in a segment: then the item of a packed sequence is its index.
-  int const last = c.first_token + static_cast<int>(tokens);
-  int const one_segment = (last / c.chunk_size + 1) * c.chunk_size;
+  int const one_segment = (params.sequences.length / c.chunk_size + 1) * c.chunk_size;
   params.segment_tokens = c.segment_chunks == 0 ? one_segment : c.segment_chunks * c.chunk_size;
   auto const segment_sequences = params.sequences.segments(params.segment_tokens);
   auto const items = static_cast<size_t>(segment_sequences.num_slots());
@@ -129,13 +101,12 @@ void run(Case const& c, std::uint64_t seed) {
   }
 
   auto present = params.sequences;  // the tokens that are there
-  present.length = static_cast<int>(tokens);
+  present.length = static_cast<int>(layout.tokens);
   auto const slots = static_cast<size_t>(present.num_slots());
   bool const gated = c.gates != Gates::kNone;
   bool const scaled = std::is_same_v<Element, cute::half_t> && c.key_magnitude != 0.0f;
   // The slots before that of the first sequence are not there.
-  cu_seqlens[0] = c.first_token;
-  std::int64_t const no_slots = params.sequences.get(0).first_slot;
+  size_t const no_slots = first_slot_of(params.sequences, 0);
   GlobalArray<Element> states("states", slots * heads * D * dv);
   GlobalArray<Element> key_sums("key_sums", slots * heads * D);
   GlobalArray<int> key_exponent("exponents.key", sequences * heads, true);
@@ -151,17 +122,9 @@ void run(Case const& c, std::uint64_t seed) {
   std::vector<Inputs> inputs(sequences * heads);
   for (size_t s = 0; s < sequences; ++s) {
     auto const length = static_cast<size_t>(c.lengths[s]);
-    cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
-    size_t const row = c.packed ? 0 : s;
-    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s] - c.first_token) : 0;
     for (size_t h = 0; h < heads; ++h) {
       Inputs& in = inputs[s * heads + h];
       in = {static_cast<int>(length), HeadDim, ValueDim, {}, {}, {}, {}};
-      auto at = [&](retention::kernel::TokenStride const& stride, size_t t) {
-        return row * static_cast<size_t>(stride.batch) +
-               (first + t) * static_cast<size_t>(stride.token) +
-               h * static_cast<size_t>(stride.head);
-      };
       auto draw = [&](float magnitude) {
         return Element(c.key_magnitude == 0.0f
                            ? normal(rng)
@@ -171,18 +134,18 @@ void run(Case const& c, std::uint64_t seed) {
       float cumulative = 0.0f;
       for (size_t t = 0; t < length; ++t) {
         for (size_t i = 0; i < d; ++i) {
-          Element const x = key[at(key_stride, t) + i] = draw(key_magnitude);
+          Element const x = key[layout.at(key_stride, s, t, h) + i] = draw(key_magnitude);
           in.key.push_back(float(x));
         }
         for (size_t i = 0; i < dv; ++i) {
-          Element const x = value[at(value_stride, t) + i] = draw(c.value_magnitude);
+          Element const x = value[layout.at(value_stride, s, t, h) + i] = draw(c.value_magnitude);
           in.value.push_back(float(x));
         }
         if (gated) {
           in.gate.push_back(draw_gate(c.gates, rng));
           bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
           cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
-          gate[at(gate_stride, t)] = cumulative;
+          gate[layout.at(gate_stride, s, t, h)] = cumulative;
         }
       }
       if (scaled) {
@@ -192,9 +155,7 @@ void run(Case const& c, std::uint64_t seed) {
         auto const chunks =
             (length + static_cast<size_t>(c.chunk_size) - 1) / static_cast<size_t>(c.chunk_size);
         for (size_t chunk = 0; chunk < chunks; ++chunk) {
-          auto const slot =
-              static_cast<size_t>(params.sequences.get(static_cast<int>(s)).first_slot - no_slots) +
-              chunk;
+          size_t const slot = first_slot_of(params.sequences, s) - no_slots + chunk;
           // A slack that differs from slot to slot.
           state_exponent[slot * heads + h] =
               exponent_of(bound * std::max(c.value_magnitude, 1.0f)) - 15 +
@@ -213,24 +174,17 @@ void run(Case const& c, std::uint64_t seed) {
   params.gate_stride = gate_stride;
   params.initial_state = c.initial ? initial.data() : nullptr;
   params.initial_key_sum = c.initial ? initial_sum.data() : nullptr;
-  auto const none = no_slots * static_cast<std::int64_t>(heads * D);
-  params.states = states.data() - none * static_cast<std::int64_t>(dv);
-  params.key_sums = key_sums.data() - none;
+  params.states = states.data() - no_slots * heads * D * dv;
+  params.key_sums = key_sums.data() - no_slots * heads * D;
   if (scaled) {
-    auto const no_exponents = no_slots * static_cast<std::int64_t>(heads);
-    params.exponents = {key_exponent.data(), nullptr, state_exponent.data() - no_exponents,
-                        sum_exponent.data() - no_exponents};
+    params.exponents = {key_exponent.data(), nullptr, state_exponent.data() - no_slots * heads,
+                        sum_exponent.data() - no_slots * heads};
   }
   params.final_state = final_state.data();
   params.final_key_sum = final_sum.data();
   params.heads = c.heads;
   params.sequence_ends = c.ends;
-  dim3 const grid = Kernel::grid(params);
-  emulator::LaunchConfig const config{
-      {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
-  auto const report = emulator::launch<Kernel>(config, params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!retention::test::launch<Kernel>(params, seed)) {
     return;
   }
 
@@ -288,8 +242,8 @@ void run(Case const& c, std::uint64_t seed) {
           part.gate.assign(in.gate.begin() + static_cast<long>(first),
                            in.gate.begin() + static_cast<long>(end));
         }
-        auto const first_item = segment_sequences.get(static_cast<int>(s)).first_slot;
-        size_t const item = static_cast<size_t>(first_item + segment) * heads + h;
+        size_t const item =
+            (first_slot_of(segment_sequences, s) + static_cast<size_t>(segment)) * heads + h;
         State start;
         size_t const sequence = s * heads + h;
         if (c.initial && segment == 0) {
@@ -304,12 +258,10 @@ void run(Case const& c, std::uint64_t seed) {
           }
         }
         auto const expected = retention::test::chunk_states(part, start, c.chunk_size);
-        auto const first_slot = params.sequences.get(static_cast<int>(s)).first_slot - no_slots;
+        size_t const first_chunk = first_slot_of(params.sequences, s) - no_slots +
+                                   static_cast<size_t>(segment * per_segment);
         for (size_t chunk = 0; chunk + 1 < expected.size(); ++chunk) {
-          size_t const slot = (static_cast<size_t>(first_slot) +
-                               static_cast<size_t>(segment * per_segment) + chunk) *
-                                  heads +
-                              h;
+          size_t const slot = (first_chunk + chunk) * heads + h;
           RETENTION_CHECK(compare(states.data() + slot * D * dv, expected[chunk].state, 2, 1,
                                   underflow, scaled ? state_exponent[slot] : 0));
           RETENTION_CHECK(compare(key_sums.data() + slot * D, expected[chunk].key_sum, 1, 1,

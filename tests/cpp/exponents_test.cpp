@@ -7,11 +7,11 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 
 namespace {
 
@@ -21,7 +21,8 @@ using retention::kernel::ChooseExponents;
 using retention::kernel::ChunkRange;
 using retention::kernel::StateRange;
 using retention::kernel::StateRanges;
-using retention::kernel::TokenStride;
+using retention::test::first_slot_of;
+using retention::test::launch;
 using std::size_t;
 using Ranges = retention::kernel::ChunkRanges<half_t>;
 
@@ -97,51 +98,19 @@ int exponents_above_least = 0;
 
 double finite(double x) { return std::isfinite(x) ? std::abs(x) : 0.0; }
 
-template <class Kernel>
-bool launch(typename Kernel::Params const& params, size_t shared_bytes, std::uint64_t seed) {
-  dim3 const grid = Kernel::grid(params);
-  auto const report = emulator::launch<Kernel>(
-      {{grid.x, grid.y, grid.z}, {Kernel::kThreads}, shared_bytes, seed}, params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  return report.ok();
-}
-
 void run(Case const& c, std::uint64_t seed) {
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
   size_t const d = c.head_dim, dv = c.value_dim, D = d * (d + 8) / 2;
-  std::vector<int> starts = {0};
-  int longest = 0;
-  for (int const length : c.lengths) {
-    starts.push_back(starts.back() + length);
-    longest = std::max(longest, length);
-  }
-  size_t const batch = c.packed ? 1 : sequences;
-  int const tokens = c.packed ? starts.back() : longest;
-  auto strides = [&](size_t width) {
-    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
-    return c.strided ? TokenStride{c.heads * tokens * row, row, tokens * row}
-                     : TokenStride{tokens * c.heads * row, c.heads * row, row};
-  };
-  auto const key_stride = strides(d), value_stride = strides(dv), gate_stride = strides(1);
-  auto size_of = [&](TokenStride const& stride, size_t width) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * static_cast<size_t>(tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads - 1) + width;
-  };
-  auto at = [&](TokenStride const& stride, size_t s, int t, size_t h) {
-    int const token = c.packed ? starts[s] + t : t;
-    return (c.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
-           static_cast<size_t>(token) * static_cast<size_t>(stride.token) +
-           h * static_cast<size_t>(stride.head);
-  };
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
+  auto const key_stride = layout.strides(heads, d, c.strided);
+  auto const value_stride = layout.strides(heads, dv, c.strided);
+  auto const gate_stride = layout.strides(heads, 1, c.strided);
   bool const gated = c.gates != Gates::kNone;
-  GlobalArray<half_t> key("key", size_of(key_stride, d), true);
-  GlobalArray<half_t> value("value", size_of(value_stride, dv), true);
-  GlobalArray<float> gate("gate", size_of(gate_stride, 1), true);
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
+  GlobalArray<half_t> key("key", layout.size_of(key_stride, heads, d), true);
+  GlobalArray<half_t> value("value", layout.size_of(value_stride, heads, dv), true);
+  GlobalArray<float> gate("gate", layout.size_of(gate_stride, heads), true);
   // What lies between the rows must not count.
   std::fill(key.begin(), key.end(), half_t(60000.0f));
   std::fill(value.begin(), value.end(), half_t(60000.0f));
@@ -150,8 +119,8 @@ void run(Case const& c, std::uint64_t seed) {
       float cumulative = 0.0f;
       for (int t = 0; t < c.lengths[s]; ++t) {
         bool const special = t == c.lengths[s] / 2;
-        fill_row(c.key, key.data() + at(key_stride, s, t, h), d, special, rng);
-        fill_row(c.value, value.data() + at(value_stride, s, t, h), dv, special, rng);
+        fill_row(c.key, key.data() + layout.at(key_stride, s, t, h), d, special, rng);
+        fill_row(c.value, value.data() + layout.at(value_stride, s, t, h), dv, special, rng);
         float x = -0.05f * std::abs(normal(rng));
         if (c.gates == Gates::kSixty) {
           x = -60.0f;
@@ -167,13 +136,12 @@ void run(Case const& c, std::uint64_t seed) {
           x = std::numeric_limits<float>::quiet_NaN();
         }
         cumulative = t % c.chunk_size == 0 ? x : cumulative + x;
-        gate[at(gate_stride, s, t, h)] = cumulative;
+        gate[layout.at(gate_stride, s, t, h)] = cumulative;
       }
     }
   }
 
-  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens,
-                                           c.chunk_size, static_cast<int>(sequences)};
+  auto const where = layout.in_chunks(c.chunk_size);
   auto const slots = static_cast<size_t>(where.num_slots());
   bool const has_initial = c.initial != 0.0f;
   // Each sequence and head has a magnitude of its own.
@@ -230,8 +198,7 @@ void run(Case const& c, std::uint64_t seed) {
                                        where,
                                        c.heads,
                                        static_cast<int>(d)};
-  if (!launch<Ranges>(first, sizeof(Ranges::SharedStorage), seed) ||
-      !launch<ChooseExponents>(second, sizeof(ChooseExponents::SharedStorage), seed)) {
+  if (!launch<Ranges>(first, seed) || !launch<ChooseExponents>(second, seed)) {
     return;
   }
 
@@ -245,7 +212,7 @@ void run(Case const& c, std::uint64_t seed) {
                                      c.heads,
                                      static_cast<int>(D),
                                      static_cast<int>(dv)};
-    if (!launch<StateRanges>(states, sizeof(StateRanges::SharedStorage), seed)) {
+    if (!launch<StateRanges>(states, seed)) {
       return;
     }
     bool same = true;
@@ -258,7 +225,7 @@ void run(Case const& c, std::uint64_t seed) {
 
   for (size_t s = 0; s < sequences; ++s) {
     int const chunks = (c.lengths[s] + c.chunk_size - 1) / c.chunk_size;
-    auto const first_slot = static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
+    size_t const first_slot = first_slot_of(where, s);
     for (size_t h = 0; h < heads; ++h) {
       // Of each chunk: max |k|, max |k|_2^2, max |v|, n, G.
       struct Expected {
@@ -270,19 +237,19 @@ void run(Case const& c, std::uint64_t seed) {
         Expected& e = expected[static_cast<size_t>(chunk)];
         int const begin = chunk * c.chunk_size;
         int const end = std::min(begin + c.chunk_size, c.lengths[s]);
-        e.gate = gated ? double{gate[at(gate_stride, s, end - 1, h)]} : 0.0;
+        e.gate = gated ? double{gate[layout.at(gate_stride, s, end - 1, h)]} : 0.0;
         for (int t = begin; t < end; ++t) {
           double norm = 0.0;
           for (size_t i = 0; i < d; ++i) {
-            double const x = finite(float(key[at(key_stride, s, t, h) + i]));
+            double const x = finite(float(key[layout.at(key_stride, s, t, h) + i]));
             e.key = std::max(e.key, x);
             norm += x * x;
           }
           e.norm = std::max(e.norm, norm);
           for (size_t i = 0; i < dv; ++i) {
-            e.value = std::max(e.value, finite(float(value[at(value_stride, s, t, h) + i])));
+            e.value = std::max(e.value, finite(float(value[layout.at(value_stride, s, t, h) + i])));
           }
-          e.count += gated ? std::exp(e.gate - double{gate[at(gate_stride, s, t, h)]}) : 1.0;
+          e.count += gated ? std::exp(e.gate - double{gate[layout.at(gate_stride, s, t, h)]}) : 1.0;
         }
         key_max = std::max(key_max, e.key);
         norm_max = std::max(norm_max, e.norm);
@@ -354,10 +321,10 @@ void run(Case const& c, std::uint64_t seed) {
           double update = 0.0;
           int const begin = chunk * c.chunk_size;
           for (int t = begin; t < std::min(begin + c.chunk_size, c.lengths[s]); ++t) {
-            half_t const* k = key.data() + at(key_stride, s, t, h);
-            double const v = float(value[at(value_stride, s, t, h)]);
+            half_t const* k = key.data() + layout.at(key_stride, s, t, h);
+            double const v = float(value[layout.at(value_stride, s, t, h)]);
             double const decay =
-                gated ? std::exp(e.gate - double{gate[at(gate_stride, s, t, h)]}) : 1.0;
+                gated ? std::exp(e.gate - double{gate[layout.at(gate_stride, s, t, h)]}) : 1.0;
             update += decay * 2.0 * double{float(k[0])} * double{float(k[8])} * v;
           }
           state = std::exp(e.gate) * state + update;

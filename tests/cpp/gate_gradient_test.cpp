@@ -7,12 +7,12 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "element.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 
 namespace {
 
@@ -21,18 +21,14 @@ using retention::kernel::GateGradient;
 using retention::kernel::GateGradientSums;
 using retention::kernel::GatePiece;
 using retention::kernel::StateProducts;
-using retention::kernel::TokenStride;
 using retention::test::decode;
 using retention::test::encode;
+using retention::test::first_slot_of;
+using retention::test::launch;
+using retention::test::Order;
 using std::size_t;
 
 enum class Fill { kNormal, kCancelling, kNaN };
-
-enum class Order {
-  kTokensHeads,  // [b, t, h]
-  kHeadsTokens,  // [b, h, t]
-  kGaps,         // [b, t, h] with gaps between heads, tokens and rows
-};
 
 // Where there are states with gradients.
 enum class States {
@@ -57,28 +53,6 @@ struct Case {
   int value_dim = 8;
 };
 
-TokenStride strides(Order order, std::int64_t tokens, std::int64_t heads) {
-  switch (order) {
-    case Order::kTokensHeads:
-      return {tokens * heads, heads, 1};
-    case Order::kHeadsTokens:
-      return {heads * tokens, 1, tokens};
-    case Order::kGaps:
-      break;
-  }
-  return {tokens * (3 * heads + 2) + 5, 3 * heads + 2, 3};
-}
-
-template <class Kernel>
-bool launch(typename Kernel::Params const& params, std::uint64_t seed) {
-  dim3 const grid = Kernel::grid(params);
-  auto const report = emulator::launch<Kernel>(
-      {{grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed},
-      params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  return report.ok();
-}
-
 template <class Element>
 void run_case(Case const& c, std::uint64_t seed) {
   using Products = StateProducts<Element>;
@@ -86,36 +60,15 @@ void run_case(Case const& c, std::uint64_t seed) {
   std::normal_distribution<float> normal;
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
   auto const D = static_cast<size_t>(c.state_dim), dv = static_cast<size_t>(c.value_dim);
-  std::vector<int> starts = {0};
-  int longest = 0;
-  for (int const length : c.lengths) {
-    starts.push_back(starts.back() + length);
-    longest = std::max(longest, length);
-  }
-  size_t const batch = c.packed ? 1 : sequences;
-  int const tokens = c.packed ? starts.back() : longest;
-  auto const in_stride = strides(c.in, tokens, c.heads);
-  auto const out_stride = strides(c.out, tokens, c.heads);
-  auto size_of = [&](TokenStride const& stride) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * static_cast<size_t>(tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads - 1) + 1;
-  };
-  GlobalArray<float> d_gate("d_gate", size_of(in_stride), true);
-  GlobalArray<float> d_log_gate("d_log_gate", size_of(out_stride));
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
-  auto at = [&](TokenStride const& stride, size_t s, int t, size_t h) {
-    size_t const row = c.packed ? 0 : s;
-    int const token = c.packed ? starts[s] + t : t;
-    return row * static_cast<size_t>(stride.batch) +
-           static_cast<size_t>(token) * static_cast<size_t>(stride.token) +
-           h * static_cast<size_t>(stride.head);
-  };
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
+  auto const in_stride = layout.strides(c.in, heads);
+  auto const out_stride = layout.strides(c.out, heads);
+  GlobalArray<float> d_gate("d_gate", layout.size_of(in_stride, heads), true);
+  GlobalArray<float> d_log_gate("d_log_gate", layout.size_of(out_stride, heads));
   for (size_t s = 0; s < sequences; ++s) {
     for (int t = 0; t < c.lengths[s]; ++t) {
       for (size_t h = 0; h < heads; ++h) {
-        float& x = d_gate[at(in_stride, s, t, h)];
+        float& x = d_gate[layout.at(in_stride, s, t, h)];
         x = normal(rng);
         if (c.fill == Fill::kCancelling) {
           // Pairs far apart cancel but for a millionth: in fp32 little of the sums would be right.
@@ -127,9 +80,9 @@ void run_case(Case const& c, std::uint64_t seed) {
       }
     }
   }
-  int const chunk_size = c.chunk_size != 0 ? c.chunk_size : (tokens / 64 + 1) * 64;
-  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens,
-                                           chunk_size, static_cast<int>(sequences)};
+  int const chunk_size =
+      c.chunk_size != 0 ? c.chunk_size : (static_cast<int>(layout.tokens) / 64 + 1) * 64;
+  auto const where = layout.in_chunks(chunk_size);
   auto const slots = static_cast<size_t>(where.num_slots());
   size_t const elements = D * dv, items = slots * heads;
   bool const has_states = c.states != States::kNone;
@@ -165,25 +118,23 @@ void run_case(Case const& c, std::uint64_t seed) {
     }
     return values;
   };
-  auto const slot_of = [&](size_t s) {
-    return static_cast<size_t>(where.get(static_cast<int>(s)).first_slot);
-  };
   for (size_t s = 0; has_states && s < sequences; ++s) {
     for (size_t h = 0; h < heads; ++h) {
       for (int first = 0; first < c.lengths[s]; first += chunk_size) {
         int const end = std::min(first + chunk_size, c.lengths[s]);
-        size_t const item = (slot_of(s) + static_cast<size_t>(first / chunk_size)) * heads + h;
+        size_t const item =
+            (first_slot_of(where, s) + static_cast<size_t>(first / chunk_size)) * heads + h;
         After& x = after[item];
         bool const has_gradient = has_final || end < c.lengths[s];
         for (int t = first; t < end; ++t) {
-          float& term = state_d_gate[at(in_stride, s, t, h)];
+          float& term = state_d_gate[layout.at(in_stride, s, t, h)];
           term = has_gradient ? normal(rng) : 0.0f;
           x.sum += double{term};
           x.magnitude += std::abs(double{term});
         }
         // Where nothing is left of a state, it need not be finite.
         bool const forgets = rng() % 4 == 0;
-        float& end_gate = gate[at(in_stride, s, end - 1, h)];
+        float& end_gate = gate[layout.at(in_stride, s, end - 1, h)];
         end_gate = forgets ? -200.0f : -std::abs(normal(rng));
         if (!has_gradient || !(has_initial || first > 0) || forgets) {
           continue;
@@ -253,17 +204,17 @@ void run_case(Case const& c, std::uint64_t seed) {
       for (int t = c.lengths[s] - 1; t >= 0; --t) {
         if (t + 1 == c.lengths[s] || (t + 1) % chunk_size == 0) {
           After const& given =
-              after[(slot_of(s) + static_cast<size_t>(t / chunk_size)) * heads + h];
+              after[(first_slot_of(where, s) + static_cast<size_t>(t / chunk_size)) * heads + h];
           sum = given.sum + given.product;
           magnitude = given.magnitude;
           // Sums of eight products in fp32, and the decay.
           rounding = 0x1p-22 * given.product_magnitude / std::sqrt(elements / 8.0) +
                      0x1p-21 * std::abs(given.product);
         }
-        double const x = double{d_gate[at(in_stride, s, t, h)]};
+        double const x = double{d_gate[layout.at(in_stride, s, t, h)]};
         sum += x;
         magnitude += std::abs(x);
-        float const actual = d_log_gate[at(out_stride, s, t, h)];
+        float const actual = d_log_gate[layout.at(out_stride, s, t, h)];
         if (std::isnan(sum)) {
           right = right && std::isnan(actual);
           continue;
@@ -279,14 +230,7 @@ void run_case(Case const& c, std::uint64_t seed) {
   }
   // Nothing but gradients has been written: the rest still reads as NaN.
   if (c.fill != Fill::kNaN) {
-    size_t written = 0, expected = 0;
-    for (float const x : d_log_gate) {
-      written += !std::isnan(x);
-    }
-    for (int const length : c.lengths) {
-      expected += static_cast<size_t>(length) * heads;
-    }
-    RETENTION_CHECK_EQUAL(written, expected);
+    RETENTION_CHECK_EQUAL(retention::test::written(d_log_gate), layout.starts.back() * heads);
   }
   std::cout << c.name << ", seed " << seed << ": worst error " << worst << " of its bound\n";
 }

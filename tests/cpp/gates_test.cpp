@@ -6,26 +6,20 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
 using retention::kernel::Gates;
-using retention::kernel::TokenStride;
+using retention::test::Order;
 using std::size_t;
 
 enum class Fill { kMild, kSixty, kInfinite, kPositive, kOne, kNaN };
-
-enum class Order {
-  kTokensHeads,  // [b, t, h]
-  kHeadsTokens,  // [b, h, t]
-  kGaps,         // [b, t, h] with gaps between heads, tokens and rows
-};
 
 struct Case {
   char const* name;
@@ -37,18 +31,6 @@ struct Case {
   Order in = Order::kTokensHeads;
   Order out = Order::kTokensHeads;
 };
-
-TokenStride strides(Order order, std::int64_t tokens, std::int64_t heads) {
-  switch (order) {
-    case Order::kTokensHeads:
-      return {tokens * heads, heads, 1};
-    case Order::kHeadsTokens:
-      return {heads * tokens, 1, tokens};
-    case Order::kGaps:
-      break;
-  }
-  return {tokens * (3 * heads + 2) + 5, 3 * heads + 2, 3};
-}
 
 float draw(Fill fill, std::mt19937& rng) {
   std::normal_distribution<float> normal;
@@ -72,55 +54,26 @@ float draw(Fill fill, std::mt19937& rng) {
 void run(Case const& c, std::uint64_t seed) {
   std::mt19937 rng(static_cast<unsigned>(seed));
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
-  std::vector<int> starts = {0};
-  int longest = 0;
-  for (int const length : c.lengths) {
-    starts.push_back(starts.back() + length);
-    longest = std::max(longest, length);
-  }
-  size_t const batch = c.packed ? 1 : sequences;
-  int const tokens = c.packed ? starts.back() : longest;
-  auto const in_stride = strides(c.in, tokens, c.heads);
-  auto const out_stride = strides(c.out, tokens, c.heads);
-  auto size_of = [&](TokenStride const& stride) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * static_cast<size_t>(tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads - 1) + 1;
-  };
-  GlobalArray<float> log_gate("log_gate", size_of(in_stride), true);
-  GlobalArray<float> gate("gate", size_of(out_stride));
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
-  auto at = [&](TokenStride const& stride, size_t s, int t, size_t h) {
-    size_t const row = c.packed ? 0 : s;
-    int const token = c.packed ? starts[s] + t : t;
-    return row * static_cast<size_t>(stride.batch) +
-           static_cast<size_t>(token) * static_cast<size_t>(stride.token) +
-           h * static_cast<size_t>(stride.head);
-  };
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
+  auto const in_stride = layout.strides(c.in, heads);
+  auto const out_stride = layout.strides(c.out, heads);
+  GlobalArray<float> log_gate("log_gate", layout.size_of(in_stride, heads), true);
+  GlobalArray<float> gate("gate", layout.size_of(out_stride, heads));
   for (size_t s = 0; s < sequences; ++s) {
     for (int t = 0; t < c.lengths[s]; ++t) {
       for (size_t h = 0; h < heads; ++h) {
-        log_gate[at(in_stride, s, t, h)] = draw(c.fill, rng);
+        log_gate[layout.at(in_stride, s, t, h)] = draw(c.fill, rng);
       }
     }
     if (c.fill == Fill::kNaN) {
-      log_gate[at(in_stride, s, c.lengths[s] / 2, 0)] = std::numeric_limits<float>::quiet_NaN();
+      log_gate[layout.at(in_stride, s, c.lengths[s] / 2, 0)] =
+          std::numeric_limits<float>::quiet_NaN();
     }
   }
 
   Gates::Params const params{
-      log_gate.data(),
-      gate.data(),
-      in_stride,
-      out_stride,
-      {c.packed ? cu_seqlens.data() : nullptr, tokens, c.chunk_size, static_cast<int>(sequences)},
-      c.heads};
-  dim3 const grid = Gates::grid(params);
-  auto const report = emulator::launch<Gates>(
-      {{grid.x, grid.y, grid.z}, {Gates::kThreads}, sizeof(Gates::SharedStorage), seed}, params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+      log_gate.data(), gate.data(), in_stride, out_stride, layout.in_chunks(c.chunk_size), c.heads};
+  if (!retention::test::launch<Gates>(params, seed)) {
     return;
   }
 
@@ -133,10 +86,10 @@ void run(Case const& c, std::uint64_t seed) {
         if (t % c.chunk_size == 0) {
           sum = magnitude = 0.0;
         }
-        double const x = double{log_gate[at(in_stride, s, t, h)]};
+        double const x = double{log_gate[layout.at(in_stride, s, t, h)]};
         sum += x < -200.0 ? -200.0 : x;
         magnitude += std::abs(x < -200.0 ? -200.0 : x);
-        float const actual = gate[at(out_stride, s, t, h)];
+        float const actual = gate[layout.at(out_stride, s, t, h)];
         if (std::isnan(sum)) {
           right = right && std::isnan(actual);
           continue;
@@ -152,14 +105,7 @@ void run(Case const& c, std::uint64_t seed) {
   }
   // Nothing but gates has been written: the rest still reads as NaN.
   if (c.fill != Fill::kNaN) {
-    size_t written = 0, expected = 0;
-    for (float const x : gate) {
-      written += !std::isnan(x);
-    }
-    for (int const length : c.lengths) {
-      expected += static_cast<size_t>(length) * heads;
-    }
-    RETENTION_CHECK_EQUAL(written, expected);
+    RETENTION_CHECK_EQUAL(retention::test::written(gate), layout.starts.back() * heads);
   }
   std::cout << c.name << ", seed " << seed << ": worst error " << worst << " of its bound\n";
 }

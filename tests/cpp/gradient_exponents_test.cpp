@@ -7,11 +7,11 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 
 namespace {
 
@@ -20,6 +20,8 @@ using retention::kernel::ChooseGradientExponents;
 using retention::kernel::ChunkRange;
 using retention::kernel::GradientRange;
 using retention::kernel::StateRange;
+using retention::test::exponent_of;
+using retention::test::first_slot_of;
 using std::size_t;
 
 enum class Gates { kNone, kMild, kSixty, kTwoHundred, kPositive, kNaN };
@@ -37,28 +39,12 @@ struct Case {
   bool zeros = false;      // most tiles have no rows that weigh or whose gradient is not zero
 };
 
-// The smallest e with x < 2^e.
-int above(double x) {
-  int e = 0;
-  std::frexp(x, &e);
-  return e;
-}
-
 void run(Case const& c, std::uint64_t seed) {
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
   auto const heads = static_cast<size_t>(c.heads), sequences = c.lengths.size();
-  std::vector<int> starts = {0};
-  int longest = 0;
-  for (int const length : c.lengths) {
-    starts.push_back(starts.back() + length);
-    longest = std::max(longest, length);
-  }
-  int const tokens = c.packed ? starts.back() : longest;
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
-  retention::kernel::Sequences const where{c.packed ? cu_seqlens.data() : nullptr, tokens,
-                                           c.chunk_size, static_cast<int>(sequences)};
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
+  auto const where = layout.in_chunks(c.chunk_size);
   auto const tiles = where.segments(ChooseGradientExponents::kTileTokens);
   auto const slots = static_cast<size_t>(where.num_slots()) * heads;
   GlobalArray<GradientRange> rows("rows", static_cast<size_t>(tiles.num_slots()) * heads, true);
@@ -71,9 +57,8 @@ void run(Case const& c, std::uint64_t seed) {
   auto draw = [&](float magnitude) { return magnitude * std::exp(c.spread * normal(rng)); };
   // Slots without a tile or a chunk keep NaN.
   for (size_t s = 0; s < sequences; ++s) {
-    auto const index = static_cast<int>(s);
-    auto const first_tile = static_cast<size_t>(tiles.get(index).first_slot);
-    auto const first_slot = static_cast<size_t>(where.get(index).first_slot);
+    size_t const first_tile = first_slot_of(tiles, s);
+    size_t const first_slot = first_slot_of(where, s);
     for (size_t h = 0; h < heads; ++h) {
       for (int t = 0; t < c.lengths[s]; t += 64) {
         GradientRange& x = rows[(first_tile + static_cast<size_t>(t / 64)) * heads + h];
@@ -129,24 +114,15 @@ void run(Case const& c, std::uint64_t seed) {
       weight.data(),  delta.data(),  state.data(),
       key_sum.data(), score.data(),  where,
       c.heads,        kValueDim};
-  dim3 const grid = ChooseGradientExponents::grid(params);
-  auto const report =
-      emulator::launch<ChooseGradientExponents>({{grid.x, grid.y, grid.z},
-                                                 {ChooseGradientExponents::kThreads},
-                                                 sizeof(ChooseGradientExponents::SharedStorage),
-                                                 seed},
-                                                params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!retention::test::launch<ChooseGradientExponents>(params, seed)) {
     return;
   }
 
   constexpr double kLargest = 0x1.fffffep127;
   bool right[5] = {true, true, true, true, true};
   for (size_t s = 0; s < sequences; ++s) {
-    auto const index = static_cast<int>(s);
-    auto const first_tile = static_cast<size_t>(tiles.get(index).first_slot);
-    auto const first_slot = static_cast<size_t>(where.get(index).first_slot);
+    size_t const first_tile = first_slot_of(tiles, s);
+    size_t const first_slot = first_slot_of(where, s);
     for (size_t h = 0; h < heads; ++h) {
       double const given = std::ldexp(double{c.final}, -static_cast<int>(s + h));
       double state_bound = 0.0, key_sum_bound = 0.0, log_decay = 0.0;
@@ -160,7 +136,7 @@ void run(Case const& c, std::uint64_t seed) {
             return std::abs(actual) <= 120;
           }
           auto const expected = [&](double x) {
-            return x == 0.0 ? 0 : std::clamp(above(std::min(x, kLargest)) - 15, -120, 120);
+            return x == 0.0 ? 0 : std::clamp(exponent_of(std::min(x, kLargest)) - 15, -120, 120);
           };
           bool const none = bound < 0x1p-125 && actual == 0;
           return none || (actual >= expected(bound) && actual <= expected(bound * (1 + 0x1p-9)));

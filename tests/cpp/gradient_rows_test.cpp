@@ -8,17 +8,22 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
 using retention::kernel::GradientRange;
-using retention::kernel::TokenStride;
+using retention::test::exponent_of;
+using retention::test::first_slot_of;
+using retention::test::Order;
+using retention::test::saturated;
+using retention::test::SequenceLayout;
+using retention::test::written;
 using std::size_t;
 
 struct Case {
@@ -43,7 +48,6 @@ void run(Case const& c, std::uint64_t seed) {
       retention::kernel::GradientRowsTraits<Element, HeadDim, ValueDim>>;
   constexpr bool kIsHalf = std::is_same_v<Element, cute::half_t>;
   constexpr int kExponent = kIsHalf ? 7 : 0;
-  constexpr float kLargest = kIsHalf ? 65504.0f : 3e38f;
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> uniform;
@@ -51,56 +55,30 @@ void run(Case const& c, std::uint64_t seed) {
   size_t const d = HeadDim, dv = ValueDim;
   size_t const sequences = c.lengths.size();
   auto const heads = static_cast<size_t>(c.heads), group = static_cast<size_t>(c.group);
-  std::vector<size_t> starts = {0};
-  size_t longest = 0;
-  for (int const length : c.lengths) {
-    starts.push_back(starts.back() + static_cast<size_t>(length));
-    longest = std::max(longest, static_cast<size_t>(length));
-  }
-  size_t const batch = c.packed ? 1 : sequences, tokens = c.packed ? starts.back() : longest;
-  auto strides = [&](size_t heads_, size_t width) {
-    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
-    auto const t = static_cast<std::int64_t>(tokens), h = static_cast<std::int64_t>(heads_);
-    return c.strided ? TokenStride{h * t * row, row, t * row}
-                     : TokenStride{t * h * row, h * row, row};
-  };
-  auto size_of = [&](TokenStride const& stride, size_t heads_, size_t width) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * (tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads_ - 1) + width;
-  };
-  auto at = [&](TokenStride const& stride, size_t s, size_t t, size_t h) {
-    return (c.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
-           ((c.packed ? starts[s] : 0) + t) * static_cast<size_t>(stride.token) +
-           h * static_cast<size_t>(stride.head);
-  };
+  SequenceLayout const layout(c.lengths, c.packed);
 
   typename Kernel::Params params{};
-  params.query_stride = strides(heads * group, d);
-  params.d_output_stride = strides(heads * group, dv);
-  params.output_stride = strides(heads * group, dv);
+  params.query_stride = layout.strides(heads * group, d, c.strided);
+  params.d_output_stride = layout.strides(heads * group, dv, c.strided);
+  params.output_stride = layout.strides(heads * group, dv, c.strided);
   params.output_stride.batch += 16;  // a stride of its own
-  params.normalizer_stride = strides(heads * group, 1);
-  params.gate_stride = strides(heads, 1);
-  params.prepared_query_stride = strides(heads * group, d);
+  params.normalizer_stride = layout.strides(heads * group, 1, c.strided);
+  params.gate_stride = layout.strides(heads, 1, c.strided);
+  params.prepared_query_stride = layout.strides(heads * group, d, c.strided);
   params.prepared_query_stride.batch += 8;
-  // [b, hq, t]
-  params.row_stride = {static_cast<std::int64_t>(heads * group * tokens), 1,
-                       static_cast<std::int64_t>(tokens)};
-  GlobalArray<Element> query("query", size_of(params.query_stride, heads * group, d), true);
-  GlobalArray<Element> d_output("d_output", size_of(params.d_output_stride, heads * group, dv),
-                                true);
-  size_t const output_size = size_of(params.output_stride, heads * group, dv);
+  params.row_stride = layout.strides(Order::kHeadsTokens, heads * group);
+  GlobalArray<Element> query("query", layout.size_of(params.query_stride, heads * group, d), true);
+  GlobalArray<Element> d_output("d_output",
+                                layout.size_of(params.d_output_stride, heads * group, dv), true);
+  size_t const output_size = layout.size_of(params.output_stride, heads * group, dv);
   GlobalArray<Element> output("output", output_size, true);
   GlobalArray<Element> residual("residual", output_size, true);
-  GlobalArray<float> normalizer("normalizer", size_of(params.normalizer_stride, heads * group, 1),
-                                true);
-  GlobalArray<float> gate("gate", size_of(params.gate_stride, heads, 1), true);
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  std::copy(starts.begin(), starts.end(), cu_seqlens.begin());
+  GlobalArray<float> normalizer("normalizer",
+                                layout.size_of(params.normalizer_stride, heads * group, 1), true);
+  GlobalArray<float> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
   GlobalArray<Element> prepared("prepared_query",
-                                size_of(params.prepared_query_stride, heads * group, d));
-  size_t const rows = size_of(params.row_stride, heads * group, 1);
+                                layout.size_of(params.prepared_query_stride, heads * group, d));
+  size_t const rows = layout.size_of(params.row_stride, heads * group, 1);
   GlobalArray<float> inverse("inverse", rows), delta("delta", rows), weight("weight", rows),
       scale("scale", rows);
   params.query = query.data();
@@ -114,8 +92,7 @@ void run(Case const& c, std::uint64_t seed) {
   params.delta = delta.data();
   params.weight = weight.data();
   params.scale = scale.data();
-  params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens), 128,
-                      static_cast<int>(sequences)};
+  params.sequences = layout.in_chunks(128);
   params.heads = c.heads;
   params.group = c.group;
   auto const tiles = params.tiles();
@@ -123,14 +100,14 @@ void run(Case const& c, std::uint64_t seed) {
   params.ranges = kIsHalf ? ranges.data() : nullptr;
 
   auto store = [&](Element& target, float x) {
-    target = Element(std::clamp(x, -kLargest, kLargest));
+    target = saturated<Element>(x);
     return float(target);
   };
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t t = 0; t < static_cast<size_t>(c.lengths[s]); ++t) {
       for (size_t h = 0; h < heads && c.log_gate != 0.0f; ++h) {
-        float const before = t % 128 == 0 ? 0.0f : gate[at(params.gate_stride, s, t - 1, h)];
-        gate[at(params.gate_stride, s, t, h)] = before + c.log_gate * uniform(rng);
+        float const before = t % 128 == 0 ? 0.0f : gate[layout.at(params.gate_stride, s, t - 1, h)];
+        gate[layout.at(params.gate_stride, s, t, h)] = before + c.log_gate * uniform(rng);
       }
       for (size_t n = 0; n < heads * group; ++n) {
         float const magnitude =
@@ -138,15 +115,15 @@ void run(Case const& c, std::uint64_t seed) {
                 ? 0.0f
                 : std::ldexp(c.query_scale, 2 * static_cast<int>((t + n) % 5) - 4);
         for (size_t i = 0; i < d; ++i) {
-          store(query[at(params.query_stride, s, t, n) + i], magnitude * normal(rng));
+          store(query[layout.at(params.query_stride, s, t, n) + i], magnitude * normal(rng));
         }
         for (size_t e = 0; e < dv; ++e) {
           float const o = c.value_scale * normal(rng);
-          float const rounded = store(output[at(params.output_stride, s, t, n) + e], o);
-          store(residual[at(params.output_stride, s, t, n) + e], o - rounded);
-          store(d_output[at(params.d_output_stride, s, t, n) + e], normal(rng));
+          float const rounded = store(output[layout.at(params.output_stride, s, t, n) + e], o);
+          store(residual[layout.at(params.output_stride, s, t, n) + e], o - rounded);
+          store(d_output[layout.at(params.d_output_stride, s, t, n) + e], normal(rng));
         }
-        float& z = normalizer[at(params.normalizer_stride, s, t, n)];
+        float& z = normalizer[layout.at(params.normalizer_stride, s, t, n)];
         z = c.normalizer * std::exp(3.0f * normal(rng));
         if (c.weightless && rng() % 2 == 0) {
           float const small[] = {0.0f, FLT_MIN, 0x1p-140f, std::nextafter(FLT_MIN, 1.0f)};
@@ -156,19 +133,14 @@ void run(Case const& c, std::uint64_t seed) {
           z = std::numeric_limits<float>::quiet_NaN();
         }
         if (c.not_finite && t == 20) {
-          d_output[at(params.d_output_stride, s, t, n) + 3] =
+          d_output[layout.at(params.d_output_stride, s, t, n) + 3] =
               Element(std::numeric_limits<float>::infinity());
         }
       }
     }
   }
 
-  dim3 const grid = Kernel::grid(params);
-  auto const report = emulator::launch<Kernel>(
-      {{grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed},
-      params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!retention::test::launch<Kernel>(params, seed)) {
     return;
   }
 
@@ -187,21 +159,19 @@ void run(Case const& c, std::uint64_t seed) {
   std::vector<Range> expected_ranges(ranges.size());
   std::vector<bool> used(ranges.size(), false);
   for (size_t s = 0; s < sequences; ++s) {
-    auto const first_slot = static_cast<size_t>(tiles.get(static_cast<int>(s)).first_slot);
+    size_t const first_slot = first_slot_of(tiles, s);
     for (size_t t = 0; t < static_cast<size_t>(c.lengths[s]); ++t) {
       for (size_t n = 0; n < heads * group; ++n) {
         ++valid_rows;
-        Element const* q = &query[at(params.query_stride, s, t, n)];
-        Element const* qs = &prepared[at(params.prepared_query_stride, s, t, n)];
+        Element const* q = &query[layout.at(params.query_stride, s, t, n)];
+        Element const* qs = &prepared[layout.at(params.prepared_query_stride, s, t, n)];
         double largest = 0.0;
         for (size_t i = 0; i < d; ++i) {
           largest = std::max(largest, std::abs(double{float(q[i])}));
         }
-        int e = 0;
-        std::frexp(largest, &e);
-        int const wanted = e;
-        e = kIsHalf ? std::clamp(e, -23, 16) : std::clamp(e, -126, 126);
-        double const z = normalizer[at(params.normalizer_stride, s, t, n)];
+        int const wanted = exponent_of(largest);
+        int const e = kIsHalf ? std::clamp(wanted, -23, 16) : std::clamp(wanted, -126, 126);
+        double const z = normalizer[layout.at(params.normalizer_stride, s, t, n)];
         bool const has_weight = !(z <= double{FLT_MIN});
         double rescaled_largest = 0.0;
         for (size_t i = 0; i < d; ++i) {
@@ -214,20 +184,21 @@ void run(Case const& c, std::uint64_t seed) {
                           rescaled_largest >= std::ldexp(1.0, kExponent - 1);
         }
 
-        size_t const row = at(params.row_stride, s, t, n);
+        size_t const row = layout.at(params.row_stride, s, t, n);
         numbers_right = numbers_right &&
                         (largest == 0.0 || double{scale[row]} == std::ldexp(1.0, kExponent - e));
         double const x = has_weight ? std::ldexp(1.0 / z, -2 * kExponent) : 0.0;
         numbers_right = numbers_right && near(inverse[row], x, 0x1p-22 * x + 0x1p-149);
-        double const g = c.log_gate != 0.0f ? gate[at(params.gate_stride, s, t, n / group)] : 0.0;
+        double const g =
+            c.log_gate != 0.0f ? gate[layout.at(params.gate_stride, s, t, n / group)] : 0.0;
         double const w = std::exp(g) * x;
         // The exponential's argument is rounded; below the normal numbers it may be 0.
         numbers_right = numbers_right &&
                         near(weight[row], w, 0x1p-21 * (1 - g) * w + 0x1p-126 * std::max(1.0, x));
         double product = 0.0, magnitude = 0.0, norm = 0.0;
         for (size_t i = 0; i < dv; ++i) {
-          double const gradient = float(d_output[at(params.d_output_stride, s, t, n) + i]);
-          size_t const o = at(params.output_stride, s, t, n) + i;
+          double const gradient = float(d_output[layout.at(params.d_output_stride, s, t, n) + i]);
+          size_t const o = layout.at(params.output_stride, s, t, n) + i;
           double const term = gradient * (double{float(output[o])} + double{float(residual[o])});
           product += term;
           magnitude += std::abs(term);
@@ -263,16 +234,8 @@ void run(Case const& c, std::uint64_t seed) {
   RETENTION_CHECK(queries_right);
   RETENTION_CHECK(numbers_right);
   // Nothing but the rows of tokens has been written: the rest still reads as NaN.
-  size_t written = 0, expected_written = valid_rows * d;
-  for (Element const x : prepared) {
-    written += !std::isnan(float(x));
-  }
-  RETENTION_CHECK_EQUAL(written, expected_written);
-  written = 0;
-  for (float const x : scale) {
-    written += !std::isnan(x);
-  }
-  RETENTION_CHECK_EQUAL(written, valid_rows);
+  RETENTION_CHECK_EQUAL(written(prepared), valid_rows * d);
+  RETENTION_CHECK_EQUAL(written(scale), valid_rows);
   for (size_t i = 0; i < ranges.size() && kIsHalf; ++i) {
     if (!used[i]) {
       RETENTION_CHECK(std::isnan(ranges[i].weight));

@@ -16,6 +16,7 @@
 #include "check.hpp"
 #include "element.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 #include "key_gradient_reference.hpp"
 #include "retention/kernel/key_rows.hpp"
 #include "retention/symmetric_power.hpp"
@@ -23,7 +24,6 @@
 namespace retention::test {
 
 using emulator::GlobalArray;
-using kernel::TokenStride;
 using std::size_t;
 
 struct KeyGradientCase {
@@ -64,32 +64,24 @@ class KeyGradientProblem {
   static constexpr int kQueryExponent = kIsHalf ? 7 : 0;
 
   KeyGradientProblem(KeyGradientCase const& c, std::uint64_t seed)
-      : c_(c), rng_(static_cast<unsigned>(seed)) {
-    size_t total = 0, longest = 0;
-    for (int const length : c.lengths) {
-      total += static_cast<size_t>(length);
-      longest = std::max(longest, static_cast<size_t>(length));
-    }
-    batch_ = c.packed ? 1 : c.lengths.size();
-    tokens_ = c.packed ? total : longest;
+      : layout(c.lengths, c.packed), c_(c), rng_(static_cast<unsigned>(seed)) {
     auto const heads = static_cast<size_t>(c.heads);
     size_t const query_heads = heads * static_cast<size_t>(c.group);
-    params.query_stride = strides(query_heads, kDim, true);
-    params.key_stride = strides(heads, kDim, c.strided);
-    params.value_stride = strides(heads, kValue, c.strided);
-    params.d_output_stride = strides(query_heads, kValue, c.strided);
-    params.gate_stride = strides(heads, 1, c.strided);
-    params.row_stride = strides(query_heads, 1, true);
-    query_ = {"query", size_of(params.query_stride, query_heads, kDim), true};
-    key_ = {"key", size_of(params.key_stride, heads, kDim), true};
-    value_ = {"value", size_of(params.value_stride, heads, kValue), true};
-    d_output_ = {"d_output", size_of(params.d_output_stride, query_heads, kValue), true};
-    gate_ = {"gate", size_of(params.gate_stride, heads, 1), true};
-    inverse_ = {"inverse", size_of(params.row_stride, query_heads, 1), true};
+    params.query_stride = layout.strides(query_heads, kDim, true);
+    params.key_stride = layout.strides(heads, kDim, c.strided);
+    params.value_stride = layout.strides(heads, kValue, c.strided);
+    params.d_output_stride = layout.strides(query_heads, kValue, c.strided);
+    params.gate_stride =
+        layout.strides(c.strided ? Order::kHeadsTokens : Order::kTokensHeads, heads);
+    params.row_stride = layout.strides(Order::kHeadsTokens, query_heads);
+    query_ = {"query", layout.size_of(params.query_stride, query_heads, kDim), true};
+    key_ = {"key", layout.size_of(params.key_stride, heads, kDim), true};
+    value_ = {"value", layout.size_of(params.value_stride, heads, kValue), true};
+    d_output_ = {"d_output", layout.size_of(params.d_output_stride, query_heads, kValue), true};
+    gate_ = {"gate", layout.size_of(params.gate_stride, heads, 1), true};
+    inverse_ = {"inverse", layout.size_of(params.row_stride, query_heads, 1), true};
     delta_ = {"delta", inverse_.size(), true};
-    cu_seqlens_ = {"cu_seqlens", c.lengths.size() + 1, true};
-    params.sequences = {c.packed ? cu_seqlens_.data() : nullptr, static_cast<int>(tokens_),
-                        c.chunk_size, static_cast<int>(c.lengths.size())};
+    params.sequences = layout.in_chunks(c.chunk_size);
     auto const slot_heads = static_cast<size_t>(params.sequences.num_slots()) * heads;
     d_states_ = {"d_states", slot_heads * kState * kValue, true};
     d_key_sums_ = {"d_key_sums", slot_heads * kState, true};
@@ -114,34 +106,15 @@ class KeyGradientProblem {
     params.heads = c.heads;
     params.group = c.group;
     params.final_gradients = c.final;
-    cu_seqlens_[0] = 0;
     for (size_t s = 0; s < c.lengths.size(); ++s) {
-      cu_seqlens_[s + 1] = cu_seqlens_[s] + c.lengths[s];
       for (size_t h = 0; h < heads; ++h) {
         fill(s, h);
       }
     }
   }
 
+  SequenceLayout const layout;
   kernel::KeyRowsParams<Element> params{};
-
-  /// [b, t, h, *] tensors; strided ones are [b, h, t, width + 8] in memory.
-  TokenStride strides(size_t heads, size_t width, bool strided) const {
-    auto const row = static_cast<std::int64_t>(strided && width > 1 ? width + 8 : width);
-    auto const t = static_cast<std::int64_t>(tokens_), h = static_cast<std::int64_t>(heads);
-    return strided ? TokenStride{h * t * row, row, t * row}
-                   : TokenStride{t * h * row, h * row, row};
-  }
-  size_t size_of(TokenStride const& stride, size_t heads, size_t width) const {
-    return static_cast<size_t>(stride.batch) * (batch_ - 1) +
-           static_cast<size_t>(stride.token) * (tokens_ - 1) +
-           static_cast<size_t>(stride.head) * (heads - 1) + width;
-  }
-  size_t at(TokenStride const& stride, size_t s, size_t t, size_t h) const {
-    size_t const first = c_.packed ? static_cast<size_t>(cu_seqlens_[s]) : 0;
-    return (c_.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
-           (first + t) * static_cast<size_t>(stride.token) + h * static_cast<size_t>(stride.head);
-  }
 
   /// Calls visit(sequence, head, inputs, gradients).
   template <class Visit>
@@ -150,17 +123,6 @@ class KeyGradientProblem {
       auto const heads = static_cast<size_t>(c_.heads);
       visit(i / heads, i % heads, inputs_[i], expected_[i]);
     }
-  }
-
-  /// Launches and says whether there was no fault.
-  template <class Kernel>
-  bool launch(typename Kernel::Params const& kernel_params, std::uint64_t seed) const {
-    dim3 const grid = Kernel::grid(kernel_params);
-    emulator::LaunchConfig const config{
-        {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
-    auto const report = emulator::launch<Kernel>(config, kernel_params);
-    RETENTION_CHECK_EQUAL(report.text, std::string());
-    return report.ok();
   }
 
   /// A relative error over a head of a tensor, in roundings. What the format itself cannot hold
@@ -202,9 +164,8 @@ class KeyGradientProblem {
   static constexpr size_t kState = static_cast<size_t>(SymmetricPower<HeadDim, 2>::kStateDim);
 
   void fill_row(Element* row, size_t width, float magnitude, std::vector<double>& copy) {
-    constexpr float kLargest = kIsHalf ? 65504.0f : 1e30f;
     for (size_t i = 0; i < width; ++i) {
-      row[i] = Element(std::clamp(magnitude * normal_(rng_), -kLargest, kLargest));
+      row[i] = saturated<Element>(magnitude * normal_(rng_));
       copy.push_back(float(row[i]));
     }
   }
@@ -232,29 +193,29 @@ class KeyGradientProblem {
     double total = 0.0;
     float cumulative = 0.0f;
     for (size_t t = 0; t < length; ++t) {
-      fill_row(&key_[at(params.key_stride, s, t, h)], kDim,
+      fill_row(&key_[layout.at(params.key_stride, s, t, h)], kDim,
                (c_.zeros && t % 3 == 1) || t >= static_cast<size_t>(c_.keys) ? 0.0f : key_scale,
                in.key);
-      fill_row(&value_[at(params.value_stride, s, t, h)], kValue, c_.value_scale, in.value);
+      fill_row(&value_[layout.at(params.value_stride, s, t, h)], kValue, c_.value_scale, in.value);
       if (c_.gated) {
         float const draw = c_.steady ? 1.0f : c_.rising ? normal_(rng_) : std::abs(normal_(rng_));
         float const log_gate = -c_.log_gate * draw - (t == 64 ? c_.cliff : 0.0f);
         bool const starts_chunk = t % static_cast<size_t>(c_.chunk_size) == 0;
         cumulative = starts_chunk ? log_gate : cumulative + log_gate;
-        gate_[at(params.gate_stride, s, t, h)] = cumulative;
+        gate_[layout.at(params.gate_stride, s, t, h)] = cumulative;
         in.gate.push_back(total += log_gate);
       }
     }
     for (size_t n = 0; n < group; ++n) {
       for (size_t t = 0; t < length; ++t) {
-        Element* row = &query_[at(params.query_stride, s, t, h * group + n)];
+        Element* row = &query_[layout.at(params.query_stride, s, t, h * group + n)];
         std::vector<double> query;
         fill_row(row, kDim, c_.zeros && t % 4 == 3 ? 0.0f : 1.0f, query);
         int const e = exponent_of(query.data(), kDim);
         for (size_t i = 0; i < kDim; ++i) {
           in.query.push_back(std::ldexp(query[i], kQueryExponent - e));
         }
-        fill_row(&d_output_[at(params.d_output_stride, s, t, h * group + n)], kValue,
+        fill_row(&d_output_[layout.at(params.d_output_stride, s, t, h * group + n)], kValue,
                  d_output_scale, in.d_output);
       }
     }
@@ -271,10 +232,10 @@ class KeyGradientProblem {
     for (size_t n = 0; n < group; ++n) {
       for (size_t t = 0; t < length; ++t) {
         size_t const row = n * length + t;
-        size_t const offset = at(params.row_stride, s, t, h * group + n);
+        size_t const offset = layout.at(params.row_stride, s, t, h * group + n);
         inverse_[offset] = static_cast<float>(rows.inverse[row]);
         delta_[offset] = static_cast<float>(rows.delta[row]);
-        Element* query = &query_[at(params.query_stride, s, t, h * group + n)];
+        Element* query = &query_[layout.at(params.query_stride, s, t, h * group + n)];
         for (size_t i = 0; i < kDim; ++i) {
           query[i] = Element(rows.inverse[row] > 0.0 ? static_cast<float>(in.query[row * kDim + i])
                                                      : 0.0f);
@@ -283,8 +244,7 @@ class KeyGradientProblem {
     }
     key_exponents_[s * heads + h] = exponent_of(in.key.data(), in.key.size());
     auto const gradients = state_gradients(in, rows, c_.chunk_size);
-    auto const first_slot =
-        static_cast<size_t>(params.sequences.get(static_cast<int>(s)).first_slot);
+    size_t const first_slot = first_slot_of(params.sequences, s);
     for (size_t chunk = 0; chunk < gradients.size(); ++chunk) {
       size_t const slot = (first_slot + chunk) * heads + h;
       score_exponents_[slot] = score_exponent(in, rows, chunk);
@@ -334,10 +294,9 @@ class KeyGradientProblem {
   KeyGradientCase const c_;
   std::mt19937 rng_;
   std::normal_distribution<float> normal_;
-  size_t batch_, tokens_;
   GlobalArray<Element> query_, key_, value_, d_output_, d_states_, d_key_sums_;
   GlobalArray<float> gate_, inverse_, delta_;
-  GlobalArray<int> cu_seqlens_, key_exponents_, state_exponents_, key_sum_exponents_;
+  GlobalArray<int> key_exponents_, state_exponents_, key_sum_exponents_;
   GlobalArray<int> score_exponents_;
   std::vector<KeyGradientInputs> inputs_;
   std::vector<KeyGradients> expected_;

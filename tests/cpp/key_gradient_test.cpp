@@ -15,13 +15,14 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
       retention::kernel::KeyGradientTraits<Element, HeadDim, ValueDim>>;
   using Problem = KeyGradientProblem<Element, HeadDim, ValueDim>;
   Problem const problem(c, seed);
+  SequenceLayout const& layout = problem.layout;
   auto const heads = static_cast<size_t>(c.heads);
   typename Kernel::Params params{};
   static_cast<retention::kernel::KeyRowsParams<Element>&>(params) = problem.params;
-  params.d_key_stride = problem.strides(heads, HeadDim, c.strided);
-  params.d_gate_stride = problem.strides(heads, 1, c.strided);
-  GlobalArray<Element> d_key("d_key", problem.size_of(params.d_key_stride, heads, HeadDim));
-  GlobalArray<float> d_gate("d_gate", problem.size_of(params.d_gate_stride, heads, 1));
+  params.d_key_stride = layout.strides(heads, HeadDim, c.strided);
+  params.d_gate_stride = params.gate_stride;
+  GlobalArray<Element> d_key("d_key", layout.size_of(params.d_key_stride, heads, HeadDim));
+  GlobalArray<float> d_gate("d_gate", layout.size_of(params.d_gate_stride, heads, 1));
   params.d_key = d_key.data();
   params.d_gate = c.gated ? d_gate.data() : nullptr;
   GlobalArray<float> state_d_gate("state_d_gate", d_gate.size());
@@ -31,14 +32,14 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
   params.state_d_gate = c.gated && has_state ? state_d_gate.data() : nullptr;
   auto const group = static_cast<size_t>(c.group);
   GlobalArray<float> query_d_gate("query_d_gate",
-                                  problem.size_of(params.row_stride, heads * group, 1), true);
+                                  layout.size_of(params.row_stride, heads * group, 1), true);
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal(0.0f, c.value_scale * c.d_output_scale);
   for (size_t i = 0; i < query_d_gate.size(); ++i) {
     query_d_gate[i] = normal(rng);
   }
   params.query_d_gate = query_d_gate.data();
-  if (!problem.template launch<Kernel>(params, seed)) {
+  if (!launch<Kernel>(params, seed)) {
     return;
   }
   struct Error : Problem::Error {
@@ -55,22 +56,22 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
           for (size_t e = 0; e < HeadDim; ++e) {
             double const k = in.key[t * HeadDim + e], dk = expected.d_key[t * HeadDim + e];
             double const terms = expected.d_key_magnitude[t * HeadDim + e];
-            error.add(float(d_key[problem.at(params.d_key_stride, s, t, h) + e]), dk, terms);
+            error.add(float(d_key[layout.at(params.d_key_stride, s, t, h) + e]), dk, terms);
             gate -= 0.5 * k * dk;
             key_norm += k * k;
             norm += dk * dk;
             magnitude += terms * terms;
           }
           if (c.gated) {
-            double const actual = d_gate[problem.at(params.d_gate_stride, s, t, h)];
+            double const actual = d_gate[layout.at(params.d_gate_stride, s, t, h)];
             for (size_t n = 0; n < group; ++n) {
-              gate += query_d_gate[problem.at(params.row_stride, s, t, h * group + n)];
+              gate += query_d_gate[layout.at(params.row_stride, s, t, h * group + n)];
             }
             error.gate += (actual - gate) * (actual - gate);
             error.gate_size += 0.25 * key_norm * norm;
             error.gate_magnitude += 0.25 * key_norm * magnitude;
             if (has_state) {
-              double const of_state = state_d_gate[problem.at(params.d_gate_stride, s, t, h)];
+              double const of_state = state_d_gate[layout.at(params.d_gate_stride, s, t, h)];
               double const difference = of_state - expected.state_gate[t];
               error.state_gate += difference * difference;
               error.state_gate_size += expected.state_gate_size[t] * expected.state_gate_size[t];

@@ -5,21 +5,23 @@
 #include <cmath>
 #include <iostream>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "element.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 #include "reference.hpp"
 #include "retention/kernel/output.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
-using retention::kernel::TokenStride;
+using retention::test::first_slot_of;
 using retention::test::Inputs;
+using retention::test::kRoundoff;
 using retention::test::State;
+using retention::test::store_scaled;
 using retention::test::Sum;
 using std::size_t;
 
@@ -44,10 +46,6 @@ struct Case {
   bool exact = false;  // keys are unit vectors, queries powers of two: so are the weights
   bool residual = true;
 };
-
-/// Relative rounding error of one conversion to Element.
-template <class Element>
-constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
 
 /// e with |x| = 2^e times [1/2, 1); far below any other for 0.
 int exponent_of(float x) {
@@ -79,49 +77,29 @@ void run(Case const& c, std::uint64_t seed) {
   auto const heads = static_cast<size_t>(c.heads), group = static_cast<size_t>(c.group);
   size_t const sequences = c.lengths.size();
   size_t const d = HeadDim, dv = ValueDim, D = Kernel::Apply::kStateDim;
-  size_t total = 0, longest = 0;
-  for (int const length : c.lengths) {
-    total += static_cast<size_t>(length);
-    longest = std::max(longest, static_cast<size_t>(length));
-  }
-  size_t const batch = c.packed ? 1 : sequences, tokens = c.packed ? total : longest;
-
-  // Strides of [b, t, h, width]; strided tensors are [b, h, t, width + 8] in memory.
-  auto strides = [&](size_t heads_, size_t width) {
-    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
-    auto const t = static_cast<std::int64_t>(tokens), h = static_cast<std::int64_t>(heads_);
-    return c.strided ? TokenStride{h * t * row, row, t * row}
-                     : TokenStride{t * h * row, h * row, row};
-  };
-  auto size_of = [&](TokenStride const& stride, size_t heads_, size_t width) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * (tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads_ - 1) + width;
-  };
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
   typename Kernel::Params params{};
-  params.query_stride = strides(heads * group, d);
-  params.key_stride = strides(heads, d);
-  params.value_stride = strides(heads, dv);
-  params.gate_stride = strides(heads, 1);
-  params.output_stride = strides(heads * group, dv);
-  params.normalizer_stride = strides(heads * group, 1);
-  GlobalArray<Element> query("query", size_of(params.query_stride, heads * group, d), true);
-  GlobalArray<Element> key("key", size_of(params.key_stride, heads, d), true);
-  GlobalArray<Element> value("value", size_of(params.value_stride, heads, dv), true);
-  GlobalArray<float> gate("gate", size_of(params.gate_stride, heads, 1), true);
-  GlobalArray<Element> output("output", size_of(params.output_stride, heads * group, dv));
+  params.query_stride = layout.strides(heads * group, d, c.strided);
+  params.key_stride = layout.strides(heads, d, c.strided);
+  params.value_stride = layout.strides(heads, dv, c.strided);
+  params.gate_stride = layout.strides(heads, 1, c.strided);
+  params.output_stride = layout.strides(heads * group, dv, c.strided);
+  params.normalizer_stride = layout.strides(heads * group, 1, c.strided);
+  GlobalArray<Element> query("query", layout.size_of(params.query_stride, heads * group, d), true);
+  GlobalArray<Element> key("key", layout.size_of(params.key_stride, heads, d), true);
+  GlobalArray<Element> value("value", layout.size_of(params.value_stride, heads, dv), true);
+  GlobalArray<float> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
+  GlobalArray<Element> output("output", layout.size_of(params.output_stride, heads * group, dv));
   GlobalArray<Element> residual("residual", output.size());
-  GlobalArray<float> normalizer("normalizer", size_of(params.normalizer_stride, heads * group, 1));
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
-                      c.chunk_size, static_cast<int>(sequences)};
+  GlobalArray<float> normalizer("normalizer",
+                                layout.size_of(params.normalizer_stride, heads * group, 1));
+  params.sequences = layout.in_chunks(c.chunk_size);
   auto const slots = static_cast<size_t>(params.sequences.num_slots());
   GlobalArray<Element> states("states", slots * heads * D * dv, true);
   GlobalArray<int> score_exponents("score exponents", sequences * heads, true);
   GlobalArray<int> state_exponents("state exponents", slots * heads, true);
   GlobalArray<int> key_sum_exponents("key sum exponents", slots * heads, true);
   constexpr bool kExponents = std::is_same_v<Element, cute::half_t>;
-  constexpr float kLargest = kExponents ? 65504.0f : 1e30f;
   if (kExponents) {
     params.exponents = {nullptr, score_exponents.data(), state_exponents.data(),
                         key_sum_exponents.data()};
@@ -142,36 +120,29 @@ void run(Case const& c, std::uint64_t seed) {
 
   std::vector<Inputs> inputs(sequences * heads * group);
   std::vector<State> initial(sequences * heads);
-  cu_seqlens[0] = 0;
-  auto offset = [&](TokenStride const& stride, size_t s, size_t t, size_t h) {
-    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s]) : 0;
-    return (c.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
-           (first + t) * static_cast<size_t>(stride.token) + h * static_cast<size_t>(stride.head);
-  };
   for (size_t s = 0; s < sequences; ++s) {
-    cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
     auto const length = static_cast<size_t>(c.lengths[s]);
     for (size_t h = 0; h < heads; ++h) {
       Inputs in{c.lengths[s], HeadDim, ValueDim, {}, {}, {}, {}};
       float cumulative = 0.0f;
       auto fill = [&](Element* row, size_t width, float magnitude, std::vector<float>& copy) {
         for (size_t i = 0; i < width; ++i) {
-          row[i] = Element(std::clamp(magnitude * normal(rng), -kLargest, kLargest));
+          row[i] = retention::test::saturated<Element>(magnitude * normal(rng));
           copy.push_back(float(row[i]));
         }
       };
       double largest_norm = 0.0;
       for (size_t t = 0; t < length; ++t) {
-        fill(&key[offset(params.key_stride, s, t, h)], d,
+        fill(&key[layout.at(params.key_stride, s, t, h)], d,
              (c.zeros && t % 3 == 1) || t >= static_cast<size_t>(c.keys) ? 0.0f : c.key_scale,
              in.key);
         if (c.exact) {
           for (size_t i = 0; i < d; ++i) {
             in.key[t * d + i] = i == 7 * t % d ? 1.0f : 0.0f;
-            key[offset(params.key_stride, s, t, h) + i] = Element(in.key[t * d + i]);
+            key[layout.at(params.key_stride, s, t, h) + i] = Element(in.key[t * d + i]);
           }
         }
-        fill(&value[offset(params.value_stride, s, t, h)], dv, c.value_scale, in.value);
+        fill(&value[layout.at(params.value_stride, s, t, h)], dv, c.value_scale, in.value);
         double norm = 0.0;
         for (size_t i = 0; i < d; ++i) {
           norm += double{in.key[t * d + i]} * in.key[t * d + i];
@@ -182,7 +153,7 @@ void run(Case const& c, std::uint64_t seed) {
           in.gate.push_back(-c.log_gate * gate_t);
           bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
           cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
-          gate[offset(params.gate_stride, s, t, h)] = cumulative;
+          gate[layout.at(params.gate_stride, s, t, h)] = cumulative;
         }
       }
       if (kExponents) {
@@ -200,27 +171,16 @@ void run(Case const& c, std::uint64_t seed) {
         start = retention::test::chunk_states(before, {}, 128).back();
       }
       auto const expected = retention::test::chunk_states(in, start, c.chunk_size);
-      auto const first_slot =
-          static_cast<size_t>(params.sequences.get(static_cast<int>(s)).first_slot);
+      size_t const first_slot = first_slot_of(params.sequences, s);
       for (size_t chunk = 0; chunk + 1 < expected.size(); ++chunk) {
         if (chunk == 0 && !c.initial) {
           continue;  // left as NaN: nobody may read it
         }
         size_t const slot = (first_slot + chunk) * heads + h;
-        // fp16: as close below 2^15 as a power of two brings it.
-        auto const store = [&](std::vector<double> const& from, Element* to) {
-          double largest = 0.0;
-          for (double const x : from) {
-            largest = std::max(largest, std::abs(x));
-          }
-          int const e = kExponents ? std::ilogb(largest) - 13 : 0;
-          for (size_t i = 0; i < from.size(); ++i) {
-            to[i] = Element(static_cast<float>(std::ldexp(from[i], -e)));
-          }
-          return e;
-        };
-        int const state_exponent = store(expected[chunk].state.value, &states[slot * D * dv]);
-        int const key_sum_exponent = store(expected[chunk].key_sum.value, &key_sums[slot * D]);
+        int const state_exponent =
+            store_scaled(expected[chunk].state.value, &states[slot * D * dv]);
+        int const key_sum_exponent =
+            store_scaled(expected[chunk].key_sum.value, &key_sums[slot * D]);
         if (kExponents) {
           state_exponents[slot] = state_exponent;
           key_sum_exponents[slot] = key_sum_exponent;
@@ -229,12 +189,12 @@ void run(Case const& c, std::uint64_t seed) {
       for (size_t n = 0; n < group; ++n) {
         in.query.clear();
         for (size_t t = 0; t < length; ++t) {
-          fill(&query[offset(params.query_stride, s, t, h * group + n)], d,
+          fill(&query[layout.at(params.query_stride, s, t, h * group + n)], d,
                c.zeros && t % 4 == 3 ? 0.0f : c.query_scale, in.query);
           if (c.exact) {
             for (size_t i = 0; i < d; ++i) {
               in.query[t * d + i] = std::ldexp(1.0f, -static_cast<int>(rng() % 5));
-              query[offset(params.query_stride, s, t, h * group + n) + i] =
+              query[layout.at(params.query_stride, s, t, h * group + n) + i] =
                   Element(in.query[t * d + i]);
             }
           }
@@ -245,12 +205,7 @@ void run(Case const& c, std::uint64_t seed) {
     }
   }
 
-  dim3 const grid = Kernel::grid(params);
-  emulator::LaunchConfig const config{
-      {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
-  auto const report = emulator::launch<Kernel>(config, params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!retention::test::launch<Kernel>(params, seed)) {
     return;
   }
 
@@ -266,18 +221,18 @@ void run(Case const& c, std::uint64_t seed) {
         double row_error = 0.0, row_size = 0.0;
         for (size_t e = 0; e < dv; ++e) {
           double const o = expected.output[t * dv + e];
-          double const difference = float(output[offset(params.output_stride, s, t, n) + e]) - o;
+          double const difference = float(output[layout.at(params.output_stride, s, t, n) + e]) - o;
           row_error += difference * difference;
           row_size += o * o;
           if (c.residual) {
-            double const stored = float(output[offset(params.output_stride, s, t, n) + e]);
-            double const rest = float(residual[offset(params.output_stride, s, t, n) + e]);
+            double const stored = float(output[layout.at(params.output_stride, s, t, n) + e]);
+            double const rest = float(residual[layout.at(params.output_stride, s, t, n) + e]);
             double const half = 0.5 * retention::test::spacing(element, stored);
             residual_right = residual_right && std::abs(rest) <= half;
             refined = std::max(refined, std::abs(stored + rest - o));
           }
         }
-        double const z = normalizer[offset(params.normalizer_stride, s, t, n)];
+        double const z = normalizer[layout.at(params.normalizer_stride, s, t, n)];
         if (expected.normalizer[t] <= FLT_MIN) {
           RETENTION_CHECK(row_error == 0.0 && z == 0.0);
           continue;

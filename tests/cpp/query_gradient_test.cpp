@@ -7,20 +7,22 @@
 #include <iostream>
 #include <limits>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 #include "reference.hpp"
 #include "retention/kernel/query_gradient.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
-using retention::kernel::TokenStride;
+using retention::test::first_slot_of;
 using retention::test::Inputs;
+using retention::test::kRoundoff;
 using retention::test::State;
+using retention::test::store_scaled;
 using std::size_t;
 
 struct Case {
@@ -42,10 +44,6 @@ struct Case {
   bool zeros = false;  // some rows of queries and of keys are zero
   int keys = 1 << 30;  // keys after so many tokens of a sequence are zero
 };
-
-/// Relative rounding error of one conversion to Element, at most.
-template <class Element>
-constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;
 
 /// The tokens of a sequence and head, and what came before them. Vectors of [token, width].
 struct Tokens {
@@ -106,7 +104,6 @@ void run(Case const& c, std::uint64_t seed) {
   using Kernel = retention::kernel::QueryGradient<
       retention::kernel::QueryGradientTraits<Element, HeadDim, ValueDim>>;
   constexpr bool kExponents = std::is_same_v<Element, cute::half_t>;
-  constexpr float kLargest = kExponents ? 65504.0f : 1e30f;
   constexpr int kQueryExponent = kExponents ? 7 : 0;
   std::mt19937 rng(static_cast<unsigned>(seed));
   std::normal_distribution<float> normal;
@@ -114,46 +111,27 @@ void run(Case const& c, std::uint64_t seed) {
   auto const heads = static_cast<size_t>(c.heads), group = static_cast<size_t>(c.group);
   size_t const sequences = c.lengths.size(), query_heads = heads * group;
   size_t const d = HeadDim, dv = ValueDim, D = Kernel::Contract::kStateDim;
-  size_t total = 0, longest = 0;
-  for (int const length : c.lengths) {
-    total += static_cast<size_t>(length);
-    longest = std::max(longest, static_cast<size_t>(length));
-  }
-  size_t const batch = c.packed ? 1 : sequences, tokens = c.packed ? total : longest;
-
-  // Strides of [b, t, h, width]; strided tensors are [b, h, t, width + 8] in memory.
-  auto strides = [&](size_t heads_, size_t width) {
-    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
-    auto const t = static_cast<std::int64_t>(tokens), h = static_cast<std::int64_t>(heads_);
-    return c.strided ? TokenStride{h * t * row, row, t * row}
-                     : TokenStride{t * h * row, h * row, row};
-  };
-  auto size_of = [&](TokenStride const& stride, size_t heads_, size_t width) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * (tokens - 1) +
-           static_cast<size_t>(stride.head) * (heads_ - 1) + width;
-  };
+  retention::test::SequenceLayout const layout(c.lengths, c.packed);
   typename Kernel::Params params{};
-  params.query_stride = strides(query_heads, d);
-  params.key_stride = strides(heads, d);
-  params.value_stride = strides(heads, dv);
-  params.d_output_stride = strides(query_heads, dv);
-  params.gate_stride = strides(heads, 1);
-  params.row_stride = strides(query_heads, 1);
-  params.d_query_stride = strides(query_heads, d);
-  GlobalArray<Element> query("query", size_of(params.query_stride, query_heads, d), true);
-  GlobalArray<Element> key("key", size_of(params.key_stride, heads, d), true);
-  GlobalArray<Element> value("value", size_of(params.value_stride, heads, dv), true);
-  GlobalArray<Element> d_output("d_output", size_of(params.d_output_stride, query_heads, dv), true);
-  GlobalArray<Element> d_query("d_query", size_of(params.d_query_stride, query_heads, d));
-  GlobalArray<float> d_gate("d_gate", size_of(params.row_stride, query_heads, 1));
-  GlobalArray<float> gate("gate", size_of(params.gate_stride, heads, 1), true);
-  size_t const rows = size_of(params.row_stride, query_heads, 1);
+  params.query_stride = layout.strides(query_heads, d, c.strided);
+  params.key_stride = layout.strides(heads, d, c.strided);
+  params.value_stride = layout.strides(heads, dv, c.strided);
+  params.d_output_stride = layout.strides(query_heads, dv, c.strided);
+  params.gate_stride = layout.strides(heads, 1, c.strided);
+  params.row_stride = layout.strides(query_heads, 1, c.strided);
+  params.d_query_stride = layout.strides(query_heads, d, c.strided);
+  GlobalArray<Element> query("query", layout.size_of(params.query_stride, query_heads, d), true);
+  GlobalArray<Element> key("key", layout.size_of(params.key_stride, heads, d), true);
+  GlobalArray<Element> value("value", layout.size_of(params.value_stride, heads, dv), true);
+  GlobalArray<Element> d_output("d_output", layout.size_of(params.d_output_stride, query_heads, dv),
+                                true);
+  GlobalArray<Element> d_query("d_query", layout.size_of(params.d_query_stride, query_heads, d));
+  GlobalArray<float> d_gate("d_gate", layout.size_of(params.row_stride, query_heads, 1));
+  GlobalArray<float> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
+  size_t const rows = layout.size_of(params.row_stride, query_heads, 1);
   GlobalArray<float> inverse("inverse", rows, true), delta("delta", rows, true);
   GlobalArray<float> scale("scale", rows, true);
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
-  params.sequences = {c.packed ? cu_seqlens.data() : nullptr, static_cast<int>(tokens),
-                      c.chunk_size, static_cast<int>(sequences)};
+  params.sequences = layout.in_chunks(c.chunk_size);
   auto const slots = static_cast<size_t>(params.sequences.num_slots());
   GlobalArray<Element> states("states", slots * heads * D * dv, true);
   GlobalArray<Element> key_sums("key sums", slots * heads * D, true);
@@ -183,26 +161,18 @@ void run(Case const& c, std::uint64_t seed) {
   params.group = c.group;
   params.initial_states = c.initial;
 
-  cu_seqlens[0] = 0;
-  auto offset = [&](TokenStride const& stride, size_t s, size_t t, size_t h) {
-    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s]) : 0;
-    return (c.packed ? 0 : s) * static_cast<size_t>(stride.batch) +
-           (first + t) * static_cast<size_t>(stride.token) + h * static_cast<size_t>(stride.head);
-  };
   auto random = [&](float magnitude) {
-    return float(Element(std::clamp(magnitude * normal(rng), -kLargest, kLargest)));
+    return float(retention::test::saturated<Element>(magnitude * normal(rng)));
   };
   auto put = [](float const* from, size_t width, Element* to) {
     for (size_t i = 0; i < width; ++i) {
       to[i] = Element(from[i]);
     }
   };
-  std::vector<Row> expected(sequences * longest * query_heads);
+  std::vector<Row> expected(layout.starts.back() * query_heads);
   for (size_t s = 0; s < sequences; ++s) {
-    cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
     auto const length = static_cast<size_t>(c.lengths[s]);
-    auto const first_slot =
-        static_cast<size_t>(params.sequences.get(static_cast<int>(s)).first_slot);
+    size_t const first_slot = first_slot_of(params.sequences, s);
     for (size_t h = 0; h < heads; ++h) {
       Tokens in;
       in.before = c.initial ? 30 : 0;
@@ -219,15 +189,15 @@ void run(Case const& c, std::uint64_t seed) {
           in.value.push_back(random(c.value_scale));
         }
         if (j >= in.before) {
-          put(&in.key[j * d], d, &key[offset(params.key_stride, s, t, h)]);
-          put(&in.value[j * dv], dv, &value[offset(params.value_stride, s, t, h)]);
+          put(&in.key[j * d], d, &key[layout.at(params.key_stride, s, t, h)]);
+          put(&in.value[j * dv], dv, &value[layout.at(params.value_stride, s, t, h)]);
           if (c.gated) {
             float const log_gate = -c.log_gate * (c.steady ? 1.0f : std::abs(normal(rng)));
             inputs.gate.push_back(log_gate);
             bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
             chunk_gate = starts_chunk ? log_gate : chunk_gate + log_gate;
             total_gate += log_gate;
-            gate[offset(params.gate_stride, s, t, h)] = static_cast<float>(chunk_gate);
+            gate[layout.at(params.gate_stride, s, t, h)] = static_cast<float>(chunk_gate);
           }
         }
         in.gate.push_back(total_gate);
@@ -254,20 +224,8 @@ void run(Case const& c, std::uint64_t seed) {
       }
       for (size_t chunk = c.initial ? 0 : 1; chunk < chunks; ++chunk) {
         size_t const slot = (first_slot + chunk) * heads + h;
-        // fp16: as close below 2^15 as a power of two brings it.
-        auto const store = [&](std::vector<double> const& from, Element* to) {
-          double largest = 0.0;
-          for (double const x : from) {
-            largest = std::max(largest, std::abs(x));
-          }
-          int const e = kExponents && largest > 0.0 ? std::ilogb(largest) - 13 : 0;
-          for (size_t i = 0; i < from.size(); ++i) {
-            to[i] = Element(static_cast<float>(std::ldexp(from[i], -e)));
-          }
-          return e;
-        };
-        int const e = store(before_chunks[chunk].state.value, &states[slot * D * dv]);
-        int const sum_e = store(before_chunks[chunk].key_sum.value, &key_sums[slot * D]);
+        int const e = store_scaled(before_chunks[chunk].state.value, &states[slot * D * dv]);
+        int const sum_e = store_scaled(before_chunks[chunk].key_sum.value, &key_sums[slot * D]);
         if (kExponents) {
           state_exponents[slot] = e;
           key_sum_exponents[slot] = sum_e;
@@ -277,7 +235,7 @@ void run(Case const& c, std::uint64_t seed) {
       std::vector<double> largest_weight(chunks, 0.0), largest_score(chunks, 0.0);
       for (size_t t = 0; t < length; ++t) {
         size_t const chunk = t / static_cast<size_t>(c.chunk_size);
-        double const row_gate = c.gated ? gate[offset(params.gate_stride, s, t, h)] : 0.0;
+        double const row_gate = c.gated ? gate[layout.at(params.gate_stride, s, t, h)] : 0.0;
         for (size_t n = h * group; n < (h + 1) * group; ++n) {
           std::vector<float> q(d), d_o(dv);
           float magnitude = 0.0f;
@@ -288,15 +246,13 @@ void run(Case const& c, std::uint64_t seed) {
           for (float& x : d_o) {
             x = random(c.gradient_scale);
           }
-          int e = 0;
-          std::frexp(magnitude, &e);
-          int const exponent = kQueryExponent - e;
+          int const exponent = kQueryExponent - retention::test::exponent_of(magnitude);
           for (float& x : q) {
             x = std::ldexp(x, exponent);
           }
-          Row& row = expected[(s * longest + t) * query_heads + n];
+          Row& row = expected[(layout.starts[s] + t) * query_heads + n];
           row = differentiate(in, t, q, d_o);
-          size_t const place = offset(params.row_stride, s, t, n);
+          size_t const place = layout.at(params.row_stride, s, t, n);
           scale[place] = std::ldexp(1.0f, exponent);
           if (!(std::ldexp(row.normalizer, -2 * kQueryExponent) > FLT_MIN)) {
             // No weight: then the gradient of the output may be anything.
@@ -314,8 +270,8 @@ void run(Case const& c, std::uint64_t seed) {
                 std::max(largest_score[chunk], 2 * std::sqrt(dot(d_o.data(), d_o.data(), dv)) *
                                                    row.largest / std::sqrt(row.normalizer));
           }
-          put(q.data(), d, &query[offset(params.query_stride, s, t, n)]);
-          put(d_o.data(), dv, &d_output[offset(params.d_output_stride, s, t, n)]);
+          put(q.data(), d, &query[layout.at(params.query_stride, s, t, n)]);
+          put(d_o.data(), dv, &d_output[layout.at(params.d_output_stride, s, t, n)]);
         }
       }
       for (size_t chunk = 0; chunk < chunks && kExponents; ++chunk) {
@@ -326,12 +282,7 @@ void run(Case const& c, std::uint64_t seed) {
     }
   }
 
-  dim3 const grid = Kernel::grid(params);
-  emulator::LaunchConfig const config{
-      {grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed};
-  auto const report = emulator::launch<Kernel>(config, params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!retention::test::launch<Kernel>(params, seed)) {
     return;
   }
 
@@ -341,9 +292,9 @@ void run(Case const& c, std::uint64_t seed) {
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t t = 0; t < static_cast<size_t>(c.lengths[s]); ++t) {
       for (size_t n = 0; n < query_heads; ++n) {
-        Row const& row = expected[(s * longest + t) * query_heads + n];
-        double const factor = scale[offset(params.row_stride, s, t, n)];
-        double const product = d_gate[offset(params.row_stride, s, t, n)];
+        Row const& row = expected[(layout.starts[s] + t) * query_heads + n];
+        double const factor = scale[layout.at(params.row_stride, s, t, n)];
+        double const product = d_gate[layout.at(params.row_stride, s, t, n)];
         if (row.normalizer == 0.0) {
           zero = zero && product == 0.0;
         } else {
@@ -351,7 +302,7 @@ void run(Case const& c, std::uint64_t seed) {
           product_magnitude += row.product_magnitude * row.product_magnitude;
         }
         for (size_t i = 0; i < d; ++i) {
-          double const x = float(d_query[offset(params.d_query_stride, s, t, n) + i]);
+          double const x = float(d_query[layout.at(params.d_query_stride, s, t, n) + i]);
           if (row.normalizer == 0.0) {
             zero = zero && x == 0.0;
             continue;

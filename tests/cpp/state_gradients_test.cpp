@@ -6,19 +6,22 @@
 #include <cmath>
 #include <iostream>
 #include <random>
-#include <string>
 #include <vector>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
+#include "kernel_test.hpp"
 #include "reference.hpp"
 #include "retention/kernel/carry.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
-using retention::kernel::TokenStride;
+using retention::test::exponent_of;
+using retention::test::first_slot_of;
 using retention::test::GradientInputs;
+using retention::test::launch;
+using retention::test::Order;
 using retention::test::State;
 using retention::test::StatePart;
 using retention::test::Sum;
@@ -77,13 +80,6 @@ StatePart part_of(int slice) {
   return part;
 }
 
-/// The least e with |x| < 2^e.
-int exponent_of(double x) {
-  int exponent = 0;
-  std::frexp(x, &exponent);
-  return exponent;
-}
-
 template <class Element, int HeadDim, int ValueDim>
 void run(Case const& c, std::uint64_t seed) {
   using Kernel = Sampled<retention::kernel::StateGradients<
@@ -99,52 +95,34 @@ void run(Case const& c, std::uint64_t seed) {
   auto const group = static_cast<size_t>(c.group), query_heads = heads * group;
   auto const chunk_size = static_cast<size_t>(c.chunk_size);
   size_t const d = HeadDim, dv = ValueDim, D = Kernel::kStateDim;
-  size_t total = 0, longest = 0;
-  for (int const length : c.lengths) {
-    total += static_cast<size_t>(length);
-    longest = std::max(longest, static_cast<size_t>(length));
-  }
-  size_t const batch = c.packed ? 1 : sequences, tokens = c.packed ? total : longest;
-
-  // [b, hq, t, width], or [b, t, hq, width].
-  auto strides = [&](size_t width, size_t of_heads, bool heads_first) {
-    auto const row = static_cast<std::int64_t>(c.strided ? width + 8 : width);
-    auto const t = static_cast<std::int64_t>(tokens), h = static_cast<std::int64_t>(of_heads);
-    return heads_first ? TokenStride{h * t * row, row, t * row}
-                       : TokenStride{t * h * row, h * row, row};
-  };
-  auto size_of = [&](TokenStride const& stride, size_t of_heads, size_t width) {
-    return static_cast<size_t>(stride.batch) * (batch - 1) +
-           static_cast<size_t>(stride.token) * (tokens - 1) +
-           static_cast<size_t>(stride.head) * (of_heads - 1) + width;
-  };
-  auto const query_stride = strides(d, query_heads, !c.strided);
-  auto const d_output_stride = strides(dv, query_heads, c.strided);
-  auto const row_stride = strides(1, query_heads, !c.strided);
-  auto const gate_stride = strides(1, heads, !c.strided);
-  GlobalArray<Element> query("query", size_of(query_stride, query_heads, d), true);
-  GlobalArray<Element> d_output("d_output", size_of(d_output_stride, query_heads, dv), true);
-  GlobalArray<float> weight("weight", size_of(row_stride, query_heads, 1), true);
-  GlobalArray<float> delta("delta", size_of(row_stride, query_heads, 1), true);
+  retention::test::SequenceLayout const layout(c.lengths, c.packed, c.first_token);
+  // Prepared rows and gates are [b, h, t, *] and d_output is [b, t, h, *], or the other way round.
+  auto const prepared = c.strided ? Order::kTokensHeads : Order::kHeadsTokens;
+  auto const given = c.strided ? Order::kHeadsTokens : Order::kTokensHeads;
+  size_t const gap = c.strided ? 8 : 0;
+  auto const query_stride = layout.strides(prepared, query_heads, d + gap);
+  auto const d_output_stride = layout.strides(given, query_heads, dv + gap);
+  auto const row_stride = layout.strides(prepared, query_heads, 1 + gap);
+  auto const gate_stride = layout.strides(prepared, heads, 1 + gap);
+  GlobalArray<Element> query("query", layout.size_of(query_stride, query_heads, d), true);
+  GlobalArray<Element> d_output("d_output", layout.size_of(d_output_stride, query_heads, dv), true);
+  GlobalArray<float> weight("weight", layout.size_of(row_stride, query_heads, 1), true);
+  GlobalArray<float> delta("delta", layout.size_of(row_stride, query_heads, 1), true);
   // Of which only the last of each chunk is there, the others are NaN.
-  GlobalArray<float> gate("gate", size_of(gate_stride, heads, 1), true);
-  GlobalArray<int> cu_seqlens("cu_seqlens", sequences + 1, true);
+  GlobalArray<float> gate("gate", layout.size_of(gate_stride, heads, 1), true);
 
   typename Kernel::Params params{};
-  int const last = c.first_token + static_cast<int>(tokens);
-  params.sequences = {c.packed ? cu_seqlens.data() : nullptr, last, c.chunk_size,
-                      static_cast<int>(sequences)};
+  params.sequences = layout.in_chunks(c.chunk_size);
   // More than all tokens in a segment: then the item of a packed sequence is its index.
-  params.segment_tokens = c.segment_chunks == 0 ? (last / c.chunk_size + 1) * c.chunk_size
-                                                : c.segment_chunks * c.chunk_size;
+  int const one_segment = (params.sequences.length / c.chunk_size + 1) * c.chunk_size;
+  params.segment_tokens = c.segment_chunks == 0 ? one_segment : c.segment_chunks * c.chunk_size;
   auto const segment_sequences = params.sequences.segments(params.segment_tokens);
   auto const items = static_cast<size_t>(segment_sequences.num_slots());
   auto present = params.sequences;  // the tokens that are there
-  present.length = static_cast<int>(tokens);
+  present.length = static_cast<int>(layout.tokens);
   auto const slots = static_cast<size_t>(present.num_slots());
   // The slots before that of the first sequence are not there.
-  cu_seqlens[0] = c.first_token;
-  std::int64_t const no_slots = params.sequences.get(0).first_slot;
+  size_t const no_slots = first_slot_of(params.sequences, 0);
   GlobalArray<float> final_state("final_state", sequences * heads * D * dv, true);
   GlobalArray<float> final_sum("final_key_sum", sequences * heads * D, true);
   GlobalArray<float> initial_state("initial_state", items * heads * D * dv);
@@ -171,21 +149,12 @@ void run(Case const& c, std::uint64_t seed) {
   std::vector<GradientInputs> inputs(sequences * heads);
   for (size_t s = 0; s < sequences; ++s) {
     auto const length = static_cast<size_t>(c.lengths[s]);
-    cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
-    size_t const row = c.packed ? 0 : s;
-    size_t const first = c.packed ? static_cast<size_t>(cu_seqlens[s] - c.first_token) : 0;
-    auto at = [&](TokenStride const& stride, size_t t, size_t h) {
-      return row * static_cast<size_t>(stride.batch) +
-             (first + t) * static_cast<size_t>(stride.token) + h * static_cast<size_t>(stride.head);
-    };
     for (size_t h = 0; h < heads; ++h) {
       GradientInputs& in = inputs[s * heads + h];
       in = {c.lengths[s], c.group, HeadDim, ValueDim, {}, {}, {}, {}, {}};
       for (size_t start = 0; start < length; start += chunk_size) {
         size_t const end = std::min(start + chunk_size, length);
-        size_t const slot =
-            static_cast<size_t>(params.sequences.get(static_cast<int>(s)).first_slot - no_slots) +
-            start / chunk_size;
+        size_t const slot = first_slot_of(params.sequences, s) - no_slots + start / chunk_size;
         int const weight_scale = c.wild ? static_cast<int>(rng() % 120) - 90 : 0;
         int const delta_scale = c.wild ? static_cast<int>(rng() % 61) - 30 : 0;
         weight_exponent[slot * heads + h] = -weight_scale;
@@ -200,22 +169,22 @@ void run(Case const& c, std::uint64_t seed) {
                               : std::ldexp(0.05f + 0.95f * std::abs(uniform(rng)), weight_scale);
           for (size_t j = 0; j < d; ++j) {
             Element const x = weightless ? Element(0.0f) : Element(query_magnitude * uniform(rng));
-            query[at(query_stride, t, query_head) + j] = x;
+            query[layout.at(query_stride, s, t, query_head) + j] = x;
             in.query.push_back(float(x));
           }
           for (size_t j = 0; j < dv; ++j) {
-            Element const x = d_output[at(d_output_stride, t, query_head) + j] =
+            Element const x = d_output[layout.at(d_output_stride, s, t, query_head) + j] =
                 Element(uniform(rng));
             in.d_output.push_back(float(x));
           }
           in.weight.push_back(weightless ? 0.0f : w);
           in.delta.push_back(std::ldexp(8.0f * uniform(rng), delta_scale));
-          weight[at(row_stride, t, query_head)] = in.weight.back();
-          delta[at(row_stride, t, query_head)] = in.delta.back();
+          weight[layout.at(row_stride, s, t, query_head)] = in.weight.back();
+          delta[layout.at(row_stride, s, t, query_head)] = in.delta.back();
         }
         if (c.gate != 0.0f) {
           in.chunk_gate.push_back(-c.gate * (0.5f + 0.5f * std::abs(uniform(rng))));
-          gate[at(gate_stride, end - 1, h)] = in.chunk_gate.back();
+          gate[layout.at(gate_stride, s, end - 1, h)] = in.chunk_gate.back();
         }
       }
     }
@@ -267,7 +236,7 @@ void run(Case const& c, std::uint64_t seed) {
   };
   std::vector<std::vector<std::vector<State>>> whole(sequences * heads);
   for (size_t s = 0; s < sequences; ++s) {
-    auto const first_slot = params.sequences.get(static_cast<int>(s)).first_slot - no_slots;
+    size_t const first_slot = first_slot_of(params.sequences, s) - no_slots;
     for (size_t h = 0; h < heads; ++h) {
       size_t const sequence_head = s * heads + h;
       for (StatePart const& part : parts) {
@@ -286,7 +255,7 @@ void run(Case const& c, std::uint64_t seed) {
             largest_sum = std::max(largest_sum, x);
           }
         }
-        size_t const slot_head = (static_cast<size_t>(first_slot) + chunk) * heads + h;
+        size_t const slot_head = (first_slot + chunk) * heads + h;
         // A slack that differs from slot to slot.
         state_exponent[slot_head] =
             std::max(exponent_of(largest) - 15, -120) + static_cast<int>(chunk % 2);
@@ -306,14 +275,13 @@ void run(Case const& c, std::uint64_t seed) {
   params.gate_stride = gate_stride;
   params.final_state_gradient = c.final ? final_state.data() : nullptr;
   params.final_key_sum_gradient = c.final ? final_sum.data() : nullptr;
-  auto const none = no_slots * static_cast<std::int64_t>(heads * D);
-  params.d_states = states.data() - none * static_cast<std::int64_t>(dv);
-  params.d_key_sums = key_sums.data() - none;
+  params.d_states = states.data() - no_slots * heads * D * dv;
+  params.d_key_sums = key_sums.data() - no_slots * heads * D;
   params.initial_state_gradient = initial_state.data();
   params.initial_key_sum_gradient = initial_sum.data();
   params.sequence_starts = c.starts;
   if (kHalf) {
-    auto const no_exponents = no_slots * static_cast<std::int64_t>(heads);
+    size_t const no_exponents = no_slots * heads;
     params.exponents.state = state_exponent.data() - no_exponents;
     params.exponents.key_sum = sum_exponent.data() - no_exponents;
     if (c.wild) {
@@ -323,12 +291,7 @@ void run(Case const& c, std::uint64_t seed) {
   }
   params.heads = c.heads;
   params.group = c.group;
-  dim3 const grid = Kernel::grid(params);
-  auto report = emulator::launch<Kernel>(
-      {{grid.x, grid.y, grid.z}, {Kernel::kThreads}, sizeof(typename Kernel::SharedStorage), seed},
-      params);
-  RETENTION_CHECK_EQUAL(report.text, std::string());
-  if (!report.ok()) {
+  if (!launch<Kernel>(params, seed)) {
     return;
   }
   if (c.carries) {
@@ -346,19 +309,12 @@ void run(Case const& c, std::uint64_t seed) {
     carry.sequences = params.sequences;
     carry.heads = c.heads;
     carry.segment_tokens = params.segment_tokens;
-    dim3 const carry_grid = Carry::grid(carry);
-    report = emulator::launch<Carry>({{carry_grid.x, carry_grid.y, carry_grid.z},
-                                      {Carry::kThreads},
-                                      sizeof(typename Carry::SharedStorage),
-                                      seed},
-                                     carry);
-    RETENTION_CHECK_EQUAL(report.text, std::string());
-    if (!report.ok()) {
+    if (!launch<Carry>(carry, seed)) {
       return;
     }
   }
 
-  double const u = kHalf ? 0x1p-11 : 0x1p-8;  // relative error of one rounding
+  double const u = retention::test::kRoundoff<Element>;
   // Half the spacing of the smallest numbers: only fp16 has them in range.
   double const spacing = kHalf ? 0x1p-25 : 0.0;
   double worst = 0.0;
@@ -387,8 +343,8 @@ void run(Case const& c, std::uint64_t seed) {
   };
   for (size_t s = 0; s < sequences; ++s) {
     auto const length = static_cast<size_t>(c.lengths[s]);
-    auto const first_slot = params.sequences.get(static_cast<int>(s)).first_slot - no_slots;
-    auto const first_item = segment_sequences.get(static_cast<int>(s)).first_slot;
+    size_t const first_slot = first_slot_of(params.sequences, s) - no_slots;
+    size_t const first_item = first_slot_of(segment_sequences, s);
     size_t const chunks = (length + chunk_size - 1) / chunk_size;
     auto const per_segment = static_cast<size_t>(params.segment_tokens) / chunk_size;
     size_t const segments =
@@ -401,7 +357,7 @@ void run(Case const& c, std::uint64_t seed) {
       double const q = query_magnitude;
       std::vector<double> floor(chunks + 1, 0.0), sum_floor(chunks + 1, 0.0);
       for (size_t chunk = chunks; chunk-- > 0;) {
-        size_t const slot_head = (static_cast<size_t>(first_slot) + chunk) * heads + h;
+        size_t const slot_head = (first_slot + chunk) * heads + h;
         double const gate_of_chunk = in.chunk_gate.empty() ? 0.0 : double{in.chunk_gate[chunk]};
         auto lost = [&](double after, double per_query, int of_weight, int of_state) {
           // Weights that are scaled by less than they could, for what is there already is large.
@@ -422,7 +378,7 @@ void run(Case const& c, std::uint64_t seed) {
         size_t const first_chunk = segment * per_segment;
         size_t const end_chunk = c.carries ? chunks : std::min(first_chunk + per_segment, chunks);
         bool const is_last = end_chunk == chunks;
-        size_t const item = (static_cast<size_t>(first_item) + segment) * heads + h;
+        size_t const item = (first_item + segment) * heads + h;
         for (size_t p = 0; p < parts.size(); ++p) {
           StatePart const& part = parts[p];
           auto const columns = static_cast<size_t>(part.columns);
@@ -445,7 +401,7 @@ void run(Case const& c, std::uint64_t seed) {
             }
           };
           for (size_t chunk = first_chunk; chunk < end_chunk; ++chunk) {
-            size_t const slot_head = (static_cast<size_t>(first_slot) + chunk) * heads + h;
+            size_t const slot_head = (first_slot + chunk) * heads + h;
             Element const* const state = states.data() + slot_head * D * dv;
             if (chunk == chunks - 1 && !c.final) {
               // Nothing but zeros, which nobody reads: not written.

@@ -15,13 +15,14 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
       retention::kernel::ValueGradientTraits<Element, HeadDim, ValueDim>>;
   using Problem = KeyGradientProblem<Element, HeadDim, ValueDim>;
   Problem const problem(c, seed);
+  SequenceLayout const& layout = problem.layout;
   auto const heads = static_cast<size_t>(c.heads);
   typename Kernel::Params params{};
   static_cast<retention::kernel::KeyRowsParams<Element>&>(params) = problem.params;
-  params.d_value_stride = problem.strides(heads, ValueDim, c.strided);
-  GlobalArray<Element> d_value("d_value", problem.size_of(params.d_value_stride, heads, ValueDim));
+  params.d_value_stride = layout.strides(heads, ValueDim, c.strided);
+  GlobalArray<Element> d_value("d_value", layout.size_of(params.d_value_stride, heads, ValueDim));
   params.d_value = d_value.data();
-  if (!problem.template launch<Kernel>(params, seed)) {
+  if (!launch<Kernel>(params, seed)) {
     return;
   }
   std::vector<typename Problem::Error> errors(heads);
@@ -29,7 +30,7 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
       [&](size_t s, size_t h, KeyGradientInputs const& in, KeyGradients const& expected) {
         for (size_t t = 0; t < static_cast<size_t>(in.tokens); ++t) {
           for (size_t e = 0; e < ValueDim; ++e) {
-            errors[h].add(float(d_value[problem.at(params.d_value_stride, s, t, h) + e]),
+            errors[h].add(float(d_value[layout.at(params.d_value_stride, s, t, h) + e]),
                           expected.d_value[t * ValueDim + e]);
           }
         }
