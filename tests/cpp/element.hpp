@@ -10,7 +10,7 @@
 
 namespace retention::test {
 
-/// Relative error of one rounding, at most.
+/// About the relative error of one rounding, which is at most twice that: the unit of bounds.
 inline double roundoff(ElementType element) {
   return element == ElementType::kBFloat16 ? 0x1p-9 : 0x1p-12;
 }
