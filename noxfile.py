@@ -175,6 +175,8 @@ def tests(session: nox.Session) -> None:
         *("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"),
         *("--parallel", str(os.cpu_count() or 1)),
     )
+    measured = fresh_folder(session, "bench")
+    session.run("retention", "bench", "fwd", "--quick", "--device", "cpu", "--out", str(measured))
     # Where it is named, it must be there. The emulator is for Linux.
     emulated = {"RETENTION_EMULATED": f"{build}/emulated"} if sys.platform == "linux" else {}
     session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]), env=emulated)
@@ -248,7 +250,7 @@ def wheel(session: nox.Session) -> None:
     if found["cuda"]:
         install(session, "--no-deps", "nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm")
         session.run(
-            *("python", str(ROOT / "tools" / "resource_table.py")),
+            *("python", str(ROOT / "benchmarks" / "bench" / "resource_table.py")),
             *(argument for kernel in MAIN_KERNELS for argument in ("--require", kernel)),
             *("--markdown", str(dist / "resources.md")),
             *(str(path) for path in (package / "lib").glob("libretention.*")),

@@ -7,8 +7,10 @@ allocate the results and to pass addresses on. Nothing synchronises.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +93,18 @@ def cover(Q: Tensor, V: Tensor, deg: int) -> bool:
     return device_reason(Q.device.type, Q.device.index) is None and _compiled(
         Q.dtype, int(Q.shape[3]), int(V.shape[3]), deg
     )
+
+
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+    """Within, every call of this process takes the PyTorch path: to compare with it."""
+    global _plans, device_reason
+    saved = _plans, device_reason
+    _plans, device_reason = {}, lambda kind, index: "kernels are turned off"
+    try:
+        yield
+    finally:
+        _plans, device_reason = saved
 
 
 # ---- from tensors to the kernels ----------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The `retention` command: train a model, generate from it, say what is built in."""
+"""The `retention` command: train a model, generate from it, measure, say what is built in."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from retention.lm.errors import UsageError
 _NEEDS = {
     "train": ("rich", "matplotlib", "safetensors"),
     "generate": ("safetensors",),
+    "bench": ("rich", "matplotlib"),
 }
 _INTERRUPTED = 130
 
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         return _fail(
             options.command,
-            f"needs {' and '.join(missing)}, not installed here: pip install 'retention[train]'",
+            f"needs {' and '.join(missing)}, not installed here: pip install "
+            f"'retention[{'bench' if options.command == 'bench' else 'train'}]'",
         )
     try:
         return options.run(options)
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)
+    _add_bench(commands)
     info = commands.add_parser("info", help="what is built in and which devices are there")
     info.set_defaults(run=_info)
     return parser
@@ -165,6 +168,91 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--device", metavar="NAME", help="where to run (default: cuda where there is one, else cpu)"
     )
     _add_dtype(generate, "float32", "float32")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure, beside what one would use instead",
+        description="Measure power retention beside attention and others, on the same inputs. "
+        "Modes: fwd, bwd, fwd+bwd, decode, components (each kernel alone), memory, host (calls of "
+        "few tokens) and build; or `compare OLD NEW`, results of two runs, which fails where the "
+        "new one is slower.",
+    )
+    bench.set_defaults(run=_bench)
+    bench.add_argument("modes", nargs="+", metavar="MODE", help="one or several")
+
+    def add(flag: str, kind: Callable, default: object, text: str, **more: object) -> None:
+        shown = more.pop("shown", default)
+        bench.add_argument(
+            flag, type=kind, default=default, help=f"{text} (default: {shown})", **more
+        )
+
+    number = {"metavar": "N"}
+    add("--b", _positive, 1, "sequences", **number)
+    lengths = "65536 on a GPU, 1024 4096 8192 on a CPU"
+    add(
+        "--t", _positive, None, "tokens, one or several lengths", nargs="+", shown=lengths, **number
+    )
+    add("--h", _positive, None, "key heads", shown="8 on a GPU, 4 on a CPU", **number)
+    add("--hq", _positive, None, "query heads", shown="as many as key heads", **number)
+    add("--d", _positive, 64, "channels of a head, a multiple of 8", **number)
+    add("--deg", _positive, 2, "degree of the power, even", **number)
+    chosen = "1024 on a GPU, 0 on a CPU"
+    add(
+        "--chunk",
+        _non_negative,
+        None,
+        "tokens a chunk; 0: the library's choice",
+        shown=chosen,
+        **number,
+    )
+    bench.add_argument("--no-gates", action="store_true", help="without log gates")
+    _add_dtype(bench, None, "bfloat16 on a GPU, float32 on a CPU")
+    add(
+        "--device",
+        str,
+        None,
+        "where to run",
+        shown="cuda where there is one, else cpu",
+        metavar="NAME",
+    )
+    add(
+        "--peers",
+        str,
+        (),
+        "names of those to measure, by their beginning",
+        nargs="+",
+        shown="all",
+        metavar="NAME",
+    )
+    add(
+        "--upstream",
+        Path,
+        None,
+        "where `pip install --target DIR retention==1.0.7` was",
+        shown="not measured",
+        metavar="DIR",
+    )
+    add("--seconds", _positive_float, 2.0, "how long to repeat each call", metavar="X")
+    bench.add_argument(
+        "--quick", action="store_true", help="few tokens and few calls, to see that it works"
+    )
+    bench.add_argument("--quiet", action="store_true", help="the tables alone")
+    add(
+        "--out",
+        Path,
+        None,
+        "folder for results.json, results.csv and plots",
+        shown="none",
+        metavar="DIR",
+    )
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from retention.bench import command
+
+    return command.run(options)
 
 
 def _add_dtype(parser: argparse.ArgumentParser, default: str | None, shown: str) -> None:

@@ -7,25 +7,10 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location(
-        "resource_table", ROOT / "tools" / "resource_table.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["resource_table"] = module  # dataclasses look for their module there
-    spec.loader.exec_module(module)
-    return module
-
-
-table = load_tool()
+from retention.bench import resource_table as table
 
 HMMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
 PACKED = "HMUL2.BF16_V2 R8, R20, R21"

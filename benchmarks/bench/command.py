@@ -1,0 +1,139 @@
+"""The command `retention bench`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import retention
+from retention.lm.errors import UsageError
+
+from . import compare, report
+from .modes import MODES, Bench
+from .problem import DTYPES, Problem
+from .timing import QUICK, Effort, measure_ceilings
+
+# Upstream's shape on a GPU, and what a CPU does in two minutes.
+_DEFAULTS = {
+    "cuda": {"lengths": (65536,), "chunk": 1024, "dtype": "bfloat16", "h": 8},
+    "cpu": {"lengths": (1024, 4096, 8192), "chunk": None, "dtype": "float32", "h": 4},
+}
+_QUICK_LENGTHS = (256, 512)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what is asked for, or compare two runs. 1 where a comparison fails."""
+    console = Console(width=None if os.isatty(1) else 140)
+    if options.modes[0] == "compare":
+        if len(options.modes) != 3:
+            raise UsageError("compare: expected two results, OLD and NEW")
+        old, new = (compare.read(Path(name)) for name in options.modes[1:])
+        return 0 if compare.compare(old, new, console) else 1
+    unknown = [mode for mode in options.modes if mode not in MODES]
+    if unknown:
+        names = ", ".join([*MODES, "compare"])
+        raise UsageError(f"mode: expected some of {names}, got {unknown[0]!r}")
+    bench = _bench(options, console)
+    _, missing = bench.peers()
+    rows = [row for mode in options.modes for row in MODES[mode](bench)]
+    results = {
+        "environment": environment(bench.problem.device),
+        "ceilings": dataclasses.asdict(bench.ceilings),
+        "options": dataclasses.asdict(bench.problem) | {"lengths": bench.lengths},
+        "missing": missing,
+        "rows": rows,
+    }
+    report.print_tables(results, console)
+    if options.out is not None:
+        written = report.write(results, options.out)
+        console.print(f"written: {', '.join(str(path) for path in written)}")
+    return 0
+
+
+def _bench(options: argparse.Namespace, console: Console) -> Bench:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device.split(":")[0]
+    if kind not in _DEFAULTS:
+        raise UsageError(f"--device: expected cpu or cuda, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: there is no CUDA device here")
+    defaults = _DEFAULTS[kind]
+    h = options.h or defaults["h"]
+    hq = options.hq or h
+    if hq % h != 0:
+        raise UsageError(f"--hq: expected a multiple of --h {h}, got {hq}")
+    lengths = options.t or (_QUICK_LENGTHS if options.quick else defaults["lengths"])
+    dtype = options.dtype or defaults["dtype"]
+    problem = Problem(
+        b=options.b,
+        t=max(lengths),
+        hq=hq,
+        h=h,
+        d=options.d,
+        deg=options.deg,
+        chunk=defaults["chunk"] if options.chunk is None else options.chunk or None,
+        dtype=dtype,
+        gated=not options.no_gates,
+        device=device,
+    )
+    effort = QUICK if options.quick else Effort(seconds=options.seconds)
+    if kind == "cuda":
+        torch.cuda.set_device(torch.device(device))
+    ceilings = measure_ceilings(device, DTYPES[dtype], effort)
+    say = (lambda text: None) if options.quiet else (lambda text: console.print(text, style="dim"))
+    return Bench(
+        problem,
+        tuple(lengths),
+        effort,
+        ceilings,
+        options.upstream,
+        tuple(options.peers),
+        ring=32 if options.quick else Bench.ring,
+        say=say,
+    )
+
+
+def environment(device: str) -> dict[str, Any]:
+    """All that a figure may depend on."""
+    about = retention.info()
+    index = torch.device(device)
+    name = "cpu" if index.type == "cpu" else f"cuda:{index.index or 0}"
+    versions = {
+        "commit": _output(
+            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
+        )
+        or "unknown",
+        "device": next(x["name"] for x in about["devices"] if x["device"] == name),
+        "path": next(x["path"] for x in about["devices"] if x["device"] == name),
+        "retention": about["version"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "compiler": about["build"]["compiler"],
+    }
+    if index.type == "cuda":
+        versions["cuda"] = torch.version.cuda
+        versions["toolkit"] = about["build"]["cuda_toolkit"]
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+        answer = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+        lines = answer.splitlines() or [""]
+        values = lines[min(index.index or 0, len(lines) - 1)].split(", ")
+        versions |= dict(zip(query.split(","), values, strict=False))
+    return versions
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,62 @@
+"""A new run against a kept one: has anything become slower?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from retention.lm.errors import UsageError
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> Row:
+    """The results of a run, from its file or its folder."""
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: expected results of `retention bench`: {error}") from None
+    if not isinstance(results, dict) or not {"rows", "options", "environment"} <= results.keys():
+        raise UsageError(f"{path}: expected results of `retention bench --out`")
+    return results
+
+
+def compare(old: Row, new: Row, console: Console) -> bool:
+    """Prints what both have measured of retention; whether nothing is slower beyond the spread.
+
+    Slower is a time whose lower quartile is above the upper quartile of the one before.
+    """
+    for where, name in (("environment", "device"), *(("options", key) for key in old["options"])):
+        before, after = old[where].get(name), new[where].get(name)
+        if before != after and name != "lengths":
+            raise UsageError(f"{name}: got {before} and {after}, which do not compare")
+
+    def times(results: Row) -> dict[tuple[str, int], Row]:
+        return {
+            (row["mode"], row["t"]): row
+            for row in results["rows"]
+            if row["peer"] == "retention" and "low" in row
+        }
+
+    before, after = times(old), times(new)
+    both = [key for key in before if key in after]
+    if not both:
+        raise UsageError("the two runs have no mode and length in common")
+    table = Table("mode", "tokens", "before, ms", "now, ms", "now / before", "")
+    slower = 0
+    for key in both:
+        x, y = before[key], after[key]
+        verdict = "slower" if y["low"] > x["high"] else "faster" if y["high"] < x["low"] else ""
+        slower += verdict == "slower"
+        ratio = f"{y['ms'] / x['ms']:.3f}"
+        table.add_row(key[0], f"{key[1]:,}", f"{x['ms']:.4g}", f"{y['ms']:.4g}", ratio, verdict)
+    console.print(table)
+    console.print(f"{slower} of {len(both)} times are slower than before, beyond their spread")
+    return slower == 0

@@ -1,0 +1,361 @@
+"""What each mode measures: rows of names and numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import multiprocessing
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import retention
+from retention import _C, _kernels
+from retention._symmetric_power import state_dim
+
+from .peers import Peer, Retention, Upstream, all_peers
+from .problem import DTYPES, Problem, Work
+from .timing import Ceilings, Effort, Timing, time_call
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is asked for: a problem of every length, measured with so much effort."""
+
+    problem: Problem
+    lengths: tuple[int, ...]
+    effort: Effort
+    ceilings: Ceilings
+    upstream: Path | None = None
+    only: tuple[str, ...] = ()  # names of peers; all of them where empty
+    ring: int = 512  # tokens that decoding keeps before it folds them into the state
+    say: Callable[[str], None] = print
+
+    def problems(self) -> Iterator[Problem]:
+        for t in self.lengths:
+            yield dataclasses.replace(self.problem, t=t)
+
+    def peers(self) -> tuple[list[Peer], dict[str, str]]:
+        """Those that can run here, and why the others cannot."""
+        wanted = [
+            peer
+            for peer in all_peers(self.problem.device, self.upstream)
+            if not self.only or any(peer.name.startswith(name) for name in self.only)
+        ]
+        reasons = {peer.name: peer.missing(self.problem) for peer in wanted}
+        missing = {name: reason for name, reason in reasons.items() if reason is not None}
+        return [peer for peer in wanted if peer.name not in missing], missing
+
+
+# ---- passes -------------------------------------------------------------------------------------
+
+
+def forward(bench: Bench) -> Iterator[Row]:
+    yield from _passes(bench, "fwd")
+
+
+def forward_and_backward(bench: Bench) -> Iterator[Row]:
+    yield from _passes(bench, "fwd+bwd")
+
+
+def backward(bench: Bench) -> Iterator[Row]:
+    """What forward and backward together take beyond forward, both measured."""
+    yield from _passes(bench, "bwd")
+
+
+def _passes(bench: Bench, mode: str) -> Iterator[Row]:
+    peers, _ = bench.peers()
+    for peer in peers:
+        errors = peer.errors(bench.problem, mode != "fwd")
+        for problem in bench.problems():
+            bench.say(f"{mode}: {peer.name}, {problem.t:,} tokens")
+            row = {"mode": mode, "peer": peer.name, "note": peer.note, "t": problem.t}
+            try:
+                timing = _time(peer, problem, mode, bench.effort)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                # One that has no room for this length has some for the others.
+                yield {**row, "failed": str(error).splitlines()[0]}
+                continue
+            finally:
+                _free(problem.device)
+            yield {**row, **timing.row(), **_shares(bench, peer, problem, mode, timing), **errors}
+
+
+def _time(peer: Peer, problem: Problem, mode: str, effort: Effort) -> Timing:
+    if mode != "bwd":
+        return peer.time(problem, mode != "fwd", effort)
+    alone, both = (peer.time(problem, backward, effort) for backward in (False, True))
+    return Timing(
+        both.ms - alone.ms, both.low - alone.high, both.high - alone.low, both.calls, both.graph
+    )
+
+
+def _shares(bench: Bench, peer: Peer, problem: Problem, mode: str, timing: Timing) -> Row:
+    """Rates, and of the time the share that the ceilings ask for exact work."""
+    seconds = timing.ms / 1e3
+    row = {"tokens/s": problem.b * problem.t / seconds}
+    exact, done = (work(problem, mode != "fwd") for work in (peer.exact_work, peer.done_work))
+    if exact is None or done is None:
+        return row
+    if mode == "bwd":
+        exact, done = (
+            Work(both.flops - alone.flops, both.bytes - alone.bytes)
+            for both, alone in (
+                (exact, peer.exact_work(problem, False)),
+                (done, peer.done_work(problem, False)),
+            )
+        )
+    row["tflops"] = done.flops / seconds / 1e12
+    row["share of ceiling"] = row["tflops"] / bench.ceilings.tflops
+    row["share of floor"] = bench.ceilings.seconds(*exact) / seconds
+    return row
+
+
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def decode(bench: Bench) -> Iterator[Row]:
+    """Milliseconds a token after a context, and the bytes that this takes."""
+    for problem in bench.problems():
+        bench.say(f"decode: after {problem.t:,} tokens")
+        for name, step, tokens, memory in (
+            ("retention", *_retention_decoder(problem, bench.ring)),
+            ("attention", *_attention_decoder(problem)),
+        ):
+            timing = time_call(step, problem.device, bench.effort, graph=False)
+            row = {"mode": "decode", "peer": name, "t": problem.t, "bytes": memory}
+            values = {key: getattr(timing, key) / tokens for key in ("ms", "low", "high")}
+            yield {**row, **timing.row(), **values, "tokens/s": 1e3 * problem.b / values["ms"]}
+        _free(problem.device)
+
+
+def _retention_decoder(p: Problem, ring: int) -> tuple[Callable[[], None], int, int]:
+    """A step of so many tokens, each with its call, which ends with a fold."""
+    inputs = dataclasses.replace(p, t=ring).inputs()
+    rows = state_dim(p.d, p.deg)
+    state = torch.rand(p.b, p.h, rows, p.d, device=p.device)
+    sum_of_keys = torch.rand(p.b, p.h, rows, device=p.device)
+
+    def step() -> None:
+        with torch.no_grad():
+            for n in range(1, ring + 1):
+                gates = None if inputs.gates is None else inputs.gates[:, :n]
+                retention.power_retention_inference(
+                    *(inputs.q[:, n - 1 : n], inputs.k[:, :n], inputs.v[:, :n], gates),
+                    *(state, sum_of_keys, p.deg),
+                    switch_over_seq_len=ring,
+                )
+
+    kept = 2 * ring * p.b * p.h * p.d * p.element_bytes
+    return step, ring, state.nbytes + sum_of_keys.nbytes + kept
+
+
+def _attention_decoder(p: Problem) -> tuple[Callable[[], None], int, int]:
+    """A step of one token at the end of a cache that has room for it."""
+    inputs = dataclasses.replace(p, t=1).inputs()
+    dtype = DTYPES[p.dtype]
+    cache = [
+        torch.randn(p.b, p.h, p.t + 1, p.d, device=p.device, dtype=torch.float32).to(dtype)
+        for _ in range(2)
+    ]
+    q, *new = (x.transpose(1, 2) for x in inputs[:3])
+
+    def step() -> None:
+        with torch.no_grad():
+            for x, y in zip(cache, new, strict=True):
+                x[:, :, p.t :] = y
+            F.scaled_dot_product_attention(q, *cache, enable_gqa=p.hq != p.h)
+
+    return step, 1, sum(x.nbytes for x in cache)
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def components(bench: Bench) -> Iterator[Row]:
+    """Every kernel of a forward and backward, or on a CPU every PyTorch operation, alone."""
+    cuda = bench.problem.device.startswith("cuda")
+    activity = torch.profiler.ProfilerActivity
+    calls = 1 if bench.effort.least < 5 else 5
+    for problem in bench.problems():
+        bench.say(f"components: {problem.t:,} tokens")
+        step = Retention().step(problem, backward=True)
+        step()
+        with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as seen:
+            for _ in range(calls):
+                step()
+            if cuda:
+                torch.cuda.synchronize()
+        times: dict[str, float] = {}
+        for event in seen.key_averages():
+            name = event.key
+            if "retention::kernel::" in name:
+                name = name.split("retention::kernel::")[1].split("<")[0].split(">")[0]
+                name = name.removesuffix("Traits").removesuffix("::Params)")
+            micro = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[name] = times.get(name, 0.0) + micro / calls / 1e3
+        whole = sum(times.values())
+        for name, ms in sorted(times.items(), key=lambda item: -item[1]):
+            if ms >= 0.005 * whole:
+                yield {
+                    "mode": "components",
+                    "peer": "retention",
+                    "t": problem.t,
+                    "part": name,
+                    "ms": ms,
+                    "share": ms / whole,
+                }
+        _free(problem.device)
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+def memory(bench: Bench) -> Iterator[Row]:
+    """Bytes beyond the inputs, at the most, results included."""
+    peers, _ = bench.peers()
+    for peer in peers:
+        if isinstance(peer, Upstream):
+            continue  # its allocator is another process's
+        for problem in bench.problems():
+            for mode, both in (("fwd", False), ("fwd+bwd", True)):
+                bench.say(f"memory: {peer.name}, {mode}, {problem.t:,} tokens")
+                row = {"mode": "memory", "peer": peer.name, "t": problem.t, "pass": mode}
+                yield {**row, "bytes": _peak(peer.name, problem, both)}
+
+
+def _peak(name: str, problem: Problem, both: bool) -> int:
+    if not problem.device.startswith("cuda"):
+        # The peak of a process's memory is for good: each has one of its own.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_peak_of_process, (name, problem, both))
+    step = _peer(name, problem).step(problem, both)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    _free(problem.device)
+    return peak
+
+
+def _peak_of_process(name: str, problem: Problem, both: bool) -> int:
+    peer = _peer(name, problem)
+    # What is allocated once for all is none of the call's doing.
+    peer.step(dataclasses.replace(problem, t=64), both)()
+    step = peer.step(problem, both)
+    before = _process_bytes("VmRSS")
+    with contextlib.suppress(OSError):  # Linux: the peak from here on
+        Path("/proc/self/clear_refs").write_text("5")
+    step()
+    return max(0, _process_bytes("VmHWM") - before)
+
+
+def _process_bytes(name: str) -> int:
+    """Of this process's memory; where Linux's own numbers are not to be had, its peak so far."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _peer(name: str, problem: Problem) -> Peer:
+    return next(peer for peer in all_peers(problem.device, None) if peer.name == name)
+
+
+# ---- the host -----------------------------------------------------------------------------------
+
+
+def host(bench: Bench) -> Iterator[Row]:
+    """Microseconds of a call of few tokens on the host, and of those how many before the launch."""
+    problem = dataclasses.replace(bench.problem, b=1, t=64)
+    bench.say("host: calls of 64 tokens")
+    cuda = problem.device.startswith("cuda")
+    inputs = problem.inputs()
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    operands = (None, None, None, problem.deg, None, None, False, False, False)
+    calls = {
+        "power_retention": lambda: retention.power_retention(*inputs),
+        "the operator": lambda: torch.ops.retention.forward(*inputs, *operands),
+        "the operator, recorded": lambda: torch.ops.retention.forward(*leaves, *operands),
+    }
+    for name, call in calls.items():
+        row = {"mode": "host", "peer": "retention", "t": problem.t, "part": name}
+        row["us"] = _host_microseconds(call, cuda, bench.effort)
+        if cuda and _kernels.cover(inputs.q, inputs.v, problem.deg):
+            saved = _kernels._C
+            _kernels._C = SimpleNamespace(forward=lambda *arguments: None)
+            try:
+                row["us before the launch"] = _host_microseconds(call, cuda, bench.effort)
+            finally:
+                _kernels._C = saved
+        yield row
+
+
+def _host_microseconds(call: Callable[[], Any], cuda: bool, effort: Effort) -> float:
+    """The best of many short series: what else the machine does is left out."""
+    calls = 50 if cuda else 5
+    best = float("inf")
+    for _ in range(effort.most):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls * 1e6)
+    return best
+
+
+# ---- the build ----------------------------------------------------------------------------------
+
+
+def build(bench: Bench) -> Iterator[Row]:
+    """Bytes of what is installed, and the table of what the kernels use where there are any."""
+    package = Path(retention.__file__).parent
+    for path in [Path(_C.__file__), *sorted((Path(_C.__file__).parent / "lib").glob("lib*"))]:
+        if path.is_file():
+            yield {"mode": "build", "peer": "retention", "part": path.name, "bytes": _size(path)}
+    table = package / "bench" / "resource_table.py"
+    libraries = [str(x) for x in (Path(_C.__file__).parent / "lib").glob("libretention.*")]
+    if _C.build_info()["kernels"] and libraries and table.exists():
+        bench.say("build: reading the kernels")
+        done = subprocess.run(
+            [sys.executable, str(table), *libraries], capture_output=True, text=True, check=False
+        )
+        print(done.stdout or done.stderr)
+
+
+def _size(path: Path) -> int:
+    return path.resolve().stat().st_size
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "fwd": forward,
+    "bwd": backward,
+    "fwd+bwd": forward_and_backward,
+    "decode": decode,
+    "components": components,
+    "memory": memory,
+    "host": host,
+    "build": build,
+}

@@ -1,0 +1,207 @@
+"""Rows as tables on the terminal, as files, and as plots."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+# Columns of each table, by the rows' keys, with their headings.
+_PASS = {
+    "t": "tokens",
+    "peer": "implementation",
+    "ms": "ms",
+    "spread": "quartiles",
+    "tokens/s": "tokens/s",
+    "tflops": "TFLOP/s",
+    "share of ceiling": "of ceiling",
+    "share of floor": "floor / time",
+    "error": "error",
+    "note": "",
+}
+_COLUMNS = {
+    "fwd": _PASS,
+    "bwd": _PASS,
+    "fwd+bwd": _PASS,
+    "decode": {
+        "t": "context",
+        "peer": "implementation",
+        "ms": "ms a token",
+        "spread": "quartiles",
+        "tokens/s": "tokens/s",
+        "bytes": "memory",
+    },
+    "components": {"t": "tokens", "part": "part", "ms": "ms", "share": "share"},
+    "memory": {"t": "tokens", "peer": "implementation", "pass": "pass", "bytes": "extra memory"},
+    "host": {"part": "call of 64 tokens", "us": "us", "us before the launch": "before the launch"},
+    "build": {"part": "file", "bytes": "size"},
+}
+
+
+def print_tables(results: Row, console: Console) -> None:
+    """One table a mode, then what could not be measured."""
+    environment, ceilings = results["environment"], results["ceilings"]
+    console.print(
+        f"{environment['device']}, torch {environment['torch']}, retention "
+        f"{environment['retention']} ({environment['commit']})"
+    )
+    console.print(
+        f"ceilings: {ceilings['tflops']:.4g} TFLOP/s (large product), "
+        f"{ceilings['tbytes']:.3g} TB/s (large copy)"
+    )
+    for mode in dict.fromkeys(row["mode"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["mode"] == mode]
+        columns = {
+            key: heading
+            for key, heading in _COLUMNS[mode].items()
+            if any(row.get(key if key != "spread" else "low") not in (None, "") for row in rows)
+        }
+        table = Table(title=mode, title_justify="left")
+        for key, heading in columns.items():
+            text = key in ("peer", "part", "pass", "note")
+            table.add_column(heading, justify="left" if text else "right")
+        for row in rows:
+            cells = [_cell(key, row) for key in columns]
+            if "failed" in row:
+                cells[list(columns).index("ms")] = "failed"
+                cells[-1] = row["failed"][:60]
+            table.add_row(*cells)
+        console.print(table)
+    for mode in ("fwd", "bwd", "fwd+bwd"):
+        crossing = crossover(results["rows"], mode)
+        if crossing is not None:
+            console.print(f"{mode}: {crossing}")
+    for name, reason in results["missing"].items():
+        console.print(f"not measured: {name} ({reason})")
+
+
+def _cell(key: str, row: Row) -> str:
+    if key == "spread":
+        return f"{row['low']:.4g} - {row['high']:.4g}" if "low" in row else ""
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if key == "bytes":
+        return f"{value / 2**20:,.1f} MiB"
+    if key.startswith("share"):
+        return f"{value:.1%}"
+    if key in ("t", "tokens/s"):
+        return f"{value:,.0f}"
+    return f"{value:.1e}" if key == "error" else f"{value:.4g}"
+
+
+def crossover(rows: Iterable[Row], mode: str) -> str | None:
+    """From which length retention is faster than the fastest attention: between two that were
+    measured, on straight lines in logarithms."""
+    times: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["mode"] == mode and row.get("ms", 0) > 0:
+            kind = "ours" if row["peer"] == "retention" else row["peer"].split(",")[0]
+            at = times.setdefault(row["t"], {})
+            at[kind] = min(row["ms"], at.get(kind, math.inf))
+    ratios = [
+        (t, math.log(x["attention"] / x["ours"]))
+        for t, x in sorted(times.items())
+        if "attention" in x and "ours" in x
+    ]
+    if len(ratios) < 2:
+        return None
+    if ratios[0][1] > 0:
+        return f"faster than attention from {ratios[0][0]:,} tokens, the fewest measured"
+    for (t, before), (u, after) in itertools.pairwise(ratios):
+        if before <= 0 < after:
+            length = t * (u / t) ** (before / (before - after))
+            return f"faster than attention from about {length:,.0f} tokens"
+    return f"slower than attention up to {ratios[-1][0]:,} tokens"
+
+
+def write(results: Row, folder: Path) -> list[Path]:
+    """results.json, results.csv and the plots that the rows give."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "results.json", folder / "results.csv"]
+    written[0].write_text(json.dumps(results, indent=1) + "\n")
+    keys = list(dict.fromkeys(key for row in results["rows"] for key in row))
+    with written[1].open("w", newline="") as file:
+        table = csv.DictWriter(file, keys)
+        table.writeheader()
+        table.writerows(results["rows"])
+    return written + _plots(results, folder)
+
+
+def _plots(results: Row, folder: Path) -> list[Path]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in results["rows"] if "failed" not in row]
+    title = f"{results['environment']['device']}, {_shape(results['options'])}"
+    written = []
+
+    def save(figure, name: str) -> None:
+        figure.suptitle(title, fontsize=9)
+        figure.tight_layout()
+        path = folder / f"{name}.png"
+        # No date and no version: the same rows give the same file.
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+        plt.close(figure)
+        written.append(path)
+
+    def lines(axes, chosen: list[Row], key: str, label: str, log: bool = True) -> None:
+        for peer in dict.fromkeys(row["peer"] for row in chosen):
+            points = sorted((r["t"], r[key]) for r in chosen if r["peer"] == peer and key in r)
+            if not points:
+                continue
+            weight = 2.5 if peer == "retention" else 1.2
+            axes.plot(*zip(*points, strict=True), marker="o", label=peer, linewidth=weight)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log" if log else "linear")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+
+    passes = [m for m in ("fwd", "bwd", "fwd+bwd") if any(r["mode"] == m for r in rows)]
+    for key, label, name, log in (
+        ("tokens/s", "tokens a second", "throughput", True),
+        ("share of ceiling", "share of the largest product's rate", "ceiling", False),
+    ):
+        if not passes:
+            break
+        figure, panels = plt.subplots(1, len(passes), figsize=(5 * len(passes), 4), squeeze=False)
+        for axes, mode in zip(panels[0], passes, strict=True):
+            lines(axes, [r for r in rows if r["mode"] == mode and r["ms"] > 0], key, label, log)
+            crossing = crossover(rows, mode) if key == "tokens/s" else None
+            axes.set_title(mode + (f": {crossing}" if crossing else ""), fontsize=8)
+        save(figure, name)
+    if any(r["mode"] == "components" for r in rows):
+        chosen = [r for r in rows if r["mode"] == "components"]
+        last = [r for r in chosen if r["t"] == chosen[-1]["t"]][::-1]
+        figure, axes = plt.subplots(figsize=(7, 0.3 * len(last) + 1.2))
+        axes.barh([r["part"][:40] for r in last], [r["ms"] for r in last])
+        axes.set_xlabel(f"ms of a forward and backward of {last[0]['t']:,} tokens")
+        save(figure, "components")
+    if any(r["mode"] == "decode" for r in rows):
+        chosen = [r for r in rows if r["mode"] == "decode"]
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4))
+        lines(panels[0], chosen, "ms", "ms a token")
+        lines(panels[1], chosen, "bytes", "bytes of state or cache")
+        save(figure, "decode")
+    return written
+
+
+def _shape(options: Row) -> str:
+    return (
+        f"b{options['b']} hq{options['hq']} h{options['h']} d{options['d']} p{options['deg']} "
+        f"chunk {options['chunk'] or 'auto'} {options['dtype']}"
+        f"{' gated' if options['gated'] else ''}"
+    )

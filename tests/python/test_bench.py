@@ -1,0 +1,331 @@
+"""`retention bench`: what it counts, what it compares, and that every mode runs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from retention.bench import compare, modes, peers, report
+from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
+from retention.bench.timing import Ceilings, Effort, Timing
+
+import retention
+from retention import _kernels, _ops, cli
+from retention.lm.errors import UsageError
+
+SMALL = Problem(t=96, hq=4, h=2, d=16, chunk=32, dtype="float32", device="cpu")
+ONCE = Effort(seconds=0.0, least=2, most=2)
+
+
+# ---- counted by formula -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("t", "window"), [(1, 1), (7, 3), (12, 4), (5, 8)])
+def test_pairs_are_those_of_the_chunks(t, window):
+    expected = sum(1 for i in range(t) for j in range(i + 1) if j // window == i // window)
+    assert dataclasses.replace(SMALL, t=t).pairs(window) == expected
+
+
+@pytest.mark.parametrize(("d", "deg"), [(4, 2), (3, 4), (5, 2)])
+def test_the_exact_state_has_every_product_once(d, deg):
+    products = {tuple(sorted(x)) for x in torch.cartesian_prod(*[torch.arange(d)] * deg).tolist()}
+    assert exact_state_dim(d, deg) == len(products)
+
+
+def test_the_work_of_the_default_shape():
+    """0.35 TFLOP forward, 0.38 with the rows that are kept."""
+    default = Problem()
+    rows = retention.state_dim(64)
+    assert retention_work(default, False).flops == pytest.approx(0.35e12, rel=0.01)
+    assert retention_work(default, False, rows).flops == pytest.approx(0.38e12, rel=0.01)
+    # Six products with the state of a token instead of two, and seven of its chunk.
+    state, pair = 2 * 2080 * 64 * 65536 * 8, 2 * 64 * 65536 * 1025 / 2 * 8
+    assert retention_work(default, True).flops == 6 * state + 7 * pair
+    tensors = 4 * 65536 * 8 * 64 * 2 + 65536 * 8 * 4
+    assert retention_work(default, False).bytes == tensors
+
+
+def test_work_as_done_is_never_less_than_exact_work():
+    for p in (SMALL, dataclasses.replace(SMALL, chunk=1000), Problem()):
+        for backward in (False, True):
+            exact = retention_work(p, backward)
+            done = retention_work(p, backward, retention.state_dim(p.d), kernels=True)
+            assert done.flops >= exact.flops
+            assert done.bytes >= exact.bytes
+
+
+def test_one_chunk_is_the_quadratic_form():
+    p = dataclasses.replace(SMALL, chunk=SMALL.t)
+    assert retention_work(p, False).flops == attention_work(p, False).flops
+
+
+def test_the_chunk_that_is_chosen_is_counted():
+    p = dataclasses.replace(SMALL, t=4096, d=32, chunk=None)
+    chosen = _ops.choose_chunk(4096, 32, 32, 2, None, None)
+    assert chosen < 4096
+    work = peers.Retention().exact_work(p, backward=False)
+    assert work == retention_work(dataclasses.replace(p, chunk=chosen), backward=False)
+
+
+# ---- peers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peer", [peers.Retention(), peers.all_peers("cpu", None)[2]], ids=str)
+@pytest.mark.parametrize("change", [{}, {"gated": False}, {"b": 2}, {"hq": 2}], ids=str)
+def test_errors_are_roundings(peer, change):
+    errors = peer.errors(dataclasses.replace(SMALL, **change), backward=True)
+    assert {"error", "error dQ", "error dK", "error dV"} <= errors.keys()
+    assert all(0 < x < 1e-5 for x in errors.values()), errors
+
+
+def test_a_wrong_implementation_shows():
+    class Wrong(peers.Retention):
+        def call(self, problem, *tensors):
+            return super().call(problem, *tensors) * 1.01
+
+    errors = Wrong().errors(SMALL, backward=True)
+    assert errors["error"] == pytest.approx(0.01, rel=0.01)
+    assert errors["error dV"] == pytest.approx(0.01, rel=0.01)
+
+
+def test_gated_linear_attention_by_its_formula():
+    """What flash-linear-attention is compared with: token by token."""
+    inputs = dataclasses.replace(SMALL, t=9, hq=2, h=2).inputs()
+    Q, K, V, log_G = (x.double() for x in inputs)
+    state, expected = torch.zeros(1, 2, 16, 16, dtype=torch.float64), []
+    for i in range(9):
+        state = state * log_G[:, i, :, None, None].exp() + K[:, i, :, :, None] * V[:, i, :, None]
+        expected.append((Q[:, i, :, None] @ state)[:, :, 0] / 4)
+    actual = peers.SimpleGLA().expected(Q, K, V, log_G)
+    torch.testing.assert_close(actual, torch.stack(expected, 1))
+
+
+FAKE = '''
+import torch
+
+def power_retention(Q, K, V, log_G=None, deg=2, chunk_size=None):
+    """The formula, and who asks for it."""
+    assert chunk_size == 32
+    L = log_G.cumsum(1).transpose(1, 2)
+    group = Q.shape[2] // K.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
+    k, v, L = (x.repeat_interleave(group, 1) for x in (k, v, L))
+    w = (q @ k.mT) ** deg * (L[..., :, None] - L[..., None, :]).exp()
+    w = w.tril()
+    return ((w / w.sum(-1, keepdim=True)) @ v).transpose(1, 2)
+'''
+
+
+def test_upstream_runs_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "retention").mkdir()
+    (tmp_path / "retention" / "__init__.py").write_text(FAKE)
+    peer = peers.Upstream(tmp_path)
+    assert 0 < peer.errors(SMALL, False)["error"] < 1e-5
+    assert peer.time(SMALL, True, ONCE).ms > 0
+
+
+def test_upstream_that_fails_says_why(tmp_path):
+    (tmp_path / "retention").mkdir()
+    (tmp_path / "retention" / "__init__.py").write_text("raise OSError('no such device')")
+    with pytest.raises(RuntimeError, match=r"retention 1\.0\.7: OSError: no such device"):
+        peers.Upstream(tmp_path).time(SMALL, False, ONCE)
+
+
+def test_the_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setattr(_kernels, "_plans", {"some": "plan"})
+    reason = _kernels.device_reason
+    with _kernels.turned_off():
+        assert _kernels.device_reason("cuda", 0) == "kernels are turned off"
+        assert not _kernels._plans
+    assert _kernels.device_reason is reason
+    assert _kernels._plans == {"some": "plan"}
+
+
+# ---- times --------------------------------------------------------------------------------------
+
+
+def test_a_timing_has_the_median_and_the_quartiles():
+    timing = Timing.of([0.001, 0.002, 0.003, 0.004, 0.1], graph=False)
+    assert (timing.ms, timing.calls) == (pytest.approx(3.0), 5)
+    assert timing.low < timing.ms < timing.high
+
+
+def test_effort_is_bounded():
+    effort = Effort(seconds=1.0, least=3, most=20)
+    assert [effort.calls(s) for s in (1e-6, 0.1, 10.0)] == [20, 10, 3]
+
+
+def test_the_floor_is_the_slower_of_products_and_memory():
+    ceilings = Ceilings(tflops=1.0, tbytes=2.0)
+    assert ceilings.seconds(3e12, 1e12) == 3.0
+    assert ceilings.seconds(1e12, 8e12) == 4.0
+
+
+# ---- results ------------------------------------------------------------------------------------
+
+
+def rows(ours: dict[int, float], theirs: dict[int, float]) -> list[dict]:
+    return [
+        {"mode": "fwd", "peer": peer, "t": t, "ms": ms, "low": 0.9 * ms, "high": 1.1 * ms}
+        for peer, times in (("retention", ours), ("attention, flash", theirs))
+        for t, ms in times.items()
+    ]
+
+
+def test_the_crossover_lies_where_the_lines_meet():
+    # 1 : 2 and 2 : 1, so that the lines meet halfway between the logarithms.
+    text = report.crossover(rows({1024: 2.0, 4096: 8.0}, {1024: 1.0, 4096: 16.0}), "fwd")
+    assert text == "faster than attention from about 2,048 tokens"
+    text = report.crossover(rows({1: 1.0, 2: 1.0}, {1: 2.0, 2: 4.0}), "fwd")
+    assert text == "faster than attention from 1 tokens, the fewest measured"
+    text = report.crossover(rows({1: 3.0, 2: 3.0}, {1: 1.0, 2: 2.0}), "fwd")
+    assert text == "slower than attention up to 2 tokens"
+    assert report.crossover(rows({1: 1.0}, {1: 1.0}), "fwd") is None
+
+
+def test_the_crossover_is_against_the_fastest_attention():
+    both = rows({1: 2.0, 2: 2.0}, {1: 1.0, 2: 4.0})
+    both += [{**row, "peer": "attention, cuDNN", "ms": 1.0} for row in both[2:]]
+    assert report.crossover(both, "fwd") == "slower than attention up to 2 tokens"
+
+
+def saved(folder: Path, times: dict[int, float], **options) -> str:
+    folder.mkdir()
+    results = {
+        "environment": {"device": "some"},
+        "options": {"d": 64, "lengths": list(times)} | options,
+        "rows": rows(times, {}),
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return str(folder)
+
+
+def test_compare_fails_where_a_time_is_beyond_the_spread(tmp_path, capsys):
+    old = saved(tmp_path / "old", {1024: 1.0, 2048: 2.0})
+    for name, factor, code in (("same", 1.05, 0), ("faster", 0.5, 0), ("slower", 1.3, 1)):
+        new = saved(tmp_path / name, {1024: factor, 4096: 1.0})
+        assert cli.main(["bench", "compare", old, new]) == code
+        assert f"{code} of 1 times are slower" in capsys.readouterr().out
+    assert cli.main(["bench", "compare", old + "/results.json", old]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "OLD"], "compare: expected two results, OLD and NEW"),
+        (["compare", "OLD", "nowhere"], "nowhere: no such file"),
+        (["compare", "OLD", "OTHER"], "d: got 64 and 128, which do not compare"),
+        (["compare", "OLD", "LATER"], "no mode and length in common"),
+        (["compare", "OLD", "BROKEN"], "expected results of `retention bench`"),
+        (["forward"], "mode: expected some of fwd, bwd, fwd+bwd, decode"),
+        (["fwd", "--h", "2", "--hq", "3"], "--hq: expected a multiple of --h 2, got 3"),
+        (["fwd", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["fwd", "--t", "0"], "argument --t: expected a positive integer, got '0'"),
+    ],
+)
+def test_usage_errors_are_one_line(arguments, message, tmp_path, capsys):
+    places = {
+        "OLD": saved(tmp_path / "old", {1024: 1.0}),
+        "OTHER": saved(tmp_path / "other", {1024: 1.0}, d=128),
+        "LATER": saved(tmp_path / "later", {2048: 1.0}),
+        "BROKEN": str(tmp_path / "broken.json"),
+    }
+    Path(places["BROKEN"]).write_text("{")
+    try:
+        code = cli.main(["bench", *(places.get(x, x) for x in arguments)])
+    except SystemExit as exit_:
+        code = exit_.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def run(*arguments: str, lengths: tuple[str, ...] = ("64", "128")) -> int:
+    shape = ("--t", *lengths, "--h", "2", "--d", "16", "--device", "cpu")
+    return cli.main(["bench", *arguments, *shape, "--quick"])
+
+
+def test_results_are_kept_with_all_that_they_depend_on(tmp_path, capsys):
+    out = tmp_path / "results"
+    assert run("fwd", "fwd+bwd", "--out", str(out)) == 0
+    results = json.loads((out / "results.json").read_text())
+    wanted = {"commit", "device", "torch", "retention", "python", "threads", "compiler"}
+    assert wanted <= results["environment"].keys()
+    assert results["options"]["d"] == 16
+    assert results["ceilings"]["tflops"] > 0
+    names = {"retention", "attention, flash"}
+    assert {(row["mode"], row["peer"], row["t"]) for row in results["rows"]} == {
+        (mode, peer, t) for mode in ("fwd", "fwd+bwd") for peer in names for t in (64, 128)
+    }
+    for row in results["rows"]:
+        assert row["low"] <= row["ms"] <= row["high"]
+        assert row["tokens/s"] == pytest.approx(row["t"] / row["ms"] * 1e3)
+        assert 0 < row["error"] < 1e-5
+        assert all(math.isfinite(row[key]) for key in ("share of ceiling", "share of floor"))
+    assert results["missing"].keys() == {
+        "retention, PyTorch path",
+        "flash-linear-attention",
+        "retention 1.0.7",
+    }
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(results["rows"])
+    for name in ("throughput.png", "ceiling.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "not measured: flash-linear-attention (not installed" in shown
+    assert cli.main(["bench", "compare", str(out), str(out)]) == 0
+
+
+def test_the_other_modes_run(tmp_path, capsys):
+    others = [mode for mode in modes.MODES if mode not in ("fwd", "fwd+bwd", "memory")]
+    assert run(*others, "--peers", "retention", "--quiet", "--out", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["mode"] for row in results["rows"]} == set(others)
+    decoding = [row for row in results["rows"] if row["mode"] == "decode"]
+    ours = {row["bytes"] for row in decoding if row["peer"] == "retention"}
+    theirs = {row["bytes"] for row in decoding if row["peer"] == "attention"}
+    assert len(ours) == 1  # whatever the context
+    assert len(theirs) == 2
+    shares = [x["share"] for x in results["rows"] if x["mode"] == "components" and x["t"] == 64]
+    assert 0.8 < sum(shares) <= 1
+    assert {path.name for path in tmp_path.iterdir()} >= {"components.png", "decode.png"}
+    assert "fwd:" not in capsys.readouterr().out
+
+
+def test_memory_is_what_a_call_takes(tmp_path):
+    """Of a process of its own. Scores of 2 heads x 4096^2 elements are 128 MiB: not there."""
+    chosen = ("--peers", "retention", "--out", str(tmp_path))
+    assert run("memory", *chosen, lengths=("4096",)) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    sizes = {row["pass"]: row["bytes"] for row in rows}
+    output = 4096 * 2 * 16 * 4
+    assert output <= sizes["fwd"] <= sizes["fwd+bwd"] < 2 * 4096**2 * 4
+
+
+def test_one_that_fails_at_a_length_is_said_to(monkeypatch, tmp_path, capsys):
+    def time(self, problem, backward, effort):
+        if problem.t > 64:
+            raise torch.OutOfMemoryError("out of memory\nand more")
+        return Timing(1.0, 0.9, 1.1, 2, False)
+
+    monkeypatch.setattr(peers.Peer, "time", time)
+    assert run("fwd", "--out", str(tmp_path)) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["failed"] for row in rows if row["t"] == 128] == ["out of memory"] * 2
+    assert "failed" in capsys.readouterr().out
+
+
+def test_compare_reads_what_it_says(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("[]")
+    with pytest.raises(UsageError, match="results of `retention bench --out`"):
+        compare.read(path)
