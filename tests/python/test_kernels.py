@@ -316,6 +316,9 @@ def device(monkeypatch):
         forward_can_implement=lambda sizes, pointers: None,
         forward_workspace_size=_C.forward_workspace_size,
         forward=lambda *arguments: calls.append(arguments),
+        BACKWARD_SIZES=_C.BACKWARD_SIZES,
+        BACKWARD_POINTERS=_C.BACKWARD_POINTERS,
+        backward_can_implement=lambda sizes, pointers: None,
         backward_workspace_size=_C.backward_workspace_size,
         backward=lambda *arguments: backward_calls.append(arguments),
     )
@@ -439,12 +442,43 @@ def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate,
     case = Case(t=100, b=1, d=64, dv=32, gate=gate, state=state)
     inputs = lowered(case, sequences=bounds and 2)
     cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32)
-    _ops._forward_cuda(*operands(inputs, cu_seqlens, chunk=64, switch_over=0, final=final))
+    arguments = operands(inputs, cu_seqlens, chunk=64, switch_over=0, final=final)
+    *_, kept = _ops._forward_cuda(*arguments)
     ((sizes, pointers, workspace, _),) = device.calls
-    allocated, kept = [x for x in device.allocated if x.dtype == torch.uint8]
     assert kept.shape == (0,)
-    assert allocated.data_ptr() == workspace
+    (allocated,) = [x for x in device.allocated if x.data_ptr() == workspace]
+    assert allocated.dtype == torch.uint8
     assert allocated.shape == (_C.forward_workspace_size(sizes, pointers),)
+
+
+def test_what_nobody_wants_is_allocated_once(device):
+    """And never where autograd marks results as its own."""
+    inputs = lowered(FULL)
+    first, second = (_ops._forward_cuda(*operands(inputs)) for _ in range(2))
+    assert [x is y for x, y in zip(first, second, strict=True)] == [False] * 2 + [True] * 4
+    assert [x.numel() for x in first[2:]] == [0] * 4
+    _kernels._plans.clear()
+    with torch.inference_mode():  # whose tensors other calls could not use
+        assert not any(x.is_inference() for x in _ops._forward_cuda(*operands(inputs))[2:])
+    for options in ({"save": True}, {"final": True}):
+        first, second = (_ops._forward_cuda(*operands(inputs, **options)) for _ in range(2))
+        assert not any(x is y for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_a_plan_knows_whether_there_are_kernels_for_backward(device, save):
+    """It asks for what forward will have saved."""
+    asked = []
+    device.binding.backward_can_implement = lambda *x: asked.append(x) or "too small"
+    arguments = operands(lowered(FULL), save=save)
+    plan = _kernels.plan_forward(*arguments)
+    assert (plan.reason, plan.backward_reason) == (None, "too small" if save else None)
+    for sizes, pointers in asked:
+        assert _C.backward_can_implement(sizes, pointers) in (
+            None,
+            "this library was compiled without CUDA kernels",
+        )
+    assert len(asked) == save
 
 
 def test_packed_sequences_are_counted_not_read(device):
