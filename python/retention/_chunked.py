@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retention import _checks
@@ -178,14 +179,39 @@ def _intra_backward_keys(
     do: Tensor,
     z: Tensor,
     delta: Tensor,
+    d_gate: Tensor | None,
     deg: int,
 ) -> None:
-    """Adds to the gradients dk [N, c, d] and dv [N, c, dv] in place."""
+    """Adds to the gradients dk [N, c, d], dv [N, c, dv] and, if wanted, d_gate [N, c] in place."""
     for i in _row_blocks(k.shape[1]):
         share, slope, do_v = _weight_gradients(q, k, v, L, do, z, i, deg)
         dv[:, : i.stop] += torch.bmm(share.flatten(1, 2).mT, do[:, :, i].flatten(1, 2))
-        da = do_v.sub_(delta[:, :, i]).mul_(slope).flatten(1, 2)
+        dw = do_v.sub_(delta[:, :, i])
+        if d_gate is not None:
+            _add_crossing(d_gate, share.mul_(dw).sum(1), i)
+        da = dw.mul_(slope).flatten(1, 2)
         dk[:, : i.stop] += torch.bmm(da.mT, q[:, :, i].flatten(1, 2))
+
+
+def _add_crossing(d_gate: Tensor, w_dw: Tensor, i: slice) -> None:
+    """``d_gate_t += sum of w_ij dw_ij over j < t <= i``, the pairs that gate t weighs, in place.
+
+    d_gate [N, c], w_dw [N, i, j] of the query rows i.
+    """
+    before, within = w_dw[..., : i.start], w_dw[..., i]
+    if i.start > 0:
+        d_gate[:, : i.start] += _sums_before(before.sum(1))
+    d_gate[:, i] += _sums_from(before.sum(-1)) + _sums_from(within).tril(-1).sum(-1)
+
+
+def _sums_from(x: Tensor) -> Tensor:
+    """Sums along dimension 1 from each element on, itself included."""
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def _sums_before(x: Tensor) -> Tensor:
+    """Sums of x [N, c] over the elements before each."""
+    return F.pad(x.cumsum(1)[:, :-1], (1, 0))
 
 
 # ---- one sequence (a batch of equal length) -----------------------------------------------------
@@ -374,17 +400,27 @@ def backward(
 
     ``S`` and ``dS`` [N, D, e] or None are the initial state and the gradient of the final one; both
     are overwritten. A first pass computes the states before every chunk again and gives dq; a
-    second goes backwards with dS and gives dk and dv.
+    second goes backwards with dS and gives dk, dv and d_gate.
+
+    Gate t weighs the pairs j < t <= i, by their decay, so its gradient is the sum of their
+    w_ij dw_ij. Within a chunk these are summed as they are; with a state between, the first pass
+    gives those of a query and the state before its chunk, ``read``, and the second those of a key
+    and the state after it, ``written``. No gate that has decayed a term away gets its rounding.
     """
     deg, last = sequence.deg, len(sequence.chunks) - 1
     starts_with_state = S is not None
     every_delta = torch.empty_like(norm)  # [b, t, hq]: do . o
+    read = None if d_gate is None else norm.new_empty(sequence.rows, sequence.t)
     for index, tokens in enumerate(sequence.chunks):
         x = sequence.chunk(tokens, norm)
         do = sequence.by_query_head(d_out, tokens)
         # The output in the inputs' dtype would be too coarse: dw is a difference from delta.
-        delta = (_state_numerator(x, S)[..., :-1] * do).sum(-1, keepdim=True) / x.z
+        y = _state_numerator(x, S)
+        from_state = (y[..., :-1] * do).sum(-1, keepdim=True) / x.z
+        delta = from_state.clone()
         dq_i = _intra_backward_queries(x.q, x.k, x.v, x.L, do, x.z, delta, deg)
+        if read is not None:
+            read[:, tokens] = (from_state - delta * y[..., -1:] / x.z).sum((1, 3))
         if S is not None:
             dy = _numerator_gradient(do, x.z, delta)
             from_state = contract(x.queries_for_state(), S, dy, deg, "query").mT.reshape(dq_i.shape)
@@ -396,13 +432,8 @@ def backward(
                 S = sequence.empty_state()
             _update_state(x, S)
 
-    # w is homogeneous of degree p in q and in k, so dL_t = (q_t . dq_t - k_t . dk_t) / p, and the
-    # first term is 0 for a normalised output. A final state adds <dS, S> at the last token.
-    dL = None
-    if d_gate is not None:
-        dL = norm.new_zeros(sequence.rows, sequence.t)
-        if dS is not None and sequence.t:
-            dL[:, -1] += (dS * S).sum((1, 2))
+    # <dS, S> after a chunk: all pairs with a key up to there and a query, or final state, beyond.
+    crossing = None if dS is None or S is None else (dS * S).sum((1, 2))
 
     for index, tokens in reversed(list(enumerate(sequence.chunks))):
         x = sequence.chunk(tokens, norm)
@@ -410,25 +441,33 @@ def backward(
         delta = sequence.by_query_head(every_delta[..., None], tokens)
         dk_i = torch.zeros_like(x.k)
         dv_i = torch.zeros_like(x.v[..., :-1])
+        d_gate_i = None if read is None else _sums_from(read[:, tokens])
         if dS is not None:
             k = x.keys_for_state()
-            expand_apply(dv_i, k, dS[..., :-1], deg, "key")
+            dy = torch.zeros_like(x.v)
+            expand_apply(dy, k, dS, deg, "key")
+            dv_i += dy[..., :-1]
+            if d_gate_i is not None:
+                written = (dy * x.v).sum(-1)
+                d_gate_i += _sums_before(written)
+                if index > 0 or starts_with_state:
+                    # Through the whole chunk, from the state before it, if anything of it is left.
+                    through = crossing - written.sum(-1)
+                    d_gate_i += torch.where(x.L[:, -1].exp() > 0, through, 0)[:, None]
             from_state = contract(k, dS, x.v, deg, "key").mT
             dk_i += from_state if x.L is None else from_state * x.until_end[..., None]
-        _intra_backward_keys(dk_i, dv_i, x.q, x.k, x.v, x.L, do, x.z, delta, deg)
+        _intra_backward_keys(dk_i, dv_i, x.q, x.k, x.v, x.L, do, x.z, delta, d_gate_i, deg)
         sequence.store(dk, tokens, dk_i)
         sequence.store(dv, tokens, dv_i)
-        if dL is not None:
-            dL[:, tokens] -= (x.k * dk_i).sum(-1) / deg
+        if d_gate_i is not None:
+            sequence.store(d_gate[..., None], tokens, d_gate_i[..., None])
+            crossing = d_gate_i[:, 0]
         if index > 0 or starts_with_state:
             if dS is None:
                 dS = sequence.empty_state()
             x.decay_(dS)
             dy = _numerator_gradient(do, x.z, delta)
             expand_reduce(dS, x.queries_for_state(), dy, deg, "query")
-    if d_gate is not None:
-        dL = dL.flip(-1).cumsum(-1).flip(-1)
-        sequence.store(d_gate[..., None], slice(None), dL[..., None])
     if not starts_with_state:
         return None
     return sequence.empty_state() if dS is None else dS
