@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -79,7 +79,7 @@ def print_tables(results: Row, console: Console) -> None:
     for mode in ("fwd", "bwd", "fwd+bwd"):
         crossing = crossover(results["rows"], mode)
         if crossing is not None:
-            console.print(f"{mode}: {crossing}")
+            console.print(f"{mode}: {crossing.text}")
     for name, reason in results["missing"].items():
         console.print(f"not measured: {name} ({reason})")
 
@@ -99,9 +99,15 @@ def _cell(key: str, row: Row) -> str:
     return f"{value:.1e}" if key == "error" else f"{value:.4g}"
 
 
-def crossover(rows: Iterable[Row], mode: str) -> str | None:
-    """From which length retention is faster than the fastest attention: between two that were
-    measured, on straight lines in logarithms."""
+class Crossover(NamedTuple):
+    """From which length retention is faster than the fastest attention."""
+
+    tokens: float | None  # None: where it is not among the lengths measured, but before or beyond
+    text: str
+
+
+def crossover(rows: Iterable[Row], mode: str) -> Crossover | None:
+    """Between two lengths that were measured, on straight lines in logarithms. None of fewer."""
     times: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["mode"] == mode and row.get("ms", 0) > 0:
@@ -116,12 +122,13 @@ def crossover(rows: Iterable[Row], mode: str) -> str | None:
     if len(ratios) < 2:
         return None
     if ratios[0][1] > 0:
-        return f"faster than attention from {ratios[0][0]:,} tokens, the fewest measured"
+        text = f"faster than attention from {ratios[0][0]:,} tokens, the fewest measured"
+        return Crossover(None, text)
     for (t, before), (u, after) in itertools.pairwise(ratios):
         if before <= 0 < after:
-            length = t * (u / t) ** (before / (before - after))
-            return f"faster than attention from about {length:,.0f} tokens"
-    return f"slower than attention up to {ratios[-1][0]:,} tokens"
+            tokens = t * (u / t) ** (before / (before - after))
+            return Crossover(tokens, f"faster than attention from about {tokens:,.0f} tokens")
+    return Crossover(None, f"slower than attention up to {ratios[-1][0]:,} tokens")
 
 
 def write(results: Row, folder: Path) -> list[Path]:
@@ -181,7 +188,9 @@ def _plots(results: Row, folder: Path) -> list[Path]:
         for axes, mode in zip(panels[0], passes, strict=True):
             lines(axes, [r for r in rows if r["mode"] == mode and r["ms"] > 0], key, label, log)
             crossing = crossover(rows, mode) if key == "tokens/s" else None
-            axes.set_title(mode + (f": {crossing}" if crossing else ""), fontsize=8)
+            axes.set_title(f"{mode}: {crossing.text}" if crossing else mode, fontsize=8)
+            if crossing and crossing.tokens:
+                axes.axvline(crossing.tokens, color="black", linestyle=":", linewidth=1)
         save(figure, name)
     if any(r["mode"] == "components" for r in rows):
         chosen = [r for r in rows if r["mode"] == "components"]
