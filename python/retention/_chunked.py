@@ -7,13 +7,14 @@ before is in the state, one row per row of phi:
 
 Three products carry the state, and a fourth works inside the chunk, forward and backward:
 
-    expand_reduce   S    += phi(x)^T y           state update; dS from queries
-    expand_apply    y    += phi(x) S             state query; dv from dS
-    contract        dx   += J_phi(x)^T (S y)     dq from S; dk from dS
+    expand_reduce   S    += y phi(x)^T           state update; dS from queries
+    expand_apply    y    += S phi(x)             state query; dv from dS
+    contract        dx   += J_phi(x)^T (S^T y)   dq from S; dk from dS
     intra-chunk     causal, in blocks of query rows
 
-The normaliser rides along: values have a last column of ones, so that a state is [N, D, dv + 1] and
-its last column is the sum of keys; an output gradient has the normaliser's as its last column.
+The normaliser rides along: values have a last column of ones, so that a state is [N, dv + 1, D] and
+its last row is the sum of keys; an output gradient has the normaliser's as its last column. In the
+products with the state features come before tokens, which is what a CPU's library is fastest at.
 
 Shapes: N = b * h rows (batch and key head), r query heads to a key head, c tokens in a chunk,
 e = dv + 1. Everything here is float32, or float64 for float64 inputs. Decays enter as the p-th root
@@ -40,7 +41,7 @@ from retention._symmetric_power import Expansion, Side, state_dim
 _ROWS = 128
 
 # Elements of one block of phi: on a CPU it should stay in the cache, elsewhere fill the device.
-_CPU_BLOCK = 2**19
+_CPU_BLOCK = 2**21
 _DEVICE_BLOCK = 2**25
 
 
@@ -58,28 +59,28 @@ def _groups(x: Tensor, deg: int) -> Iterator[slice]:
 
 
 def expand_reduce(S: Tensor, x: Tensor, y: Tensor, deg: int, side: Side) -> None:
-    """``S += phi(x)^T y`` in place: S [N, D, e], x [N, d, c], y [N, c, e]."""
+    """``S += y phi(x)^T`` in place: S [N, e, D], x [N, d, c], y [N, e, c]."""
     for n in _groups(x, deg):
         phi = Expansion(x[n], deg, side)
         for last, rows in phi.rows():
-            S[n, rows].baddbmm_(phi.block(last), y[n])
+            S[n, :, rows].baddbmm_(y[n], phi.block(last).mT)
 
 
 def expand_apply(y: Tensor, x: Tensor, S: Tensor, deg: int, side: Side) -> None:
-    """``y += phi(x) S`` in place: y [N, c, e], x [N, d, c], S [N, D, e]."""
+    """``y += S phi(x)`` in place: y [N, e, c], x [N, d, c], S [N, e, D]."""
     for n in _groups(x, deg):
         phi = Expansion(x[n], deg, side)
         for last, rows in phi.rows():
-            y[n].baddbmm_(phi.block(last).mT, S[n, rows])
+            y[n].baddbmm_(S[n, :, rows], phi.block(last))
 
 
 def contract(x: Tensor, S: Tensor, y: Tensor, deg: int, side: Side) -> Tensor:
-    """The gradient of ``x`` [N, d, c] through phi, where dphi = S y^T: S [N, D, e], y [N, c, e]."""
+    """The gradient of ``x`` [N, d, c] through phi, where dphi = S^T y: S [N, e, D], y [N, e, c]."""
     dx = torch.empty_like(x)
     for n in _groups(x, deg):
         phi = Expansion(x[n], deg, side)
         for last, rows in phi.rows():
-            phi.accumulate_gradient(last, torch.bmm(S[n, rows], y[n].mT))
+            phi.accumulate_gradient(last, torch.bmm(S[n, :, rows].mT, y[n]))
         dx[n] = phi.gradient()
     return dx
 
@@ -318,32 +319,33 @@ class Sequence:
 
     def empty_state(self) -> Tensor:
         D = state_dim(self.Q.shape[-1], self.deg)
-        return self.K.new_zeros(self.rows, D, self.dv + 1, dtype=self.dtype)
+        return self.K.new_zeros(self.rows, self.dv + 1, D, dtype=self.dtype)
 
     def join_state(self, state: Tensor | None, keys: Tensor | None) -> Tensor | None:
-        """[b, h, D, dv] and [b, h, D] -> [N, D, e], a copy."""
+        """[b, h, D, dv] and [b, h, D] -> [N, e, D], a copy."""
         if state is None or keys is None:
             return None
-        return torch.cat([state, keys[..., None]], dim=-1).flatten(0, 1)
+        return torch.cat([state.mT, keys[:, :, None]], dim=2).flatten(0, 1)
 
     def split_state(self, S: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, D, e] -> [b, h, D, dv] and [b, h, D]."""
+        """[N, e, D] -> [b, h, D, dv] and [b, h, D]."""
         S = S.unflatten(0, (self.b, self.h))
-        return S[..., :-1], S[..., -1]
+        return S[:, :, :-1].mT, S[:, :, -1]
 
 
 def _state_numerator(x: _Chunk, S: Tensor | None) -> Tensor:
     """What the queries of a chunk read from the state: numerator and normaliser, [N, r, c, e]."""
-    y = x.v.new_zeros(*x.q.shape[:3], x.v.shape[-1])
+    (N, r, c, _), e = x.q.shape, x.v.shape[-1]
+    y = x.v.new_zeros(N, e, r * c)
     if S is not None:
-        expand_apply(y.flatten(1, 2), x.queries_for_state(), S, x.deg, "query")
-    return y
+        expand_apply(y, x.queries_for_state(), S, x.deg, "query")
+    return y.mT.unflatten(1, (r, c))
 
 
 def _update_state(x: _Chunk, S: Tensor) -> None:
     """The state before a chunk into the state after it, in place."""
     x.decay_(S)
-    expand_reduce(S, x.keys_for_state(), x.v, x.deg, "key")
+    expand_reduce(S, x.keys_for_state(), x.v.mT, x.deg, "key")
 
 
 def forward(
@@ -356,7 +358,7 @@ def forward(
 ) -> Tensor | None:
     """Writes ``out`` [b, t, hq, dv], ``norm`` [b, t, hq] and ``residual``; returns the final state.
 
-    ``S`` [N, D, e] or None is the initial state and is overwritten. ``norm`` is the sum of the
+    ``S`` [N, e, D] or None is the initial state and is overwritten. ``norm`` is the sum of the
     weights of the rescaled query (see the module's docstring). ``residual``, if wanted, is what
     rounding took from ``out``, in the same shape and dtype.
     """
@@ -381,8 +383,8 @@ def forward(
 
 
 def _numerator_gradient(do: Tensor, z: Tensor, delta: Tensor) -> Tensor:
-    """The gradient of numerator and normaliser, dn = do / z and dz = -delta / z: [N, r * c, e]."""
-    return torch.cat([do, -delta], dim=-1).div_(z).flatten(1, 2)
+    """The gradient of numerator and normaliser, dn = do / z and dz = -delta / z: [N, e, r * c]."""
+    return torch.cat([do, -delta], dim=-1).div_(z).flatten(1, 2).mT
 
 
 def backward(
@@ -396,9 +398,9 @@ def backward(
     dv: Tensor,
     d_gate: Tensor | None,
 ) -> Tensor | None:
-    """Writes the gradients dq, dk, dv, d_gate; returns that of the initial state, [N, D, e].
+    """Writes the gradients dq, dk, dv, d_gate; returns that of the initial state, [N, e, D].
 
-    ``S`` and ``dS`` [N, D, e] or None are the initial state and the gradient of the final one; both
+    ``S`` and ``dS`` [N, e, D] or None are the initial state and the gradient of the final one; both
     are overwritten. A first pass computes the states before every chunk again and gives dq; a
     second goes backwards with dS and gives dk, dv and d_gate.
 
@@ -444,17 +446,18 @@ def backward(
         d_gate_i = None if read is None else _sums_from(read[:, tokens])
         if dS is not None:
             k = x.keys_for_state()
-            dy = torch.zeros_like(x.v)
+            v = x.v.mT
+            dy = v.new_zeros(v.shape)
             expand_apply(dy, k, dS, deg, "key")
-            dv_i += dy[..., :-1]
+            dv_i += dy[:, :-1].mT
             if d_gate_i is not None:
-                written = (dy * x.v).sum(-1)
+                written = (dy * v).sum(1)
                 d_gate_i += _sums_before(written)
                 if index > 0 or starts_with_state:
                     # Through the whole chunk, from the state before it, if anything of it is left.
                     through = crossing - written.sum(-1)
                     d_gate_i += torch.where(x.L[:, -1].exp() > 0, through, 0)[:, None]
-            from_state = contract(k, dS, x.v, deg, "key").mT
+            from_state = contract(k, dS, v, deg, "key").mT
             dk_i += from_state if x.L is None else from_state * x.until_end[..., None]
         _intra_backward_keys(dk_i, dv_i, x.q, x.k, x.v, x.L, do, x.z, delta, d_gate_i, deg)
         sequence.store(dk, tokens, dk_i)
