@@ -78,12 +78,12 @@ def backward(bench: Bench) -> Iterator[Row]:
 def _passes(bench: Bench, mode: str) -> Iterator[Row]:
     peers, _ = bench.peers()
     for peer in peers:
-        errors = peer.errors(bench.problem, mode != "fwd")
         for problem in bench.problems():
             bench.say(f"{mode}: {peer.name}, {problem.t:,} tokens")
             row = {"mode": mode, "peer": peer.name, "note": peer.note, "t": problem.t}
             try:
                 timing = _time(peer, problem, mode, bench.effort)
+                errors = peer.errors(problem, mode != "fwd")
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 # One that has no room for this length has some for the others.
                 yield {**row, "failed": str(error).splitlines()[0]}

@@ -23,7 +23,6 @@ from retention._symmetric_power import state_dim
 from .problem import Inputs, Problem, Work, attention_work, linear_work, retention_work
 from .timing import Effort, Timing, time_call
 
-SAMPLE = 1024  # tokens that are compared with float64
 NAMES = ("dQ", "dK", "dV", "d_log_G")
 
 
@@ -42,8 +41,9 @@ class Peer:
         """The output, in the peer's layout."""
         raise NotImplementedError
 
-    def expected(self, *tensors: Tensor | None) -> Tensor:
-        """What the output should be, [b, t, hq, d], by a formula in the dtype of the tensors."""
+    def weights(self, scores: Tensor, decay: Tensor, deg: int) -> Tensor:
+        """The formula's weights of values, [b, heads, rows, t], by scaled scores and decays, which
+        are 0 for later tokens."""
         raise NotImplementedError
 
     def exact_work(self, problem: Problem, backward: bool) -> Work | None:
@@ -57,10 +57,15 @@ class Peer:
     # ---- the same for all
 
     def step(
-        self, problem: Problem, backward: bool, inputs: Inputs | None = None
+        self,
+        problem: Problem,
+        backward: bool,
+        inputs: Inputs | None = None,
+        d_out: Tensor | None = None,
     ) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]]]:
         """A call that returns the output and, with ``backward``, the gradients of the inputs."""
-        tensors = [self._own(x) for x in (inputs or problem.inputs())]
+        inputs = inputs or problem.inputs()
+        tensors = [self._own(x) for x in inputs]
         if not backward:
 
             def forward():
@@ -70,7 +75,7 @@ class Peer:
             return forward
         leaves = [None if x is None else x.requires_grad_() for x in tensors]
         given = [x for x in leaves if x is not None]
-        d_out = _ones_and_more(leaves[0])
+        d_out = self._own(_eighths(inputs.q) if d_out is None else d_out)
 
         def both():
             out = self.call(problem, *leaves)
@@ -83,24 +88,44 @@ class Peer:
         return time_call(self.step(problem, backward), problem.device, effort)
 
     def errors(self, problem: Problem, backward: bool) -> dict[str, float]:
-        """Relative to float64, in the Euclidean norm, on the first tokens and last key head."""
-        small = dataclasses.replace(
-            problem, b=1, t=min(SAMPLE, problem.t), hq=problem.hq // problem.h, h=1
-        )
-        inputs = small.inputs()
-        out, gradients = self.step(small, backward, inputs)()
-        wide = [None if x is None else x.detach().double() for x in inputs]
-        leaves = [x.requires_grad_() for x in wide if x is not None]
+        """Of the call that is timed, relative to float64 in the Euclidean norm: some rows of the
+        output, for the first sequence and last key head, and the gradients that these give."""
+        inputs = problem.inputs()
+        rows = sample_rows(problem)
+        group = problem.hq // problem.h
+        sample = (slice(1), rows, slice(-group, None))
+        d_out = torch.zeros_like(inputs.q)
+        d_out[sample] = _eighths(inputs.q[sample])
+        out, gradients = self.step(problem, backward, inputs, d_out)()
+        # Of the gradients like those of the inputs; each in the layout of the inputs.
+        q, *others = inputs
+        wide = [q[sample], *(None if x is None else x[:1, :, -1:] for x in others)]
+        wide = [None if x is None else x.detach().double().requires_grad_() for x in wide]
         with torch.enable_grad():
-            exact = self.expected(*wide)
-        errors = {"error": _relative(self._common(out), exact)}
+            exact = self.expected(problem, rows, *wide)
+        errors = {"error": _relative(self._common(out)[sample], exact)}
         if backward:
-            d_out = self._common(_ones_and_more(self._own(inputs.q))).double()
-            expected = torch.autograd.grad(exact, leaves, d_out, allow_unused=True)
-            for name, x, y in zip(NAMES, gradients, expected, strict=False):
+            leaves = [x for x in wide if x is not None]
+            wanted = torch.autograd.grad(exact, leaves, d_out[sample].double(), allow_unused=True)
+            for name, x, y in zip(NAMES, gradients, wanted, strict=False):
                 if x is not None:
-                    errors[f"error {name}"] = _relative(self._common(x) if x.ndim == 4 else x, y)
+                    x = self._common(x) if x.ndim == 4 else x
+                    x = x[sample] if name == "dQ" else x[:1, :, -1:]
+                    errors[f"error {name}"] = _relative(x, y)
         return errors
+
+    def expected(
+        self, problem: Problem, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None
+    ) -> Tensor:
+        """The formula for some rows: q [b, rows, hq, d], k and v [b, t, h, d], gates [b, t, h]."""
+        group = q.shape[2] // k.shape[2]
+        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) * problem.d**-0.5
+        later = torch.arange(k.shape[1], device=rows.device) > rows[:, None]
+        L = k.new_zeros(1, 1, k.shape[1]) if gates is None else gates.cumsum(1).transpose(1, 2)
+        decay = (L[:, :, rows, None] - L[:, :, None]).masked_fill(later, -torch.inf).exp()
+        weights = self.weights(scores, decay.repeat_interleave(group, 1), problem.deg)
+        return torch.einsum("bhij,bjhd->bihd", weights, v)
 
     def _own(self, x: Tensor | None) -> Tensor | None:
         if x is None or x.ndim == 3 or not self.heads_first:
@@ -119,8 +144,9 @@ class Retention(Peer):
     def call(self, problem: Problem, *tensors: Tensor | None) -> Tensor:
         return retention.power_retention(*tensors, deg=problem.deg, chunk_size=problem.chunk)
 
-    def expected(self, *tensors: Tensor | None) -> Tensor:
-        return retention.reference(*tensors)
+    def weights(self, scores: Tensor, decay: Tensor, deg: int) -> Tensor:
+        w = scores**deg * decay
+        return w / w.sum(-1, keepdim=True)
 
     def exact_work(self, problem: Problem, backward: bool) -> Work | None:
         problem = self._with_chunk(problem)
@@ -188,11 +214,8 @@ class Attention(Peer):
                 *tensors[:3], is_causal=True, enable_gqa=problem.hq != problem.h
             )
 
-    def expected(self, *tensors: Tensor | None) -> Tensor:
-        Q, K, V = (x.transpose(1, 2) for x in tensors[:3])
-        with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(Q, K, V, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2)
+    def weights(self, scores: Tensor, decay: Tensor, deg: int) -> Tensor:
+        return scores.masked_fill(decay == 0, -torch.inf).softmax(-1)
 
     def exact_work(self, problem: Problem, backward: bool) -> Work:
         return attention_work(problem, backward)
@@ -217,14 +240,8 @@ class SimpleGLA(Peer):
         Q, K, V, log_G = tensors
         return chunk_simple_gla(Q, K, V, g=log_G)[0]
 
-    def expected(self, *tensors: Tensor | None) -> Tensor:
-        Q, K, V, log_G = tensors
-        L = K.new_zeros(K.shape[:3]) if log_G is None else log_G
-        L = L.cumsum(1).transpose(1, 2)
-        q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
-        future = torch.ones(L.shape[-1], L.shape[-1], dtype=torch.bool, device=L.device).triu(1)
-        decay = (L[..., :, None] - L[..., None, :]).masked_fill(future, -torch.inf).exp()
-        return ((q @ k.mT * q.shape[-1] ** -0.5 * decay) @ v).transpose(1, 2)
+    def weights(self, scores: Tensor, decay: Tensor, deg: int) -> Tensor:
+        return scores * decay
 
     def exact_work(self, problem: Problem, backward: bool) -> Work:
         return linear_work(problem, backward)
@@ -249,13 +266,13 @@ class Upstream(Retention):
         return self._run(problem, backward, effort)[0]
 
     def errors(self, problem: Problem, backward: bool) -> dict[str, float]:
-        small = dataclasses.replace(
-            problem, b=1, t=min(SAMPLE, problem.t), hq=problem.hq // problem.h, h=1
-        )
-        _, out = self._run(small, False, Effort(0.0, 2, 2))
-        wide = [None if x is None else x.double() for x in small.inputs()]
-        exact = self.expected(*wide)
-        return {"error": _relative(out.to(exact.device), exact[:1, :, -1])}
+        inputs, rows = problem.inputs(), sample_rows(problem)
+        _, out = self._run(problem, False, Effort(0.0, 2, 2))
+        group = problem.hq // problem.h
+        wide = [inputs.q[:1, rows, -group:]]
+        wide += [None if x is None else x[:1, :, -1:] for x in inputs[1:]]
+        exact = self.expected(problem, rows, *(None if x is None else x.double() for x in wide))
+        return {"error": _relative(out.to(exact.device), exact)}
 
     def _run(self, problem: Problem, backward: bool, effort: Effort) -> tuple[Timing, Tensor]:
         with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +282,7 @@ class Upstream(Retention):
                 "problem": dataclasses.asdict(problem),
                 "backward": backward,
                 "effort": dataclasses.asdict(effort),
-                "sample": SAMPLE,
+                "rows": sample_rows(problem).tolist(),
                 "out": str(out),
             }
             command = [sys.executable, str(Path(__file__).with_name("upstream.py"))]
@@ -290,8 +307,16 @@ def all_peers(device: str, upstream: Path | None) -> list[Peer]:
     return [Retention(), RetentionPyTorch(), *attention, SimpleGLA(), Upstream(upstream)]
 
 
-def _ones_and_more(x: Tensor) -> Tensor:
-    """The gradient of the output: eighths, the same in every layout of heads and tokens."""
+def sample_rows(p: Problem) -> Tensor:
+    """Tokens whose outputs are compared: some of all, the last among them. Their weights of all
+    tokens take 128 MiB in float64."""
+    count = max(16, min(256, 2**24 // p.t // (p.hq // p.h)))
+    rows = torch.linspace(0, p.t - 1, min(count, p.t), dtype=torch.float64, device=p.device)
+    return rows.round().long()
+
+
+def _eighths(x: Tensor) -> Tensor:
+    """A gradient of the output: eighths, which every dtype holds."""
     index = torch.arange(x.shape[-1], device=x.device) % 7 - 3
     return (index / 8).to(x.dtype).expand(x.shape).contiguous()
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from retention.bench import compare, modes, peers, report
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
 
 import retention
-from retention import _kernels, _ops, cli
+from retention import _chunked, _kernels, _ops, cli
 from retention.lm.errors import UsageError
 
 SMALL = Problem(t=96, hq=4, h=2, d=16, chunk=32, dtype="float32", device="cpu")
@@ -93,15 +94,42 @@ def test_a_wrong_implementation_shows():
     assert errors["error dV"] == pytest.approx(0.01, rel=0.01)
 
 
+def test_a_wrong_state_shows(monkeypatch):
+    """Errors are those of the length and the chunks that are timed, in which states are read."""
+    monkeypatch.setattr(_chunked, "expand_apply", lambda *arguments: None)
+    assert peers.Retention().errors(SMALL, backward=False)["error"] > 0.1
+
+
+@pytest.mark.parametrize("change", [{}, {"gated": False}, {"hq": 2, "t": 400}], ids=str)
+def test_the_formula_of_some_rows_is_that_of_all(change):
+    problem = dataclasses.replace(SMALL, **change)
+    tensors = [None if x is None else x.double() for x in problem.inputs()]
+    rows = peers.sample_rows(problem)
+    assert len(rows) == min(problem.t, 256)
+    assert rows[-1] == problem.t - 1
+    given = tensors[0][:, rows], *tensors[1:]
+    expected = retention.reference(*tensors)
+    actual = peers.Retention().expected(problem, rows, *given)
+    torch.testing.assert_close(actual, expected[:, rows])
+    q, k, v = (x.transpose(1, 2) for x in tensors[:3])
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    actual = peers.all_peers("cpu", None)[2].expected(problem, rows, *given)
+    torch.testing.assert_close(actual, expected.transpose(1, 2)[:, rows])
+
+
+def test_fewer_rows_are_compared_where_tokens_are_many():
+    assert len(peers.sample_rows(dataclasses.replace(SMALL, t=2**20, hq=2, h=2))) == 16
+
+
 def test_gated_linear_attention_by_its_formula():
     """What flash-linear-attention is compared with: token by token."""
-    inputs = dataclasses.replace(SMALL, t=9, hq=2, h=2).inputs()
-    Q, K, V, log_G = (x.double() for x in inputs)
+    problem = dataclasses.replace(SMALL, t=9, hq=2, h=2)
+    Q, K, V, log_G = (x.double() for x in problem.inputs())
     state, expected = torch.zeros(1, 2, 16, 16, dtype=torch.float64), []
     for i in range(9):
         state = state * log_G[:, i, :, None, None].exp() + K[:, i, :, :, None] * V[:, i, :, None]
         expected.append((Q[:, i, :, None] @ state)[:, :, 0] / 4)
-    actual = peers.SimpleGLA().expected(Q, K, V, log_G)
+    actual = peers.SimpleGLA().expected(problem, torch.arange(9), Q, K, V, log_G)
     torch.testing.assert_close(actual, torch.stack(expected, 1))
 
 
