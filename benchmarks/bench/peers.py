@@ -112,6 +112,7 @@ class Peer:
                     x = self._common(x) if x.ndim == 4 else x
                     x = x[sample] if name == "dQ" else x[:1, :, -1:]
                     errors[f"error {name}"] = _relative(x, y)
+            errors["worst gradient"] = max(errors[f"error {name}"] for name in NAMES[:3])
         return errors
 
     def expected(
@@ -119,13 +120,13 @@ class Peer:
     ) -> Tensor:
         """The formula for some rows: q [b, rows, hq, d], k and v [b, t, h, d], gates [b, t, h]."""
         group = q.shape[2] // k.shape[2]
-        k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+        L = k.new_zeros(k.shape[:3]) if gates is None else gates.cumsum(1)
+        k, v, L = (x.repeat_interleave(group, 2) for x in (k, v, L))
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * problem.d**-0.5
         later = torch.arange(k.shape[1], device=rows.device) > rows[:, None]
-        L = k.new_zeros(1, 1, k.shape[1]) if gates is None else gates.cumsum(1).transpose(1, 2)
+        L = L.transpose(1, 2)
         decay = (L[:, :, rows, None] - L[:, :, None]).masked_fill(later, -torch.inf).exp()
-        weights = self.weights(scores, decay.repeat_interleave(group, 1), problem.deg)
-        return torch.einsum("bhij,bjhd->bihd", weights, v)
+        return torch.einsum("bhij,bjhd->bihd", self.weights(scores, decay, problem.deg), v)
 
     def _own(self, x: Tensor | None) -> Tensor | None:
         if x is None or x.ndim == 3 or not self.heads_first:

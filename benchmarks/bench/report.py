@@ -26,6 +26,7 @@ _PASS = {
     "share of ceiling": "of ceiling",
     "share of floor": "floor / time",
     "error": "error",
+    "worst gradient": "of dQ, dK, dV",
     "note": "",
 }
 _COLUMNS = {
@@ -96,7 +97,7 @@ def _cell(key: str, row: Row) -> str:
         return f"{value:.1%}"
     if key in ("t", "tokens/s"):
         return f"{value:,.0f}"
-    return f"{value:.1e}" if key == "error" else f"{value:.4g}"
+    return f"{value:.1e}" if key in ("error", "worst gradient") else f"{value:.4g}"
 
 
 class Crossover(NamedTuple):

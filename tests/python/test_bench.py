@@ -80,7 +80,7 @@ def test_the_chunk_that_is_chosen_is_counted():
 @pytest.mark.parametrize("change", [{}, {"gated": False}, {"b": 2}, {"hq": 2}], ids=str)
 def test_errors_are_roundings(peer, change):
     errors = peer.errors(dataclasses.replace(SMALL, **change), backward=True)
-    assert {"error", "error dQ", "error dK", "error dV"} <= errors.keys()
+    assert {"error", "error dQ", "error dK", "error dV", "worst gradient"} <= errors.keys()
     assert all(0 < x < 1e-5 for x in errors.values()), errors
 
 
