@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import multiprocessing
+import re
 import resource
 import subprocess
 import sys
@@ -200,10 +201,7 @@ def components(bench: Bench) -> Iterator[Row]:
                 torch.cuda.synchronize()
         times: dict[str, float] = {}
         for event in seen.key_averages():
-            name = event.key
-            if "retention::kernel::" in name:
-                name = name.split("retention::kernel::")[1].split("<")[0].split(">")[0]
-                name = name.removesuffix("Traits").removesuffix("::Params)")
+            name = part_name(event.key)
             micro = event.self_device_time_total if cuda else event.self_cpu_time_total
             times[name] = times.get(name, 0.0) + micro / calls / 1e3
         whole = sum(times.values())
@@ -218,6 +216,14 @@ def components(bench: Bench) -> Iterator[Row]:
                     "share": ms / whole,
                 }
         _free(problem.device)
+
+
+def part_name(name: str) -> str:
+    """Of a kernel of this library its own, of anything else what it is called."""
+    kernel = re.search(r"retention::kernel::(\w+)", name)
+    if kernel is None:
+        return name
+    return kernel[1] + (" backwards" if "retention::kernel::Direction)1" in name else "")
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -333,6 +333,27 @@ def test_the_other_modes_run(tmp_path, capsys):
     assert "fwd:" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ("run_kernel<{0}Gates, 4224ul>({0}Gates::Params)", "Gates"),
+        (
+            "run_kernel<{0}Output<{0}OutputTraits<cutlass::half_t, 64, 64, 4> >, 76928ul>("
+            "{0}Output<{0}OutputTraits<cutlass::half_t, 64, 64, 4> >::Params)",
+            "Output",
+        ),
+        ("run_kernel<{0}Carry<{0}CarryTraits<float, 64, 64, ({0}Direction)0> >, 2080ul>", "Carry"),
+        (
+            "run_kernel<{0}Carry<{0}CarryTraits<float, 64, 64, ({0}Direction)1> >, 2080ul>",
+            "Carry backwards",
+        ),
+        ("aten::bmm", "aten::bmm"),
+    ],
+)
+def test_parts_are_named_as_the_kernels_are(shown, expected):
+    assert modes.part_name(shown.format("retention::kernel::")) == expected
+
+
 def test_memory_is_what_a_call_takes(tmp_path):
     """Of a process of its own. Scores of 2 heads x 4096^2 elements are 128 MiB: not there."""
     chosen = ("--peers", "retention", "--out", str(tmp_path))
