@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     _, missing = bench.peers()
     rows = [row for mode in options.modes for row in MODES[mode](bench)]
     results = {
-        "environment": environment(bench.problem.device),
+        "environment": environment(bench.problem.device, options.commit),
         "ceilings": dataclasses.asdict(bench.ceilings),
         "options": dataclasses.asdict(bench.problem) | {"lengths": bench.lengths},
         "missing": missing,
@@ -102,15 +102,14 @@ def _bench(options: argparse.Namespace, console: Console) -> Bench:
     )
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """All that a figure may depend on."""
     about = retention.info()
     index = torch.device(device)
     name = "cpu" if index.type == "cpu" else f"cuda:{index.index or 0}"
     versions = {
-        "commit": _output(
-            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
-        )
+        "commit": commit
+        or _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
         or "unknown",
         "device": next(x["name"] for x in about["devices"] if x["device"] == name),
         "path": next(x["path"] for x in about["devices"] if x["device"] == name),

@@ -183,13 +183,14 @@ class RetentionPyTorch(Retention):
     def has_kernels(self, problem: Problem) -> bool:
         return False
 
-    def errors(self, problem: Problem, backward: bool) -> dict[str, float]:
-        with _kernels.turned_off():
-            return super().errors(problem, backward)
+    def step(self, *arguments, **options):
+        call = super().step(*arguments, **options)
 
-    def time(self, problem: Problem, backward: bool, effort: Effort) -> Timing:
-        with _kernels.turned_off():
-            return super().time(problem, backward, effort)
+        def without_kernels():
+            with _kernels.turned_off():
+                return call()
+
+        return without_kernels
 
 
 class Attention(Peer):

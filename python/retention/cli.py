@@ -235,6 +235,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
     )
     add("--seconds", _positive_float, 2.0, "how long to repeat each call", metavar="X")
+    described = "what git says"
+    add("--commit", str, None, "of this build, for the results", shown=described, metavar="NAME")
     bench.add_argument(
         "--quick", action="store_true", help="few tokens and few calls, to see that it works"
     )

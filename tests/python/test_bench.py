@@ -177,6 +177,26 @@ def test_the_kernels_can_be_turned_off(monkeypatch):
     assert _kernels._plans == {"some": "plan"}
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_pytorch_path_is_measured_without_kernels(monkeypatch, backward):
+    reasons = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            reasons.append(_kernels.device_reason("cuda", 0))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            reasons.append(_kernels.device_reason("cuda", 0))
+            return gradient
+
+    monkeypatch.setattr(peers.Retention, "call", lambda self, problem, q, *_: Watched.apply(q))
+    peers.RetentionPyTorch().step(SMALL, backward)()
+    assert reasons == ["kernels are turned off"] * (1 + backward)
+
+
 # ---- times --------------------------------------------------------------------------------------
 
 
@@ -288,8 +308,9 @@ def run(*arguments: str, lengths: tuple[str, ...] = ("64", "128")) -> int:
 
 def test_results_are_kept_with_all_that_they_depend_on(tmp_path, capsys):
     out = tmp_path / "results"
-    assert run("fwd", "fwd+bwd", "--out", str(out)) == 0
+    assert run("fwd", "fwd+bwd", "--commit", "abc", "--out", str(out)) == 0
     results = json.loads((out / "results.json").read_text())
+    assert results["environment"]["commit"] == "abc"
     wanted = {"commit", "device", "torch", "retention", "python", "threads", "compiler"}
     assert wanted <= results["environment"].keys()
     assert results["options"]["d"] == 16
