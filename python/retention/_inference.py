@@ -10,6 +10,9 @@ from retention._arguments import cast_for_autocast, check_keys_values, without_a
 from retention._numerics import integer_power, normalise, unit_exponent
 from retention._symmetric_power import Expansion, state_dim
 
+# Elements of phi at one time. Few queries, as a step has, take one product with the state.
+_PHI_ELEMENTS = 2**24
+
 
 def power_retention_inference(
     Q: Tensor,
@@ -159,13 +162,13 @@ def _read_state(
     r, tq = q.shape[2:4]
     if L is not None:
         q = q * (L[:, :, None, L.shape[-1] - tq :, None] / deg).exp()
-    phi = Expansion(q.flatten(2, 3).mT, deg, "query")  # [b, h, d, r tq]
-    n = z = 0
-    for last, rows in phi.rows():
-        block = phi.block(last).mT
-        n = n + block @ state[:, :, rows]
-        z = z + block @ keys[:, :, rows, None]
-    return n.unflatten(2, (r, tq)), z.unflatten(2, (r, tq))
+    most = max(1, _PHI_ELEMENTS // max(1, keys.numel()))
+    parts = []
+    for rows in q.flatten(2, 3).split(most, dim=2):
+        phi = Expansion(rows.mT, deg, "query").whole().mT  # [b, h, rows, D]
+        parts.append((phi @ state, phi @ keys[..., None]))
+    n, z = (torch.cat(x, dim=2).unflatten(2, (r, tq)) for x in zip(*parts, strict=True))
+    return n, z
 
 
 def _fold(

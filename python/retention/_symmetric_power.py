@@ -120,9 +120,10 @@ def _power(x: Tensor, order: int, width: int) -> Tensor:
 class Expansion:
     """phi of ``x`` [..., d, c], a group of rows at a time: those that share their last block.
 
-    The whole of phi is ``D`` rows for every token. It is never held: ``rows()`` names the slices of
-    the state, ``block(last)`` builds one of them, and ``accumulate_gradient(last, dphi)`` takes it
-    back through phi's Jacobian into the gradient of ``x``.
+    The whole of phi is ``D`` rows for every token. It is not held but for few of them: ``rows()``
+    names the slices of the state, ``block(last)`` builds one of them, and
+    ``accumulate_gradient(last, dphi)`` takes it back through phi's Jacobian into the gradient of
+    ``x``.
     """
 
     def __init__(self, x: Tensor, deg: int, side: Side):
@@ -154,6 +155,10 @@ class Expansion:
     def block(self, last: int) -> Tensor:
         """phi's rows with this last block: [..., rows, c]."""
         return _raise_degree(self._lower(last), self.x, last, self._prefix(last), self.width)
+
+    def whole(self) -> Tensor:
+        """All rows at once, for few tokens: [..., D, c]."""
+        return torch.cat([self.block(last) for last, _ in self.rows()], dim=-2)
 
     def accumulate_gradient(self, last: int, dphi: Tensor) -> None:
         """Adds ``dphi`` [..., rows, c] of one block, through the Jacobian of ``block(last)``."""
@@ -219,5 +224,5 @@ def expand(x: Tensor, deg: int = 2, side: Side = "key") -> Tensor:
     if side not in ("key", "query"):
         raise ValueError(f"side: expected 'key' or 'query', got {side!r}")
     phi = Expansion(x.reshape(-1, x.shape[-1]).mT, deg, side)
-    rows = torch.cat([phi.block(last) for last, _ in phi.rows()], dim=-2)
-    return rows.mT.reshape(*x.shape[:-1], rows.shape[-2])
+    rows = phi.whole().mT
+    return rows.reshape(*x.shape[:-1], rows.shape[-1])
