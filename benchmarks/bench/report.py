@@ -173,6 +173,8 @@ def _plots(results: Row, folder: Path) -> list[Path]:
             axes.plot(*zip(*points, strict=True), marker="o", label=peer, linewidth=weight)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log" if log else "linear")
+        if not log:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
