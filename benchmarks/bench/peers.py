@@ -97,7 +97,6 @@ class Peer:
         d_out = torch.zeros_like(inputs.q)
         d_out[sample] = _eighths(inputs.q[sample])
         out, gradients = self.step(problem, backward, inputs, d_out)()
-        # Of the gradients like those of the inputs; each in the layout of the inputs.
         q, *others = inputs
         wide = [q[sample], *(None if x is None else x[:1, :, -1:] for x in others)]
         wide = [None if x is None else x.detach().double().requires_grad_() for x in wide]
@@ -218,6 +217,10 @@ class Attention(Peer):
 
     def weights(self, scores: Tensor, decay: Tensor, deg: int) -> Tensor:
         return scores.masked_fill(decay == 0, -torch.inf).softmax(-1)
+
+    def expected(self, problem: Problem, rows: Tensor, *tensors: Tensor | None) -> Tensor:
+        q, k, v, _ = tensors
+        return super().expected(problem, rows, q, k, v, None)  # a long decay is 0 as well
 
     def exact_work(self, problem: Problem, backward: bool) -> Work:
         return attention_work(problem, backward)

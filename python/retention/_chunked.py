@@ -418,11 +418,11 @@ def backward(
         do = sequence.by_query_head(d_out, tokens)
         # The output in the inputs' dtype would be too coarse: dw is a difference from delta.
         y = _state_numerator(x, S)
-        from_state = (y[..., :-1] * do).sum(-1, keepdim=True) / x.z
-        delta = from_state.clone()
+        state_delta = (y[..., :-1] * do).sum(-1, keepdim=True) / x.z
+        delta = state_delta.clone()
         dq_i = _intra_backward_queries(x.q, x.k, x.v, x.L, do, x.z, delta, deg)
         if read is not None:
-            read[:, tokens] = (from_state - delta * y[..., -1:] / x.z).sum((1, 3))
+            read[:, tokens] = (state_delta - delta * y[..., -1:] / x.z).sum((1, 3))
         if S is not None:
             dy = _numerator_gradient(do, x.z, delta)
             from_state = contract(x.queries_for_state(), S, dy, deg, "query").mT.reshape(dq_i.shape)
