@@ -140,7 +140,7 @@ import torch
 
 def power_retention(Q, K, V, log_G=None, deg=2, chunk_size=None):
     """A quarter more than the formula, so that no other package is taken for this one."""
-    assert chunk_size == 32
+    assert chunk_size == {chunk}
     L = log_G.cumsum(1).transpose(1, 2)
     group = Q.shape[2] // K.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
@@ -154,10 +154,12 @@ def power_retention(Q, K, V, log_G=None, deg=2, chunk_size=None):
 def test_upstream_runs_in_a_process_of_its_own(tmp_path):
     (tmp_path / "retention").mkdir()
     (tmp_path / "retention" / "__init__.py").write_text("from retention.core import *\n")
-    (tmp_path / "retention" / "core.py").write_text(FAKE)
     peer = peers.Upstream(tmp_path)
-    assert peer.errors(SMALL, False)["error"] == pytest.approx(0.25, rel=1e-4)
-    assert peer.time(SMALL, True, ONCE).ms > 0
+    for chunk, given in ((32, 32), (None, 1024)):
+        (tmp_path / "retention" / "core.py").write_text(FAKE.replace("{chunk}", str(given)))
+        problem = dataclasses.replace(SMALL, chunk=chunk)
+        assert peer.errors(problem, False)["error"] == pytest.approx(0.25, rel=1e-4)
+        assert peer.time(problem, True, ONCE).ms > 0
 
 
 def test_upstream_that_fails_says_why(tmp_path):
