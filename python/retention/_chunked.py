@@ -336,10 +336,11 @@ class Sequence:
 def _state_numerator(x: _Chunk, S: Tensor | None) -> Tensor:
     """What the queries of a chunk read from the state: numerator and normaliser, [N, r, c, e]."""
     (N, r, c, _), e = x.q.shape, x.v.shape[-1]
+    if S is None:
+        return x.v.new_zeros(N, r, c, e)
     y = x.v.new_zeros(N, e, r * c)
-    if S is not None:
-        expand_apply(y, x.queries_for_state(), S, x.deg, "query")
-    return y.mT.unflatten(1, (r, c))
+    expand_apply(y, x.queries_for_state(), S, x.deg, "query")
+    return y.mT.contiguous().unflatten(1, (r, c))  # tokens come first in all that follows
 
 
 def _update_state(x: _Chunk, S: Tensor) -> None:
