@@ -92,14 +92,11 @@ class Peer:
         output, for the first sequence and last key head, and the gradients that these give."""
         inputs = problem.inputs()
         rows = sample_rows(problem)
-        group = problem.hq // problem.h
-        sample = (slice(1), rows, slice(-group, None))
+        sample = sampled_outputs(problem, rows)
         d_out = torch.zeros_like(inputs.q)
         d_out[sample] = _eighths(inputs.q[sample])
         out, gradients = self.step(problem, backward, inputs, d_out)()
-        q, *others = inputs
-        wide = [q[sample], *(None if x is None else x[:1, :, -1:] for x in others)]
-        wide = [None if x is None else x.detach().double().requires_grad_() for x in wide]
+        wide = [None if x is None else x.requires_grad_() for x in in_float64(inputs, sample)]
         with torch.enable_grad():
             exact = self.expected(problem, rows, *wide)
         errors = {"error": _relative(self._common(out)[sample], exact)}
@@ -271,12 +268,10 @@ class Upstream(Retention):
         return self._run(problem, backward, effort)[0]
 
     def errors(self, problem: Problem, backward: bool) -> dict[str, float]:
-        inputs, rows = problem.inputs(), sample_rows(problem)
         _, out = self._run(problem, False, Effort(0.0, 2, 2))
-        group = problem.hq // problem.h
-        wide = [inputs.q[:1, rows, -group:]]
-        wide += [None if x is None else x[:1, :, -1:] for x in inputs[1:]]
-        exact = self.expected(problem, rows, *(None if x is None else x.double() for x in wide))
+        rows = sample_rows(problem)
+        wide = in_float64(problem.inputs(), sampled_outputs(problem, rows))
+        exact = self.expected(problem, rows, *wide)
         return {"error": _relative(out.to(exact.device), exact)}
 
     def _run(self, problem: Problem, backward: bool, effort: Effort) -> tuple[Timing, Tensor]:
@@ -318,6 +313,17 @@ def sample_rows(p: Problem) -> Tensor:
     count = max(16, min(256, 2**24 // p.t // (p.hq // p.h)))
     rows = torch.linspace(0, p.t - 1, min(count, p.t), dtype=torch.float64, device=p.device)
     return rows.round().long()
+
+
+def sampled_outputs(p: Problem, rows: Tensor) -> tuple[slice, Tensor, slice]:
+    """Where these rows are in [b, t, hq, d]: of the first sequence and the last key head."""
+    return slice(1), rows, slice(-(p.hq // p.h), None)
+
+
+def in_float64(inputs: Inputs, sample: tuple[slice, Tensor, slice]) -> list[Tensor | None]:
+    """What the sampled outputs are made of: their queries, and all tokens of their key head."""
+    parts = [inputs.q[sample], *(None if x is None else x[:1, :, -1:] for x in inputs[1:])]
+    return [None if x is None else x.detach().double() for x in parts]
 
 
 def _eighths(x: Tensor) -> Tensor:
