@@ -5,6 +5,7 @@ import torch
 
 import retention
 from cases import Case, error, make
+from retention import _inference
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-11
@@ -48,6 +49,16 @@ def test_state_alone():
     empty = {name: torch.zeros_like(x) for name, x in state.items()}
     out, *_ = retention.power_retention_inference(inputs["Q"], None, None, **empty)
     assert not out.any()
+
+
+def test_many_queries_read_the_state_in_parts(monkeypatch):
+    case = Case(t=9, state=True)
+    inputs = make(case)
+    # Three rows of phi at a time, of 2 sequences and 2 key heads.
+    rows = 3 * case.b * case.h * retention.state_dim(case.d)
+    monkeypatch.setattr(_inference, "_PHI_ELEMENTS", rows)
+    out, *_ = retention.power_retention_inference(**tail(inputs, 7), switch_over_seq_len=None)
+    assert error(out, retention.reference(**inputs)[:, -7:]) < TOLERANCE
 
 
 @pytest.mark.parametrize("deg", [2, 4])
