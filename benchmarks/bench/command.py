@@ -87,7 +87,7 @@ def _bench(options: argparse.Namespace, console: Console) -> Bench:
     )
     effort = QUICK if options.quick else Effort(seconds=options.seconds)
     if kind == "cuda":
-        torch.cuda.set_device(torch.device(device))
+        torch.cuda.set_device(torch.device(device).index or 0)
     ceilings = measure_ceilings(device, DTYPES[dtype], effort)
     say = (lambda text: None) if options.quiet else (lambda text: console.print(text, style="dim"))
     return Bench(
