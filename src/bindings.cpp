@@ -220,6 +220,10 @@ std::size_t workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
   return retention::device::workspace_size(Pass::read(sizes, pointers));
 }
 
+int forward_chunk_size(nb::tuple const& sizes, nb::tuple const& pointers) {
+  return retention::device::chunk_size(Forward::read(sizes, pointers));
+}
+
 template <class Pass>
 void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
          std::uintptr_t stream) {
@@ -329,6 +333,16 @@ of range, and TypeError for what is not an integer.)");
                      "pointers: tuple[int, ...]) -> int"),
              R"(Bytes of device memory that forward needs as its workspace on the current device;
 0 for sizes that make no sense. Of the pointers it matters which are 0.
+
+Arguments and errors as in forward_can_implement.)");
+
+  module.def(
+      "forward_chunk_size", &forward_chunk_size, "sizes"_a, "pointers"_a,
+      nb::sig("def forward_chunk_size(sizes: tuple[int, ...], pointers: tuple[int, ...]) "
+              "-> int"),
+      R"(Tokens of a chunk as forward takes it, given or chosen: from the number of tokens up,
+no chunks; 0 for sizes that make no sense. Of the pointers it matters whether that of
+cu_seqlens is 0.
 
 Arguments and errors as in forward_can_implement.)");
 

@@ -154,6 +154,12 @@ std::size_t workspace_size(ForwardArguments const& arguments) {
                                 : 0;
 }
 
+int chunk_size(ForwardArguments const& arguments) {
+  return check_sizes(arguments)
+             ? ForwardPlan::make(arguments, multiprocessors()).arguments.chunk_size
+             : 0;
+}
+
 Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stream) {
   if (Status status = can_implement(arguments); !status) {
     return status;

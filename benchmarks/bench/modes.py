@@ -106,10 +106,7 @@ def _time(peer: Peer, problem: Problem, mode: str, effort: Effort) -> Timing:
 def _shares(bench: Bench, peer: Peer, problem: Problem, mode: str, timing: Timing) -> Row:
     """Rates, and of the time the share that the ceilings ask for exact work."""
     seconds = timing.ms / 1e3
-    row = {"tokens/s": problem.b * problem.t / seconds}
     exact, done = (work(problem, mode != "fwd") for work in (peer.exact_work, peer.done_work))
-    if exact is None or done is None:
-        return row
     if mode == "bwd":
         exact, done = (
             Work(both.flops - alone.flops, both.bytes - alone.bytes)
@@ -118,7 +115,7 @@ def _shares(bench: Bench, peer: Peer, problem: Problem, mode: str, timing: Timin
                 (done, peer.done_work(problem, False)),
             )
         )
-    row["tflops"] = done.flops / seconds / 1e12
+    row = {"tokens/s": problem.b * problem.t / seconds, "tflops": done.flops / seconds / 1e12}
     row["share of ceiling"] = row["tflops"] / bench.ceilings.tflops
     row["share of floor"] = bench.ceilings.seconds(*exact) / seconds
     return row

@@ -46,11 +46,11 @@ class Peer:
         are 0 for later tokens."""
         raise NotImplementedError
 
-    def exact_work(self, problem: Problem, backward: bool) -> Work | None:
-        """The least that this takes; None where the library alone knows."""
+    def exact_work(self, problem: Problem, backward: bool) -> Work:
+        """The least that this takes."""
         raise NotImplementedError
 
-    def done_work(self, problem: Problem, backward: bool) -> Work | None:
+    def done_work(self, problem: Problem, backward: bool) -> Work:
         """What it does take, as far as it is known."""
         return self.exact_work(problem, backward)
 
@@ -145,27 +145,30 @@ class Retention(Peer):
         w = scores**deg * decay
         return w / w.sum(-1, keepdim=True)
 
-    def exact_work(self, problem: Problem, backward: bool) -> Work | None:
-        problem = self._with_chunk(problem)
-        return None if problem.chunk is None else retention_work(problem, backward)
+    def exact_work(self, problem: Problem, backward: bool) -> Work:
+        return retention_work(self.with_chunk(problem), backward)
 
-    def done_work(self, problem: Problem, backward: bool) -> Work | None:
-        problem = self._with_chunk(problem)
-        if problem.chunk is None:
-            return None
+    def done_work(self, problem: Problem, backward: bool) -> Work:
         rows = state_dim(problem.d, problem.deg)
-        return retention_work(problem, backward, rows, self.has_kernels(problem))
+        kernels = self.has_kernels(problem)
+        return retention_work(self.with_chunk(problem), backward, rows, kernels)
 
     def has_kernels(self, problem: Problem) -> bool:
         """Whether the compiled kernels take such a call."""
         inputs = dataclasses.replace(problem, t=1).inputs()
         return _kernels.cover(inputs.q, inputs.v, problem.deg)
 
-    def _with_chunk(self, p: Problem) -> Problem:
-        """The kernels keep the chunk that they choose to themselves."""
-        if p.chunk is not None or self.has_kernels(p):
-            return p
-        return dataclasses.replace(p, chunk=_ops.choose_chunk(p.t, p.d, p.d, p.deg, None, None))
+    def with_chunk(self, p: Problem) -> Problem:
+        """With the chunk that is taken, chosen or rounded; t for the quadratic form."""
+        chunk = None
+        if self.has_kernels(p):
+            # One token again and again: shapes are all that counts.
+            one = dataclasses.replace(p, t=1).inputs()
+            tensors = (x if x is None else x.expand(p.b, p.t, *x.shape[2:]) for x in one)
+            chunk = _kernels.chunk_taken(*tensors, p.deg, p.chunk)
+        if chunk is None:
+            chunk = _ops.choose_chunk(p.t, p.d, p.d, p.deg, p.chunk, None)
+        return dataclasses.replace(p, chunk=min(chunk, p.t))
 
 
 class RetentionPyTorch(Retention):
@@ -265,6 +268,10 @@ class Upstream(Retention):
             return "needs a GPU"
         return None
 
+    def with_chunk(self, p: Problem) -> Problem:
+        """It chooses none itself: without a chunk it is quadratic at every length."""
+        return dataclasses.replace(p, chunk=p.chunk or 1024)
+
     def time(self, problem: Problem, backward: bool, effort: Effort) -> Timing:
         timing, self._outputs[problem] = self._run(problem, backward, effort)
         return timing
@@ -284,7 +291,7 @@ class Upstream(Retention):
             out = Path(folder) / "out.pt"
             request = {
                 "folder": str(self.folder),
-                "problem": dataclasses.asdict(problem),
+                "problem": dataclasses.asdict(self.with_chunk(problem)),
                 "backward": backward,
                 "effort": dataclasses.asdict(effort),
                 "rows": sample_rows(problem).tolist(),

@@ -36,11 +36,8 @@ def main() -> None:
     problem = Problem(**request["problem"])
     inputs = problem.inputs()
 
-    # It chooses none itself: without a chunk it is quadratic at every length.
-    chunk = problem.chunk or 1024
-
     def attend(*tensors):
-        return power_retention(*tensors, deg=problem.deg, chunk_size=chunk)
+        return power_retention(*tensors, deg=problem.deg, chunk_size=problem.chunk)
 
     if request["backward"]:
         leaves = [x.requires_grad_() for x in inputs if x is not None]

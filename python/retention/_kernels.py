@@ -229,6 +229,18 @@ def plan_forward(
     return plan
 
 
+def chunk_taken(
+    Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int, chunk_size: int | None
+) -> int | None:
+    """Tokens of a chunk, as the kernels round or choose it, in a call of such tensors: from t up,
+    the quadratic form. None where the PyTorch path is taken."""
+    tensors = (Q, K, V, log_G, None, None, None)
+    plan = plan_forward(*tensors, deg, chunk_size, None, False, False, False)
+    if plan.reason is not None:
+        return None
+    return _C.forward_chunk_size(plan.sizes, (0,) * len(_C.FORWARD_POINTERS))
+
+
 def _signature(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()
 

@@ -83,6 +83,13 @@ int main() {
         static_cast<std::size_t>(retention::state_dim(a.head_dim, a.degree)) * 2 * 2 * (4096 / 512);
     std::size_t const bytes = device::workspace_size(a);
     expect(bytes >= rows * static_cast<std::size_t>(a.value_dim) * 2, "workspace_size");
+    expect(device::chunk_size(a) == 512, "chunk_size as given");
+    a.chunk_size = 0;
+    std::size_t const chosen_bytes = device::workspace_size(a);
+    a.chunk_size = device::chunk_size(a);
+    expect(a.chunk_size > 0 && a.chunk_size % 64 == 0, "chunk_size as chosen");
+    expect(device::workspace_size(a) == chosen_bytes, "the chosen chunk_size is what is taken");
+    a.chunk_size = 512;
     a.final_state = a.final_key_sum = some_address<float>();
     a.log_gate = some_address<float>();
     expect(device::workspace_size(a) > bytes, "workspace_size with gates");
@@ -99,6 +106,7 @@ int main() {
   expect(says(device::can_implement(a), why), "query_heads");
   expect(says(device::run(a, nullptr, nullptr), why), "run refuses what can_implement refuses");
   expect(device::workspace_size(a) == 0, "workspace_size of sizes that make no sense");
+  expect(device::chunk_size(a) == 0, "chunk_size of sizes that make no sense");
   a = arguments_for(compiled.empty() ? retention::kConfigurations[0] : compiled[0]);
   a.output_residual = static_cast<char*>(a.output) + 2;
   char const* const residual = compiled.empty() ? why : "output_residual: expected";

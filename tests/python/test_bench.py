@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from retention.bench.problem import Problem, attention_work, exact_state_dim, re
 from retention.bench.timing import Ceilings, Effort, Timing
 
 import retention
-from retention import _chunked, _kernels, _ops, cli
+from retention import _C, _chunked, _kernels, _ops, cli
 from retention.lm.errors import UsageError
 
 SMALL = Problem(t=96, hq=4, h=2, d=16, chunk=32, dtype="float32", device="cpu")
@@ -71,6 +73,63 @@ def test_the_chunk_that_is_chosen_is_counted():
     assert chosen < 4096
     work = peers.Retention().exact_work(p, backward=False)
     assert work == retention_work(dataclasses.replace(p, chunk=chosen), backward=False)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The CPU in place of a CUDA device whose kernels take every call; none of them is run."""
+    binding = SimpleNamespace(
+        forward_can_implement=lambda sizes, pointers: None,
+        forward_workspace_size=_C.forward_workspace_size,
+        forward_chunk_size=_C.forward_chunk_size,
+        FORWARD_POINTERS=_C.FORWARD_POINTERS,
+    )
+    monkeypatch.setattr(_kernels, "_C", binding)
+    monkeypatch.setattr(_kernels, "_plans", {})
+    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_compiled", lambda *configuration: True)
+    monkeypatch.setattr(
+        _kernels,
+        "_allocate",
+        lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype),
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return binding
+
+
+@pytest.mark.parametrize(
+    ("t", "chunk", "taken"),
+    [
+        (4096, None, 1024),  # the kernels' choice
+        (4096, 128, 128),
+        (4096, 100, 128),  # a multiple of 64
+        (2000, None, 2000),  # the quadratic form
+        (2000, 2000, 2000),
+        (100, 64, 64),
+    ],
+)
+@pytest.mark.parametrize("change", [{}, {"gated": False, "b": 2}], ids=str)
+def test_the_chunk_that_kernels_take_is_counted(kernels, t, chunk, taken, change):
+    p = dataclasses.replace(SMALL, t=t, d=64, chunk=chunk, dtype="bfloat16", **change)
+    counted = dataclasses.replace(p, chunk=taken)
+    rows = retention.state_dim(64)
+    peer = peers.Retention()
+    assert peer.with_chunk(p) == counted
+    for backward in (False, True):
+        assert peer.exact_work(p, backward) == retention_work(counted, backward)
+        done = retention_work(counted, backward, rows, kernels=True)
+        assert peer.done_work(p, backward) == done
+
+
+def test_other_paths_do_not_have_the_kernels_chunk(kernels):
+    p = dataclasses.replace(SMALL, t=4096, d=64, chunk=None, dtype="bfloat16")
+    chosen = _ops.choose_chunk(4096, 64, 64, 2, None, None)
+    assert peers.Retention().with_chunk(p).chunk != chosen
+    assert peers.RetentionPyTorch().with_chunk(p).chunk == chosen
+    assert peers.Upstream(None).with_chunk(p).chunk == 1024
+    kernels.forward_can_implement = lambda sizes, pointers: "too large"
+    _kernels._plans.clear()
+    assert peers.Retention().with_chunk(p).chunk == chosen
 
 
 # ---- peers --------------------------------------------------------------------------------------

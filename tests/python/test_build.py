@@ -124,6 +124,7 @@ def test_types_are_shipped():
     assert (INSTALLED / "py.typed").exists()
     stub = (INSTALLED / "_C.pyi").read_text()
     functions = ["block_width", "state_dim", "symmetric_power_row", "build_info"]
+    functions += ["forward_chunk_size"]
     for run in ("forward", "backward"):
         functions += [run, f"{run}_can_implement", f"{run}_workspace_size"]
     for name in functions:

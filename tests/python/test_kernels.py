@@ -141,13 +141,14 @@ def test_the_order_of_the_bindings_arguments():
     [
         (_C.forward_can_implement, packed),
         (_C.forward_workspace_size, packed),
+        (_C.forward_chunk_size, packed),
         (lambda sizes, pointers: _C.forward(sizes, pointers, 0, 0), packed),
         (_C.backward_can_implement, packed_backward),
         (_C.backward_workspace_size, packed_backward),
         (lambda sizes, pointers: _C.backward(sizes, pointers, 0, 0), packed_backward),
     ],
     ids=[
-        *("forward_can_implement", "forward_workspace_size", "forward"),
+        *("forward_can_implement", "forward_workspace_size", "forward_chunk_size", "forward"),
         *("backward_can_implement", "backward_workspace_size", "backward"),
     ],
 )
@@ -239,6 +240,39 @@ def test_workspace_sizes():
     assert _C.forward_workspace_size(*many) < 2 * 100_000 * 2 * 4
     # Whether states are held is the library's choice at this length: less would be no choice.
     assert _C.forward_workspace_size(*packed(tokens=2**20)) > 2**20
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"chunk_size": 128, "tokens": 1000}, 128),
+        ({"chunk_size": 128, "tokens": 128}, 128),
+        ({"chunk_size": 640}, 128),  # the quadratic form: a tile that has all 100 tokens
+        ({}, 128),
+        ({"tokens": 2**20}, 1024),
+        ({"tokens": 2**20, "sequences": 2**14, "cu_seqlens": 4}, 2**20 + 64),
+        ({"tokens": 0}, 0),
+        ({"chunk_size": 65}, 0),
+    ],
+    ids=str,
+)
+def test_chunk_sizes(changes, expected):
+    assert _C.forward_chunk_size(*packed(**changes)) == expected
+
+
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("dv", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [100, 4096, 2**20])
+def test_the_chunk_that_is_chosen_is_taken(d, dv, tokens):
+    """Given instead, it takes the same workspace, and others do not."""
+    shape = {"head_dim": d, "value_dim": dv, "tokens": tokens}
+    chosen = _C.forward_chunk_size(*packed(**shape))
+    assert chosen % 64 == 0
+    needed = _C.forward_workspace_size(*packed(**shape))
+    assert _C.forward_workspace_size(*packed(**shape, chunk_size=chosen)) == needed
+    if chosen < tokens:
+        for other in (chosen - 64, 2 * chosen):
+            assert _C.forward_workspace_size(*packed(**shape, chunk_size=other)) != needed
 
 
 # ---- without a GPU: which calls, and what is passed on ------------------------------------------

@@ -91,6 +91,11 @@ RETENTION_API Status can_implement(ForwardArguments const& arguments);
 /// multiprocessors, that of an H100 where there is none.
 RETENTION_API std::size_t workspace_size(ForwardArguments const& arguments);
 
+/// Tokens of a chunk as `run` takes it, given or chosen, the same on every device: from t up, no
+/// chunks; 0 for sizes that make no sense. Of the pointers it matters whether cu_seqlens is null.
+/// Given as chunk_size, it makes the same call.
+RETENTION_API int chunk_size(ForwardArguments const& arguments);
+
 /// Enqueues the work on `stream` of the current device, with no allocation and no synchronisation,
 /// so that it can be captured into a CUDA graph. `workspace` is 256-byte aligned, not shared with
 /// work in flight. Results are the same bits in every run.
