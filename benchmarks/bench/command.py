@@ -7,8 +7,14 @@ import dataclasses
 import os
 import platform
 import shutil
+import signal
 import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -30,8 +36,18 @@ _DEFAULTS = {
 _QUICK_LENGTHS = (256, 512)
 
 
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+# What else ends a run early goes on as the exception that it is.
+_STOPPED = {KeyboardInterrupt: ("interrupted", 130), Terminated: ("terminated", 143)}
+
+
 def run(options: argparse.Namespace) -> int:
-    """Measure what is asked for, or compare two runs. 1 where a comparison fails."""
+    """Measure what is asked for, or compare two runs. 1 where a comparison fails, 130 and 143 where
+    SIGINT and SIGTERM ended the run early. What was measured until then is kept."""
+    start = time.monotonic()
     console = Console(width=None if os.isatty(1) else 140)
     if options.modes[0] == "compare":
         if len(options.modes) != 3:
@@ -42,9 +58,9 @@ def run(options: argparse.Namespace) -> int:
     if unknown:
         names = ", ".join([*MODES, "compare"])
         raise UsageError(f"mode: expected some of {names}, got {unknown[0]!r}")
-    bench = _bench(options, console)
+    bench = _bench(options, console, start)
     _, missing = bench.peers()
-    rows = [row for mode in options.modes for row in MODES[mode](bench)]
+    rows: list[dict[str, Any]] = []
     results = {
         "environment": environment(bench.problem.device, options.commit),
         "ceilings": dataclasses.asdict(bench.ceilings),
@@ -52,14 +68,54 @@ def run(options: argparse.Namespace) -> int:
         "missing": missing,
         "rows": rows,
     }
-    report.print_tables(results, console)
-    if options.out is not None:
-        written = report.write(results, options.out)
-        console.print(f"written: {', '.join(str(path) for path in written)}")
+    try:
+        with _sigterm_raises():
+            for mode in options.modes:
+                for row in MODES[mode](bench):
+                    rows.append(row)
+                    if options.out is not None:
+                        # Nobody can answer SIGKILL, nor any signal while a compiler is busy.
+                        report.save(results | {"incomplete": "did not end"}, options.out)
+    except BaseException as error:
+        reason, code = _STOPPED.get(type(error), (f"{type(error).__name__}: {error}", None))
+        _report(results | {"incomplete": reason}, options.out, console)
+        if code is None:
+            raise
+        return code
+    _report(results, options.out, console)
     return 0
 
 
-def _bench(options: argparse.Namespace, console: Console) -> Bench:
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM is an exception, as SIGINT is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _report(results: dict[str, Any], out: Path | None, console: Console) -> None:
+    """Files first: a terminal may be gone."""
+    written = []
+    try:
+        if out is not None:
+            written = report.write(results, out)
+    finally:
+        report.print_tables(results, console)
+    if written:
+        console.print(f"written: {', '.join(str(path) for path in written)}")
+
+
+def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = device.split(":")[0]
     if kind not in _DEFAULTS:
@@ -89,7 +145,11 @@ def _bench(options: argparse.Namespace, console: Console) -> Bench:
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device).index or 0)
     ceilings = measure_ceilings(device, DTYPES[dtype], effort)
-    say = (lambda text: None) if options.quiet else (lambda text: console.print(text, style="dim"))
+
+    def say(text: str) -> None:
+        if not options.quiet:
+            console.print(f"{time.monotonic() - start:4.0f} s  {text}", style="dim")
+
     return Bench(
         problem,
         tuple(lengths),

@@ -31,7 +31,8 @@ def read(path: Path) -> Row:
 def compare(old: Row, new: Row, console: Console) -> bool:
     """Prints what both have measured of retention; whether nothing is slower beyond the spread.
 
-    Slower is a time whose lower quartile is above the upper quartile of the one before.
+    Slower is a time whose lower quartile is above the upper quartile of the one before. A run that
+    ended early counts as far as it came.
     """
     for where, name in (("environment", "device"), *(("options", key) for key in old["options"])):
         before, after = old[where].get(name), new[where].get(name)
@@ -45,6 +46,9 @@ def compare(old: Row, new: Row, console: Console) -> bool:
             if row["peer"] == "retention" and "low" in row
         }
 
+    for name, results in (("before", old), ("now", new)):
+        if "incomplete" in results:
+            console.print(f"the run {name} is incomplete: {results['incomplete']}", markup=False)
     before, after = times(old), times(new)
     both = [key for key in before if key in after]
     if not both:

@@ -83,6 +83,8 @@ def print_tables(results: Row, console: Console) -> None:
             console.print(f"{mode}: {crossing.text}")
     for name, reason in results["missing"].items():
         console.print(f"not measured: {name} ({reason})")
+    if "incomplete" in results:
+        console.print(f"incomplete: {results['incomplete']}", markup=False)
 
 
 def _cell(key: str, row: Row) -> str:
@@ -132,11 +134,18 @@ def crossover(rows: Iterable[Row], mode: str) -> Crossover | None:
     return Crossover(None, f"slower than attention up to {ratios[-1][0]:,} tokens")
 
 
+def save(results: Row, folder: Path) -> Path:
+    """results.json: whole, or as it was before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.json"
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    return new.replace(path)
+
+
 def write(results: Row, folder: Path) -> list[Path]:
     """results.json, results.csv and the plots that the rows give."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "results.json", folder / "results.csv"]
-    written[0].write_text(json.dumps(results, indent=1) + "\n")
+    written = [save(results, folder), folder / "results.csv"]
     keys = list(dict.fromkeys(key for row in results["rows"] for key in row))
     with written[1].open("w", newline="") as file:
         table = csv.DictWriter(file, keys)

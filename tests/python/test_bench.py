@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import math
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from retention.bench import compare, modes, peers, report
+from retention.bench import command, compare, modes, peers, report
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
 
@@ -329,6 +331,19 @@ def test_compare_fails_where_a_time_is_beyond_the_spread(tmp_path, capsys):
     assert cli.main(["bench", "compare", old + "/results.json", old]) == 0
 
 
+def test_compare_says_which_run_is_incomplete(tmp_path, capsys):
+    whole = saved(tmp_path / "whole", {1024: 1.0, 2048: 2.0})
+    part = saved(tmp_path / "part", {1024: 1.0})
+    path = tmp_path / "part" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"incomplete": "[/why]"}))
+    for name, runs in (("now", (whole, part)), ("before", (part, whole))):
+        assert cli.main(["bench", "compare", *runs]) == 0
+        shown = capsys.readouterr().out
+        assert f"the run {name} is incomplete: [/why]" in shown
+        assert shown.count("incomplete") == 1
+        assert "0 of 1 times are slower" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -364,9 +379,11 @@ def test_usage_errors_are_one_line(arguments, message, tmp_path, capsys):
 # ---- the command --------------------------------------------------------------------------------
 
 
+SHAPE = ("--h", "2", "--d", "16", "--device", "cpu")
+
+
 def run(*arguments: str, lengths: tuple[str, ...] = ("64", "128")) -> int:
-    shape = ("--t", *lengths, "--h", "2", "--d", "16", "--device", "cpu")
-    return cli.main(["bench", *arguments, *shape, "--quick"])
+    return cli.main(["bench", *arguments, "--t", *lengths, *SHAPE, "--quick"])
 
 
 def test_results_are_kept_with_all_that_they_depend_on(tmp_path, capsys):
@@ -459,6 +476,90 @@ def test_one_that_fails_at_a_length_is_said_to(monkeypatch, tmp_path, capsys):
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["failed"] for row in rows if row["t"] == 128] == ["out of memory"] * 2
     assert "failed" in capsys.readouterr().out
+
+
+def ends_early(monkeypatch, end):
+    """Times of two rows, and at the third what ends the run."""
+    calls = itertools.count(1)
+
+    def time(self, problem, backward, effort):
+        if next(calls) == 3:
+            end()
+        return Timing(1.0, 0.9, 1.1, 2, False)
+
+    monkeypatch.setattr(peers.Peer, "time", time)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "reason"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_run_that_is_stopped_keeps_what_it_has(
+    monkeypatch, tmp_path, capsys, number, code, reason
+):
+    before = signal.getsignal(number)
+    ends_early(monkeypatch, lambda: signal.raise_signal(number))
+    out = tmp_path / "stopped"
+    assert run("fwd", "--out", str(out)) == code
+    assert signal.getsignal(number) is before
+    results = json.loads((out / "results.json").read_text())
+    assert results["incomplete"] == reason
+    assert [row["ms"] for row in results["rows"]] == [1.0, 1.0]
+    with (out / "results.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+    assert (out / "throughput.png").exists()
+    shown = capsys.readouterr().out
+    assert "floor / time" in shown
+    assert f"incomplete: {reason}" in shown
+    assert "written: " in shown
+    assert cli.main(["bench", "compare", str(out), str(out)]) == 0
+
+
+def test_an_error_goes_on_after_all_is_kept(monkeypatch, tmp_path, capsys):
+    def fail():
+        raise ValueError("of [/some] kind")
+
+    ends_early(monkeypatch, fail)
+    with pytest.raises(ValueError, match="kind"):
+        run("fwd", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["incomplete"] == "ValueError: of [/some] kind"
+    assert len(results["rows"]) == 2
+    assert "incomplete: ValueError: of [/some] kind" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_has_written_its_rows(monkeypatch, tmp_path):
+    seen = []
+    ends_early(monkeypatch, lambda: seen.append((tmp_path / "results.json").read_text()))
+    assert run("fwd", "--out", str(tmp_path)) == 0
+    killed = json.loads(seen[0])
+    assert len(killed["rows"]) == 2
+    assert killed["incomplete"] == "did not end"
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert len(whole["rows"]) == 4
+    assert "incomplete" not in whole
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_terminal_that_is_gone_costs_no_results(monkeypatch, tmp_path):
+    def gone(results, console):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "print_tables", gone)
+    with pytest.raises(BrokenPipeError):
+        command.run(
+            cli._parser().parse_args(["bench", "host", *SHAPE, "--quick", "--out", str(tmp_path)])
+        )
+    assert "incomplete" not in json.loads((tmp_path / "results.json").read_text())
+
+
+def test_progress_says_how_long_it_took(monkeypatch, capsys):
+    ends_early(monkeypatch, lambda: None)
+    clock = itertools.count(100, 12)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert run("fwd", "--peers", "retention") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["  12 s  fwd: retention, 64 tokens", "  24 s  fwd: retention, 128 tokens"]
 
 
 def test_compare_reads_what_it_says(tmp_path):
