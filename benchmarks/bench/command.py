@@ -156,6 +156,7 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         effort,
         ceilings,
         options.upstream,
+        options.upstream_seconds,
         tuple(options.peers),
         ring=32 if options.quick else Bench.ring,
         say=say,

@@ -40,6 +40,7 @@ class Bench:
     effort: Effort
     ceilings: Ceilings
     upstream: Path | None = None
+    upstream_seconds: float = 300.0
     only: tuple[str, ...] = ()  # names of peers; all of them where empty
     ring: int = 512  # tokens that decoding keeps before it folds them into the state
     say: Callable[[str], None] = print
@@ -52,7 +53,7 @@ class Bench:
         """Those that can run here, and why the others cannot."""
         wanted = [
             peer
-            for peer in all_peers(self.problem.device, self.upstream)
+            for peer in all_peers(self.problem.device, self.upstream, self.upstream_seconds)
             if not self.only or any(peer.name.startswith(name) for name in self.only)
         ]
         reasons = {peer.name: peer.missing(self.problem) for peer in wanted}

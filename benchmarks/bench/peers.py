@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -257,8 +260,9 @@ class Upstream(Retention):
 
     name = "retention 1.0.7"
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, seconds: float = 300.0):
         self.folder = folder
+        self.seconds = seconds  # that a process may take: its first call tunes itself
         self._outputs: dict[Problem, Tensor] = {}  # of the sampled rows, as timed last
 
     def missing(self, problem: Problem) -> str | None:
@@ -298,16 +302,37 @@ class Upstream(Retention):
                 "out": str(out),
             }
             command = [sys.executable, str(Path(__file__).with_name("upstream.py"))]
-            done = subprocess.run(
-                command, input=json.dumps(request), capture_output=True, text=True, check=False
-            )
+            try:
+                done = _run_within(self.seconds, command, json.dumps(request))
+            except subprocess.TimeoutExpired:
+                limit = f"{self.seconds:g} s (--upstream-seconds)"
+                raise RuntimeError(f"{self.name}: not done after {limit}") from None
             if done.returncode != 0:
                 lines = done.stderr.strip().splitlines() or ["no message"]
                 raise RuntimeError(f"{self.name}: {lines[-1]}")
             return Timing(**json.loads(done.stdout.splitlines()[-1])), torch.load(out)
 
 
-def all_peers(device: str, upstream: Path | None) -> list[Peer]:
+def _run_within(seconds: float, command: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run`, but whatever ends it early ends the process's children as well."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, errors = process.communicate(text, timeout=seconds)
+        except BaseException:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
+                    os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()  # which Popen leaves out after a KeyboardInterrupt
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, errors)
+
+
+def all_peers(device: str, upstream: Path | None, upstream_seconds: float = 300.0) -> list[Peer]:
     """In the order of the tables: ours first."""
     backends = [(SDPBackend.FLASH_ATTENTION, "flash")]
     if device.startswith("cuda"):
@@ -316,7 +341,8 @@ def all_peers(device: str, upstream: Path | None) -> list[Peer]:
             (SDPBackend.EFFICIENT_ATTENTION, "efficient"),
         ]
     attention = [Attention(*backend) for backend in backends]
-    return [Retention(), RetentionPyTorch(), *attention, SimpleGLA(), Upstream(upstream)]
+    others = [SimpleGLA(), Upstream(upstream, upstream_seconds)]
+    return [Retention(), RetentionPyTorch(), *attention, *others]
 
 
 def sample_rows(p: Problem) -> Tensor:

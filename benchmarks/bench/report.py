@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -61,10 +62,13 @@ def print_tables(results: Row, console: Console) -> None:
     )
     for mode in dict.fromkeys(row["mode"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["mode"] == mode]
+        # Where something failed, for that and why.
+        needed = ("ms", "note") if any("failed" in row for row in rows) else ()
         columns = {
             key: heading
             for key, heading in _COLUMNS[mode].items()
-            if any(row.get(key if key != "spread" else "low") not in (None, "") for row in rows)
+            if key in needed
+            or any(row.get(key if key != "spread" else "low") not in (None, "") for row in rows)
         }
         table = Table(title=mode, title_justify="left")
         for key, heading in columns.items():
@@ -74,7 +78,7 @@ def print_tables(results: Row, console: Console) -> None:
             cells = [_cell(key, row) for key in columns]
             if "failed" in row:
                 cells[list(columns).index("ms")] = "failed"
-                cells[-1] = row["failed"][:60]
+                cells[-1] = escape(row["failed"][:60])
             table.add_row(*cells)
         console.print(table)
     for mode in ("fwd", "bwd", "fwd+bwd"):

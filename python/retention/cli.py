@@ -234,6 +234,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         shown="not measured",
         metavar="DIR",
     )
+    limit = "limit of each process of --upstream, which tunes itself first"
+    add("--upstream-seconds", _positive_float, 300.0, limit, metavar="X")
     add("--seconds", _positive_float, 2.0, "how long to repeat each call", metavar="X")
     described = "what git says"
     add("--commit", str, None, "of this build, for the results", shown=described, metavar="NAME")

@@ -9,6 +9,8 @@ import itertools
 import json
 import math
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,6 +232,73 @@ def test_upstream_that_fails_says_why(tmp_path):
     (tmp_path / "retention" / "__init__.py").write_text("raise OSError('no such device')")
     with pytest.raises(RuntimeError, match=r"retention 1\.0\.7: OSError: no such device"):
         peers.Upstream(tmp_path).time(SMALL, False, ONCE)
+
+
+SLOW = """
+import pathlib, subprocess, sys, time
+
+# A child as a compiler's: it holds none of the pipes.
+nothing = subprocess.DEVNULL
+sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(sleep, stdin=nothing, stdout=nothing, stderr=nothing)
+pathlib.Path(__file__).with_name("child").write_text(f"{child.pid}\\n")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def slow_upstream(tmp_path, monkeypatch):
+    """The folder of a package that takes a minute."""
+    (tmp_path / "retention").mkdir()
+    (tmp_path / "retention" / "__init__.py").write_text(SLOW)
+    monkeypatch.setattr(peers.Upstream, "missing", lambda self, problem: None)
+    return tmp_path
+
+
+def test_upstream_has_a_limit(slow_upstream, tmp_path):
+    start = time.monotonic()
+    limit = ("--upstream", str(slow_upstream), "--upstream-seconds", "0.5")
+    chosen = ("--peers", "retention 1", "attention", "--out", str(tmp_path / "out"))
+    assert run("fwd", "bwd", *limit, *chosen, lengths=("64",)) == 0
+    assert time.monotonic() - start < 60
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = [(row["mode"], row["peer"], row.get("failed")) for row in results["rows"]]
+    failed = "retention 1.0.7: not done after 0.5 s (--upstream-seconds)"
+    assert rows == [
+        (mode, *row)
+        for mode in ("fwd", "bwd")
+        for row in (("attention, flash", None), ("retention 1.0.7", failed))
+    ]
+    assert "incomplete" not in results
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"  # one that has ended may wait for a parent to ask
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_upstream_ends_with_its_children(slow_upstream):
+    """At an interruption as at its limit. A session of its own gets no signals of ours."""
+    note = slow_upstream / "retention" / "child"
+
+    def interrupt():
+        while not (note.exists() and note.read_text().endswith("\n")):
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        peers.Upstream(slow_upstream).time(SMALL, False, ONCE)
+    assert time.monotonic() - start < 60
+    child = int(note.read_text())
+    while is_running(child) and time.monotonic() - start < 60:
+        time.sleep(0.01)
+    assert not is_running(child)
 
 
 def test_the_kernels_can_be_turned_off(monkeypatch):
@@ -560,6 +629,17 @@ def test_progress_says_how_long_it_took(monkeypatch, capsys):
     assert run("fwd", "--peers", "retention") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["  12 s  fwd: retention, 64 tokens", "  24 s  fwd: retention, 128 tokens"]
+
+
+def test_where_all_fails_the_tables_say_so(monkeypatch, capsys):
+    def time(self, problem, backward, effort):
+        raise RuntimeError("no [/such] thing")
+
+    monkeypatch.setattr(peers.Peer, "time", time)
+    assert run("fwd", "--peers", "retention", lengths=("64",)) == 0
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    assert "no [/such] thing" in shown
 
 
 def test_compare_reads_what_it_says(tmp_path):
