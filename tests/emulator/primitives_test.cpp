@@ -3,7 +3,11 @@
 #include <cmath>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 #include <cute/arch/mma_sm80.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/util.hpp>
 #include <cute/numeric/numeric_types.hpp>
 #include <random>
 #include <vector>
@@ -88,6 +92,174 @@ void test_mma() {
       }
     }
   }
+}
+
+// D0 = C + A B and D1 = A[:, 0:16] B[0:16, :] for A [64 G, 32], B [32, N] and C and D [64 G, N], G
+// warpgroups. Each of two groups of products adds to D0; what is in flight reads as NaN.
+using Major = cute::SM90::GMMA::Major;
+
+template <class T, int N, Major kMajor>
+struct WarpgroupOperation;
+template <int N, Major kMajor>
+struct WarpgroupOperation<cute::bfloat16_t, N, kMajor> {
+  using type = cute::conditional_t<
+      N == 32, cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<Major::K, kMajor>,
+      cute::conditional_t<N == 64, cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<Major::K, kMajor>,
+                          cute::SM90::GMMA::MMA_64x128x16_F32BF16BF16_RS<Major::K, kMajor>>>;
+};
+template <int N, Major kMajor>
+struct WarpgroupOperation<cute::half_t, N, kMajor> {
+  using type = cute::conditional_t<
+      N == 32, cute::SM90::GMMA::MMA_64x32x16_F32F16F16_RS<Major::K, kMajor>,
+      cute::conditional_t<N == 64, cute::SM90::GMMA::MMA_64x64x16_F32F16F16_RS<Major::K, kMajor>,
+                          cute::SM90::GMMA::MMA_64x128x16_F32F16F16_RS<Major::K, kMajor>>>;
+};
+
+// Of accumulators in flight nobody may know.
+__attribute__((no_sanitize("thread"), noinline)) bool is_nan(float const* x) {
+  return std::isnan(*static_cast<float const volatile*>(x));
+}
+
+template <class T, int N, Major kMajor, int RowBytes>
+struct WarpgroupKernel {
+  using Mma = typename WarpgroupOperation<T, N, kMajor>::type;
+
+  static constexpr int kK = 32;
+  static constexpr int kWidth = RowBytes / 2;  // elements of a row of B in shared memory
+  // B is [N, k] or [k, N], and if rows are short, one [.., kWidth] after another; k are those that
+  // fill a row, of which some before the first stay unused.
+  static constexpr int kRows = kMajor == Major::K ? N : kK;
+  static constexpr int kFirst = kMajor == Major::K ? kWidth - kK : 0;
+  static constexpr int kColumns = kMajor == Major::K ? kWidth : N;
+  static constexpr int kTile = 1024;  // where it is in shared memory
+  static constexpr int kSharedBytes = kTile + 2 * kRows * kColumns;
+
+  struct Params {
+    T const* a;
+    T const* b;
+    float const* c;
+    float* d;  // [2, 64 G, N]
+    int* nan;  // [64 G]: accumulators that read as NaN where they should
+  };
+
+  static int byte_offset(int row, int column) {
+    int const offset = column / kWidth * kRows * RowBytes + row * RowBytes + column % kWidth * 2;
+    return offset ^ (offset / 128 % (RowBytes / 16) * 16);
+  }
+
+  void operator()(Params const& p, char* smem) const {
+    int const thread = threadIdx.x, threads = blockDim.x, warp = thread / 32;
+    int const group = thread % 32 / 4, quad = thread % 4;
+    for (int i = thread; i < kK * N; i += threads) {
+      int const k = i / N, n = i % N;
+      int const offset = kMajor == Major::K ? byte_offset(n, kFirst + k) : byte_offset(k, n);
+      *reinterpret_cast<T*>(smem + kTile + offset) = p.b[i];
+    }
+    uint32_t a[2][4];
+    for (int i = 0; i < 8; ++i) {
+      T const* row = p.a + (16 * warp + group + 8 * (i % 2)) * kK + 2 * quad + 8 * (i / 2);
+      a[i / 4][i % 4] = uint32_t{row[0].raw()} | uint32_t{row[1].raw()} << 16;
+    }
+    float d[2][N / 2];
+    auto at = [&](int i) {
+      return (16 * warp + group + 8 * (i / 2 % 2)) * N + i / 4 * 8 + 2 * quad + i % 2;
+    };
+    for (int i = 0; i < N / 2; ++i) {
+      d[0][i] = p.c[at(i)];
+    }
+
+    cute::GmmaDescriptor descriptor;
+    descriptor.bitfield.start_address_ =
+        cute::cast_smem_ptr_to_uint(smem + kTile + byte_offset(0, kFirst)) >> 4 & 0x3fff;
+    descriptor.bitfield.leading_byte_offset_ = kRows * RowBytes >> 4;
+    descriptor.bitfield.stride_byte_offset_ = 8 * RowBytes >> 4;
+    descriptor.bitfield.layout_type_ = static_cast<uint8_t>(
+        RowBytes == 128 ? cute::SM90::GMMA::LayoutType::B128 : cute::SM90::GMMA::LayoutType::B64);
+    uint64_t const b[2] = {descriptor, descriptor + (kMajor == Major::K ? 32 : 16 * RowBytes) / 16};
+
+    cute::tma_store_fence();
+    __syncthreads();
+    cute::warpgroup_arrive();
+    multiply(a[0], b[0], d[0], cute::SM90::GMMA::ScaleOut::One, std::make_index_sequence<N / 2>{});
+    multiply(a[0], b[0], d[1], cute::SM90::GMMA::ScaleOut::Zero, std::make_index_sequence<N / 2>{});
+    cute::warpgroup_commit_batch();
+    multiply(a[1], b[1], d[0], cute::SM90::GMMA::ScaleOut::One, std::make_index_sequence<N / 2>{});
+    cute::warpgroup_commit_batch();
+    bool nan = true;
+    for (int i = 0; i < N / 2; ++i) {
+      nan = nan && is_nan(&d[0][i]) && is_nan(&d[1][i]);
+    }
+    cute::warpgroup_wait<1>();
+    for (int i = 0; i < N / 2; ++i) {
+      p.d[threads / 2 * N + at(i)] = d[1][i];
+      nan = nan && is_nan(&d[0][i]);
+    }
+    cute::warpgroup_wait<0>();
+    for (int i = 0; i < N / 2; ++i) {
+      p.d[at(i)] = d[0][i];
+    }
+    p.nan[thread] = nan;
+  }
+
+  template <size_t... I>
+  static void multiply(uint32_t const (&a)[4], uint64_t b, float (&d)[N / 2],
+                       cute::SM90::GMMA::ScaleOut scale, std::index_sequence<I...>) {
+    Mma::fma(a[0], a[1], a[2], a[3], b, d[I]..., scale);
+  }
+};
+
+template <class T, int N, Major kMajor, int RowBytes>
+void test_warpgroup() {
+  using Kernel = WarpgroupKernel<T, N, kMajor, RowBytes>;
+  constexpr std::size_t kK = Kernel::kK;
+  for (unsigned seed = 0; seed < 2; ++seed) {
+    std::size_t const rows = 64 * (1 + seed);
+    std::mt19937 rng(seed);
+    std::normal_distribution<float> normal;
+    GlobalArray<T> a("a", rows * kK, true), b("b", kK * N, true);
+    GlobalArray<float> c("c", rows * N, true), d("d", 2 * rows * N);
+    GlobalArray<int> nan("nan", 2 * rows);
+    for (std::size_t i = 0; i < a.size(); ++i) {
+      a[i] = T(normal(rng) * (i % 16 == 15 ? 1e-6f : 1.0f));
+    }
+    for (T& x : b) {
+      x = T(normal(rng));
+    }
+    for (float& x : c) {
+      x = normal(rng);
+    }
+    run<Kernel>({{1}, {static_cast<unsigned>(2 * rows)}, Kernel::kSharedBytes, seed},
+                {a.data(), b.data(), c.data(), d.data(), nan.data()});
+    for (std::size_t i = 0; i < 2 * rows * N; ++i) {
+      bool const second = i >= rows * N;
+      std::size_t const m = i / N % rows, n = i % N;
+      double sum = second ? 0 : c[m * N + n], size = std::abs(sum);
+      for (std::size_t k = 0; k < (second ? 16 : kK); ++k) {
+        double const term = double(float(a[m * kK + k])) * double(float(b[k * N + n]));
+        sum += term;
+        size += std::abs(term);
+      }
+      RETENTION_CHECK(std::abs(d[i] - sum) <= 34 * 0x1p-24 * size);
+    }
+    for (int const x : nan) {
+      RETENTION_CHECK(x);
+    }
+  }
+}
+
+template <class T>
+void test_warpgroup() {
+  test_warpgroup<T, 32, Major::K, 128>();
+  test_warpgroup<T, 64, Major::K, 128>();
+  test_warpgroup<T, 128, Major::K, 128>();
+  test_warpgroup<T, 32, Major::K, 64>();
+  test_warpgroup<T, 64, Major::K, 64>();
+  test_warpgroup<T, 128, Major::K, 64>();
+  test_warpgroup<T, 64, Major::MN, 128>();
+  test_warpgroup<T, 128, Major::MN, 128>();
+  test_warpgroup<T, 32, Major::MN, 64>();
+  test_warpgroup<T, 64, Major::MN, 64>();
+  test_warpgroup<T, 128, Major::MN, 64>();
 }
 
 // Loads Count matrices of distinct values; lane's register i goes to out[i * 32 + lane].
@@ -313,6 +485,8 @@ void test_sparse() {
 int main() {
   test_mma<cute::bfloat16_t, cute::SM80_16x8x16_F32BF16BF16F32_TN>();
   test_mma<cute::half_t, cute::SM80_16x8x16_F32F16F16F32_TN>();
+  test_warpgroup<cute::bfloat16_t>();
+  test_warpgroup<cute::half_t>();
   test_load_matrix<cute::SM75_U32x1_LDSM_N, 1, false>();
   test_load_matrix<cute::SM75_U32x2_LDSM_N, 2, false>();
   test_load_matrix<cute::SM75_U32x4_LDSM_N, 4, false>();

@@ -156,6 +156,9 @@ void Launch::run_block(unsigned linear) {
   std::fill(cells_.begin(), cells_.end(), SharedCell{});
   warps_.assign((threads_.size() + 31) / 32, Warp{});
   barriers_.assign(kBarriers, Barrier{});
+  warpgroups_.assign((threads_.size() + kWarpgroupThreads - 1) / kWarpgroupThreads, {});
+  warpgroup_queues_.clear();
+  warpgroup_queues_.resize(warps_.size());
   auto const nothing = std::make_shared<Knowledge const>(threads_.size(), 0u);
   runnable_.clear();
   for (int i = 0; i < num_threads(); ++i) {
@@ -445,16 +448,29 @@ void Launch::touch_shared(std::size_t offset, std::size_t bytes, bool store, boo
       cell.async_thread = async ? static_cast<std::uint32_t>(thread.linear) + 1 : 0;
       continue;
     }
-    // A read that happened before this one need not be kept: who follows this one follows it.
-    Epoch* slot = nullptr;
-    for (Epoch& read : cell.reads) {
-      if (!read || happened_before(read, thread)) {
-        slot = &read;
-        break;
-      }
-    }
-    *(slot != nullptr ? slot : &cell.reads[random() % SharedCell::kReads]) = now;
+    remember_read(cell, thread);
   }
+}
+
+void Launch::remember_read(SharedCell& cell, Thread const& thread) {
+  // A read that happened before this one need not be kept: who follows this one follows it.
+  Epoch* slot = nullptr;
+  for (Epoch& read : cell.reads) {
+    if (!read || happened_before(read, thread)) {
+      slot = &read;
+      break;
+    }
+  }
+  *(slot != nullptr ? slot : &cell.reads[random() % SharedCell::kReads]) =
+      Epoch::of(thread.linear, thread.clock);
+}
+
+std::uint32_t Launch::shared_address(std::uintptr_t address, void* site) {
+  std::uintptr_t const offset = address - reinterpret_cast<std::uintptr_t>(shared_);
+  if (offset >= config_.shared_bytes) {
+    fail(Fault::kOutOfBounds, "the shared address of what is outside shared memory", site);
+  }
+  return static_cast<std::uint32_t>(offset);
 }
 
 void Launch::touch_global(Array& array, std::uintptr_t address, std::size_t bytes, Access kind,

@@ -11,6 +11,7 @@
 #include "emulator/emulator.hpp"
 #include "emulator/fiber.hpp"
 #include "memory.hpp"
+#include "warpgroup.hpp"
 
 namespace emulator::detail {
 
@@ -33,6 +34,8 @@ struct Thread {
   // Everything another thread did up to known[other] happens before what this thread does now.
   std::uint32_t clock = 1;
   std::shared_ptr<Knowledge const> known;
+
+  std::vector<std::uint32_t> proxy_fences;  // the clock at each
 
   std::vector<AsyncCopy> open_copies;
   std::deque<std::vector<AsyncCopy>> copy_groups;
@@ -85,6 +88,16 @@ class Launch {
                   void* site);
   void copy_async_wait(std::size_t pending, bool everything);
 
+  /// Where in shared memory `address` is.
+  std::uint32_t shared_address(std::uintptr_t address, void* site);
+  void fence_proxy_async();
+  /// The threads of a warpgroup meet, and order nothing.
+  void warpgroup_arrive();
+  // Of the running thread's warp, whose lanes have met.
+  void warpgroup_start(void* const* calls);
+  void warpgroup_commit();
+  void warpgroup_wait(unsigned pending, void* site);
+
   [[noreturn]] void fail(Fault fault, std::string const& what, void* site = nullptr);
   /// Called in a signal handler.
   [[noreturn]] void crash(std::uintptr_t address, void* site);
@@ -100,6 +113,10 @@ class Launch {
   std::uint64_t random();
   void check_alignment(std::uintptr_t address, std::size_t bytes, void* site);
   void touch_shared(std::size_t offset, std::size_t bytes, bool store, bool async, void* site);
+  void remember_read(SharedCell& cell, Thread const& thread);
+  void find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, void* site);
+  void check_pieces(WarpgroupProduct& product, int first, void* site);
+  void finish_product(WarpgroupProduct& product, int first, void* site);
   void touch_global(Array& array, std::uintptr_t address, std::size_t bytes, Access kind,
                     bool aligned, void* site);
   std::string deadlock_text() const;
@@ -120,6 +137,11 @@ class Launch {
   std::uint32_t block_mark_ = 0;  // 1 + linear block index
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
+  std::vector<std::vector<int>> warpgroups_;      // who has arrived
+  std::vector<WarpgroupQueue> warpgroup_queues_;  // of each warp
+  int accumulators_in_flight_ = 0;
+  std::vector<std::unique_ptr<WarpgroupProduct>> spare_products_;
+  std::vector<std::unique_ptr<WarpgroupAccumulators>> spare_accumulators_;
   std::uintptr_t stack_ = 0;  // lowest address of the running fiber's
 
   std::vector<char> shared_pages_;

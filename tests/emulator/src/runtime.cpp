@@ -9,6 +9,7 @@
 #include <stdexcept>
 
 #include "block.hpp"
+#include "elements.hpp"
 
 #if defined(__x86_64__) && !defined(EMULATOR_USE_UCONTEXT)
 // emulator_switch(from, to): saves the callee-saved registers and the stack pointer, and goes on
@@ -41,6 +42,8 @@ emulator_switch:
 namespace emulator {
 
 using detail::active;
+using detail::bfloat16_value;
+using detail::float16_value;
 using detail::Inside;
 using detail::Launch;
 
@@ -56,6 +59,10 @@ char const* to_string(Fault fault) {
       return "uninitialized";
     case Fault::kAsyncPending:
       return "cp.async pending";
+    case Fault::kWarpgroupPending:
+      return "wgmma pending";
+    case Fault::kProxy:
+      return "no proxy fence";
     case Fault::kRace:
       return "race";
     case Fault::kDivergence:
@@ -182,27 +189,6 @@ void collective(char const* operation, std::uint32_t mask, Operand& operand,
 template <class Operand>
 Operand& lane(void* const* operands, int i) {
   return *static_cast<Operand*>(operands[i]);
-}
-
-float bfloat16_value(std::uint32_t bits) {
-  bits = (bits & 0xffff) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float float16_value(std::uint32_t bits) {
-  std::uint32_t const sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
-  // The exponent is 112 too small when the half's bits are moved into place; denormals included.
-  std::uint32_t word = magnitude << 13;
-  float value;
-  std::memcpy(&value, &word, sizeof(value));
-  value *= 0x1p112f;
-  if (magnitude >= 0x7c00) {
-    word = 0x7f800000 | magnitude << 13;
-    std::memcpy(&value, &word, sizeof(value));
-  }
-  return sign != 0 ? -value : value;
 }
 
 struct ShuffleOperand {
@@ -422,6 +408,56 @@ void copy_async_commit() {
 void copy_async_wait(int pending, bool everything) {
   Inside const guard;
   active->copy_async_wait(static_cast<std::size_t>(pending), everything);
+}
+
+std::uint32_t shared_address(void const* pointer) {
+  Inside const guard;
+  return active->shared_address(reinterpret_cast<std::uintptr_t>(pointer),
+                                __builtin_return_address(0));
+}
+
+void fence_proxy_async() {
+  Inside const guard;
+  active->fence_proxy_async();
+}
+
+void warpgroup_arrive() {
+  Inside const guard;
+  active->warpgroup_arrive();
+}
+
+void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint32_t const (&a)[4],
+                   std::uint64_t b, float* d, bool adds) {
+  Inside const guard;
+  detail::WarpgroupCall mine{{a[0], a[1], a[2], a[3]},   b, d, adds, type, n, n_contiguous,
+                             __builtin_return_address(0)};
+  // A name for each instruction: lanes that are at different ones diverge.
+  char const* const names[2][2][3] = {
+      {{"wgmma.n32.bf16", "wgmma.n64.bf16", "wgmma.n128.bf16"},
+       {"wgmma.n32.bf16.trans", "wgmma.n64.bf16.trans", "wgmma.n128.bf16.trans"}},
+      {{"wgmma.n32.f16", "wgmma.n64.f16", "wgmma.n128.f16"},
+       {"wgmma.n32.f16.trans", "wgmma.n64.f16.trans", "wgmma.n128.f16.trans"}}};
+  collective(names[type != Element::kBFloat16][n_contiguous][n / 64], kFullWarp, mine,
+             [](void* const* operands, std::uint32_t) { active->warpgroup_start(operands); });
+}
+
+void warpgroup_commit() {
+  Inside const guard;
+  active->warp_collective(
+      "warpgroup_commit_batch()", kFullWarp, nullptr,
+      [](void* const*, std::uint32_t) { active->warpgroup_commit(); }, false);
+}
+
+void warpgroup_wait(int pending) {
+  Inside const guard;
+  struct Operand {
+    unsigned pending;
+    void* site;
+  } mine{static_cast<unsigned>(pending), __builtin_return_address(0)};
+  collective("warpgroup_wait()", kFullWarp, mine, [](void* const* operands, std::uint32_t) {
+    auto const& any = lane<Operand>(operands, 0);
+    active->warpgroup_wait(any.pending, any.site);
+  });
 }
 
 namespace {

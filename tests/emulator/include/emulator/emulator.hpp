@@ -23,14 +23,16 @@ struct Dim3 {
 /// What a launch can be stopped for.
 enum class Fault {
   kNone,
-  kOutOfBounds,    // an access outside the arrays, shared memory and stacks of the launch
-  kMisaligned,     // an access whose address is not a multiple of its size
-  kUninitialized,  // a load of a shared word that nobody has written
-  kAsyncPending,   // a touch of a cp.async target before the matching wait
-  kRace,           // two threads, one writing, with no barrier between; or two blocks
-  kDivergence,     // lanes of a warp at different warp-wide instructions
-  kDeadlock,       // a barrier that not every thread reaches
-  kCrash,          // a memory fault in code that was not compiled with instrumentation
+  kOutOfBounds,       // an access outside the arrays, shared memory and stacks of the launch
+  kMisaligned,        // an access whose address is not a multiple of its size
+  kUninitialized,     // a load of a shared word that nobody has written
+  kAsyncPending,      // a touch of a cp.async target before the matching wait
+  kWarpgroupPending,  // a touch of an accumulator of wgmma before the matching wait
+  kProxy,             // wgmma on what no fence.proxy.async of its writer followed
+  kRace,              // two threads, one writing, with no barrier between; or two blocks
+  kDivergence,        // lanes of a warp at different warp-wide instructions
+  kDeadlock,          // a barrier that not every thread reaches
+  kCrash,             // a memory fault in code that was not compiled with instrumentation
 };
 
 char const* to_string(Fault fault);
@@ -137,6 +139,23 @@ void copy_async_commit();
 /// Waits until at most `pending` committed groups remain; all of them and the open one if 0 with
 /// `everything` set (cp.async.wait_all).
 void copy_async_wait(int pending, bool everything);
+
+/// Where in shared memory, which starts at a multiple of 1024, `pointer` points to.
+std::uint32_t shared_address(void const* pointer);
+
+/// fence.proxy.async: what this thread wrote to shared memory wgmma may read after a barrier.
+void fence_proxy_async();
+
+/// wgmma.fence, wgmma.commit_group and wgmma.wait_group.
+void warpgroup_arrive();
+void warpgroup_commit();
+void warpgroup_wait(int pending);
+
+/// wgmma.m64n{n}k16 with A in registers and fp32 accumulators, the lane's n / 2 at `d`: they read
+/// as NaN until the matching wait, and so late B is read. `b` is its descriptor, `n_contiguous`
+/// which of its dimensions is.
+void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint32_t const (&a)[4],
+                   std::uint64_t b, float* d, bool adds);
 
 /// Atomics are exempt from race reports among themselves.
 float atomic_add(float* address, float value);

@@ -1,0 +1,106 @@
+// CuTe's wgmma wrappers with A in registers and fp32 accumulators, answered by the emulator.
+
+#pragma once
+
+#define warpgroup_arrive warpgroup_arrive_device
+#define warpgroup_wait warpgroup_wait_device
+#define warpgroup_commit_batch warpgroup_commit_batch_device
+#define MMA_64x32x16_F32F16F16_RS MMA_64x32x16_F32F16F16_RS_device
+#define MMA_64x64x16_F32F16F16_RS MMA_64x64x16_F32F16F16_RS_device
+#define MMA_64x128x16_F32F16F16_RS MMA_64x128x16_F32F16F16_RS_device
+#define MMA_64x32x16_F32BF16BF16_RS MMA_64x32x16_F32BF16BF16_RS_device
+#define MMA_64x64x16_F32BF16BF16_RS MMA_64x64x16_F32BF16BF16_RS_device
+#define MMA_64x128x16_F32BF16BF16_RS MMA_64x128x16_F32BF16BF16_RS_device
+#include_next <cute/arch/mma_sm90_gmma.hpp>
+#undef warpgroup_arrive
+#undef warpgroup_wait
+#undef warpgroup_commit_batch
+#undef MMA_64x32x16_F32F16F16_RS
+#undef MMA_64x64x16_F32F16F16_RS
+#undef MMA_64x128x16_F32F16F16_RS
+#undef MMA_64x32x16_F32BF16BF16_RS
+#undef MMA_64x64x16_F32BF16BF16_RS
+#undef MMA_64x128x16_F32BF16BF16_RS
+
+#include "emulator/emulator.hpp"
+
+namespace cute {
+
+// warpgroup_fence_operand does nothing on a host: fma has given the emulator the registers'
+// address.
+
+inline void warpgroup_arrive() { ::emulator::warpgroup_arrive(); }
+
+template <int N>
+void warpgroup_wait() {
+  static_assert(N >= 0 && N <= 7, "WGMMA wait: N must be in range [0, 7]");
+  ::emulator::warpgroup_wait(N);
+}
+
+inline void warpgroup_commit_batch() { ::emulator::warpgroup_commit(); }
+
+namespace emulated {
+
+template <::emulator::Element Type, int N, SM90::GMMA::Major tnspA, SM90::GMMA::Major tnspB,
+          SM90::GMMA::ScaleIn scaleA, SM90::GMMA::ScaleIn scaleB>
+struct WarpgroupMma {
+  static_assert(tnspA == SM90::GMMA::Major::K,
+                "Register source operand A must have K major layout.");
+  static_assert(scaleA == SM90::GMMA::ScaleIn::One && scaleB == SM90::GMMA::ScaleIn::One,
+                "negated operands are not emulated");
+
+  using DRegisters = void;
+  using ARegisters = uint32_t[4];
+  using BRegisters = uint64_t[1];
+  using CRegisters = float[N / 2];
+
+  /// `rest`: N / 2 accumulators, then maybe the ScaleOut.
+  template <class... Rest>
+  static void fma(uint32_t const& a0, uint32_t const& a1, uint32_t const& a2, uint32_t const& a3,
+                  uint64_t const& desc_b, Rest&&... rest) {
+    static_assert(sizeof...(Rest) == N / 2 || sizeof...(Rest) == N / 2 + 1, "the accumulators");
+    Arguments arguments;
+    (arguments.take(rest), ...);
+    uint32_t const a[4] = {a0, a1, a2, a3};
+    ::emulator::warpgroup_mma(Type, N, tnspB == SM90::GMMA::Major::MN, a, desc_b,
+                              arguments.adjacent ? arguments.first : nullptr,
+                              arguments.scale == SM90::GMMA::ScaleOut::One);
+  }
+
+ private:
+  struct Arguments {
+    float* first = nullptr;
+    int count = 0;
+    bool adjacent = true;
+    SM90::GMMA::ScaleOut scale = SM90::GMMA::ScaleOut::One;
+
+    void take(float& accumulator) {
+      first = count == 0 ? &accumulator : first;
+      adjacent = adjacent && &accumulator == first + count;
+      ++count;
+    }
+    void take(SM90::GMMA::ScaleOut scale_out) { scale = scale_out; }
+  };
+};
+
+}  // namespace emulated
+
+namespace SM90::GMMA {
+
+// Structs, not aliases: CuTe's traits are specialised for each name.
+#define EMULATOR_WARPGROUP_MMA(name, type, n)                        \
+  template <Major tnspA, Major tnspB, ScaleIn scaleA = ScaleIn::One, \
+            ScaleIn scaleB = ScaleIn::One>                           \
+  struct name                                                        \
+      : emulated::WarpgroupMma<::emulator::Element::type, n, tnspA, tnspB, scaleA, scaleB> {}
+EMULATOR_WARPGROUP_MMA(MMA_64x32x16_F32F16F16_RS, kFloat16, 32);
+EMULATOR_WARPGROUP_MMA(MMA_64x64x16_F32F16F16_RS, kFloat16, 64);
+EMULATOR_WARPGROUP_MMA(MMA_64x128x16_F32F16F16_RS, kFloat16, 128);
+EMULATOR_WARPGROUP_MMA(MMA_64x32x16_F32BF16BF16_RS, kBFloat16, 32);
+EMULATOR_WARPGROUP_MMA(MMA_64x64x16_F32BF16BF16_RS, kBFloat16, 64);
+EMULATOR_WARPGROUP_MMA(MMA_64x128x16_F32BF16BF16_RS, kBFloat16, 128);
+#undef EMULATOR_WARPGROUP_MMA
+
+}  // namespace SM90::GMMA
+
+}  // namespace cute
