@@ -6,6 +6,7 @@ Everything is installed in the versions of constraints.txt and built in folders 
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,11 +56,16 @@ def has_gpu() -> bool:
 
 
 def cuda_options() -> dict[str, str]:
-    """CMake options: kernels for this machine's GPU, and none where there is no GPU to run them,
+    """CMake options: kernels for this machine's GPUs, and none where there is no GPU to run them,
     since compiling them takes long."""
-    if has_gpu():
-        return {"RETENTION_CUDA": "AUTO", "CMAKE_CUDA_ARCHITECTURES": "native"}
-    return {"RETENTION_CUDA": "OFF"}
+    if not has_gpu():
+        return {"RETENTION_CUDA": "OFF"}
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    # Not `native`, which is sm_90 where the kernels have main loops for sm_90a.
+    names = {x.replace(".", "") for x in answer.split()}
+    architectures = sorted(f"{x}a-real" if x == "90" else f"{x}-real" for x in names)
+    return {"RETENTION_CUDA": "AUTO", "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures)}
 
 
 MAX_WHEEL_MB = 30
@@ -75,7 +81,7 @@ QUICK = {
     "RETENTION_ELEMENTS": "bf16",
     "RETENTION_HEAD_DIMS": "64",
     "RETENTION_VALUE_DIMS": "64",
-    "CMAKE_CUDA_ARCHITECTURES": "90-real",
+    "CMAKE_CUDA_ARCHITECTURES": "90a-real",
 }
 
 

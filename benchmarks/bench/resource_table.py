@@ -2,9 +2,10 @@
 
 FILE is an object, a static or shared library or a cubin. The table has, for every kernel and
 architecture, registers, shared memory, stack and spills (bytes stored by STL, and how many STL and
-LDL there are), and then the kernel's loops that contain HMMA. Dynamic shared memory is chosen at
-launch, and no object knows it: `run_kernel` has its size as a template argument, a std::size_t, and
-so in its name.
+LDL there are), and then the kernel's loops that contain HMMA. An HGMMA, which four warps carry out,
+counts as the HMMA that a warp would need for its part, and its operand in shared memory as the
+warp's share of wavefronts. Dynamic shared memory is chosen at launch, and no object knows it:
+`run_kernel` has its size as a template argument, a std::size_t, and so in its name.
 
 Loops are natural loops of the control flow graph: what reaches a branch back to the header without
 passing it, wherever the compiler put it. An instruction counts for the innermost loop it is in.
@@ -102,8 +103,25 @@ class Instruction:
         return next((sizes[x] for x in self.opcode.split(".")[1:] if x in sizes), 4)
 
     @property
+    def hmma(self) -> int:
+        """How many HMMA.16816 its products are, of one warp."""
+        if self.is_a("HGMMA"):
+            return self.columns // 8  # a warp has 16 of the 64 rows
+        return int(self.is_a("HMMA"))
+
+    @property
+    def columns(self) -> int:
+        """Of the B operand of HGMMA."""
+        found = re.search(r"\.64x(\d+)x16\b", self.opcode)
+        if found is None:
+            raise ValueError(f"cannot tell the shape of {self.opcode}")
+        return int(found[1])
+
+    @property
     def wavefronts(self) -> int:
         """Of shared memory, without bank conflicts; cp.async (LDGSTS) is not counted."""
+        if self.is_a("HGMMA"):
+            return self.columns // 16  # 16 rows of two bytes a column, for four warps
         if self.guard == "@!PT":
             return 0  # never runs: the compiler puts LDS of this kind before LDGSTS
         if self.is_a("LDSM"):
@@ -130,10 +148,9 @@ class Counts:
     @classmethod
     def of(cls, code: Iterable[Instruction]) -> Counts:
         code = list(code)
-        hmma = sum(x.is_a("HMMA") for x in code)
         return cls(
-            hmma=hmma,
-            other=len(code) - hmma,
+            hmma=sum(x.hmma for x in code),
+            other=sum(not x.hmma for x in code),
             wavefronts=sum(x.wavefronts for x in code),
             packed=sum(x.multiplies_packed for x in code),
             transposed=sum(x.is_a("LDSM") and ".MT" in x.opcode for x in code),
@@ -238,7 +255,7 @@ def loops_of(code: Sequence[Instruction]) -> list[Loop]:
     entry = code[0].address
     live = reachable([entry], edges, None)
     for x in blocks.keys() - live:
-        if any(code[i].is_a("HMMA") for i in blocks[x]):
+        if any(code[i].hmma for i in blocks[x]):
             raise ValueError(f"HMMA in the code at {x:#x}, which no branch seems to reach")
     # Without its dominator a block cannot be reached.
     dominated = {x: live - reachable([entry], edges, x) for x in live}
@@ -261,7 +278,7 @@ def loops_of(code: Sequence[Instruction]) -> list[Loop]:
     loops = []
     for header, body in sorted(bodies.items()):
         own = body.difference(*(bodies[x] for x in bodies if x in body and x != header))
-        work = {x for x in own if any(code[i].is_a("HMMA", "LDGSTS") for i in blocks[x])}
+        work = {x for x in own if any(code[i].is_a("HMMA", "HGMMA", "LDGSTS") for i in blocks[x])}
         steady = {
             x
             for x in own
@@ -311,7 +328,7 @@ def analysed(kernel: Kernel, code: Sequence[Instruction]) -> Kernel:
         spilled = f"{kernel.spill_bytes} bytes spilled, {len(local)} STL and LDL"
         kernel.violations.append(f"{spilled}, where none is allowed")
     try:
-        kernel.loops = loops_of(code) if any(x.is_a("HMMA") for x in code) else []
+        kernel.loops = loops_of(code) if any(x.hmma for x in code) else []
         kernel.violations += name_loops(kernel)
     except ValueError as error:
         kernel.violations.append(str(error))

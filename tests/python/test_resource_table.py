@@ -128,6 +128,29 @@ def test_wavefronts_of_an_instruction(opcode: str, expected: int):
 
 
 @pytest.mark.parametrize(
+    ("opcode", "hmma", "wavefronts"),
+    [
+        ("HGMMA.64x32x16.F32", 4, 2),
+        ("HGMMA.64x64x16.F32.BF16", 8, 4),
+        ("HGMMA.64x128x16.F32.BF16", 16, 8),
+    ],
+)
+def test_an_hgmma_is_the_hmma_of_a_warp(opcode: str, hmma: int, wavefronts: int):
+    """A warp has 16 of its 64 rows, and a quarter of what it reads from shared memory."""
+    kernel = read(
+        loop("a", f"{opcode} R24, R4, gdesc[UR8].tnspB, R24, gsb0", "SHFL.IDX PT, R0, R1")
+    )
+    counts = kernel.loops[0].counts
+    assert (counts.hmma, counts.wavefronts) == (hmma, wavefronts + 1)
+    assert counts.other == read(loop("a", HMMA)).loops[0].counts.other + 1
+
+
+def test_an_hgmma_whose_shape_cannot_be_told():
+    kernel = read(loop("a", "HGMMA.SP.F32 R24, R4, gdesc[UR8], R24"))
+    assert kernel.violations == ["cannot tell the shape of HGMMA.SP.F32"]
+
+
+@pytest.mark.parametrize(
     ("opcode", "operands", "expected"),
     [
         ("HMUL2.BF16_V2", "R60, R60, R201.reuse", True),

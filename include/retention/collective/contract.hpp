@@ -20,6 +20,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
+#include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/symmetric_power.hpp"
 
@@ -53,7 +54,7 @@ struct Contract {
       cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kMmaRows>, cute::Int<kBlocks>>>;
 
   struct SharedStorage {
-    alignas(128) Element state[cute::cosize_v<StateLayout>];
+    alignas(kWarpgroupTileAlignment) Element state[cute::cosize_v<StateLayout>];
     alignas(128) Element key_sum[kStateDim];
     // Of block J and mma tile m, in each thread the four of a C fragment: its own.
     float4 gradient[kBlocks][kMmaRows][kThreads];
@@ -88,7 +89,7 @@ struct Contract {
                               float state_scale, float key_sum_scale, int first_row, int lane,
                               Gradient& gradient) {
     cute::Tensor x = cute::make_tensor(cute::make_smem_ptr(x_smem), RowLayout{});
-    cute::cp_async_wait<kStages - 2>();
+    wait_for_copies<kStages - 2>();
     __syncthreads();  // x and y are there
     {
       cute::Tensor y = cute::make_tensor(cute::make_smem_ptr(y_smem), ValueLayout{});
@@ -140,17 +141,21 @@ struct Contract {
     cute::cp_async_fence();
   }
 
+  using Values = std::uint32_t[kMmaRows][ValueDim / 16][4];  // y as the A operand: [row, dv]
+  using Outer = float[kMmaRows][2][8];                       // [m, upper, a]
+  using Native = float[kMmaRows][2][2];                      // [m, upper, b]
+
   // The gradient of S alone, in shared memory.
   template <class X, class Y>
   CUTE_DEVICE void add_state(X const& x, Y const& y, int first_row, int lane) {
     int const group = lane / 4;
     int const quad = lane % 4;
-    std::uint32_t a[kMmaRows][ValueDim / 16][4];  // y: [row, dv]
+    Values values;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int k = 0; k < ValueDim / 16; ++k) {
-        load_mma_a(y, first_row + 16 * m, 16 * k, lane, a[m][k]);
+        load_mma_a(y, first_row + 16 * m, 16 * k, lane, values[m][k]);
       }
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -161,59 +166,56 @@ struct Contract {
     int stage = 0;
 #pragma unroll 1
     for (int I = 0; I < kBlocks; ++I) {
-      float outer[kMmaRows][2][8];  // x[8 I + a]: [m, upper, a]
+      Outer outer;  // x[8 I + a]
       if constexpr (!kReloadOuter) {
         load_outer(x, first_row + group, I, outer);
       }
-      float outer_sum[kMmaRows][2][8] = {};  // dx[8 I + a], of the lane's b
+      Outer outer_sum = {};  // dx[8 I + a], of the lane's b
 #pragma unroll 1
       for (int J = I; J < kBlocks; ++J) {
-        cute::cp_async_wait<kStages - 2>();
+        wait_for_copies<kStages - 2>();
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1);
         if constexpr (kReloadOuter) {
           load_outer(x, first_row + group, I, outer);
         }
-        Element const* tile = shared_.state + stage * (kTileRows * ValueDim);
         float const multiplicity = Multiplicity && I < J ? 2.0f : 1.0f;
-        float native[kMmaRows][2][2];  // x[8 J + b] and, as everything that follows, [m, upper, b]
+        Native native;  // x[8 J + b]
+        load_native(x, first_row + group, J, quad, multiplicity, native);
+        Native native_sum = {};  // dx[8 J + b]
+        // Takes the products with the eight rows of a value of a through the Jacobian.
+        auto const add = [&](int m, int a, float const* c) {
 #pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-          for (int upper = 0; upper < 2; ++upper) {
-            auto const pair = *reinterpret_cast<std::uint32_t const*>(
-                &x(first_row + group, 8 * J + 2 * quad, 0) + RowLayout{}(16 * m + 8 * upper, 0, 0));
-            native[m][upper][0] = multiplicity * detail::unpack_lo<Element>(pair);
-            native[m][upper][1] = multiplicity * detail::unpack_hi<Element>(pair);
+          for (int i = 0; i < 4; ++i) {
+            native_sum[m][i / 2][i % 2] =
+                fmaf(c[i], outer[m][i / 2][a], native_sum[m][i / 2][i % 2]);
+            outer_sum[m][i / 2][a] = fmaf(c[i], native[m][i / 2][i % 2], outer_sum[m][i / 2][a]);
           }
-        }
-        float native_sum[kMmaRows][2][2] = {};  // dx[8 J + b]
+        };
+        if constexpr (kHasWarpgroupMma) {
+          float c[kMmaRows][kTileRows / 2];  // dphi: [m, a, 4]
+          start(values, stage, c);
+          static_assert(kMmaRows == 2, "one after the other");
+          cute::warpgroup_wait<1>();
+          hold(c[0]);
 #pragma unroll
-        for (int outer_index = 0; outer_index < 8; ++outer_index) {
-          float c[kMmaRows][4] = {};  // dphi
+          for (int a = 0; a < 8; ++a) {
+            add(0, a, &c[0][4 * a]);
+          }
+          cute::warpgroup_wait<0>();
+          hold(c[1]);
 #pragma unroll
-          for (int k = 0; k < ValueDim / 16; k += 2) {
-            // State rows of one a, columns (0-7), (8-15), (16-23), (24-31)
-            std::uint32_t b[4];
-            cute::SM75_U32x4_LDSM_N::copy(
-                *reinterpret_cast<cute::uint128_t const*>(
-                    tile + StateLayout{}(lane % 8, 16 * k + lane / 8 * 8, 0) +
-                    StateLayout{}(8 * outer_index, 0, 0)),
-                b[0], b[1], b[2], b[3]);
+          for (int a = 0; a < 8; ++a) {
+            add(1, a, &c[1][4 * a]);
+          }
+        } else {
+#pragma unroll
+          for (int a = 0; a < 8; ++a) {
+            float c[kMmaRows][4] = {};  // dphi
+            multiply(values, stage, a, lane, c);
 #pragma unroll
             for (int m = 0; m < kMmaRows; ++m) {
-              multiply(a[m][k], b[0], b[1], c[m]);
-              multiply(a[m][k + 1], b[2], b[3], c[m]);
-            }
-          }
-#pragma unroll
-          for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              native_sum[m][i / 2][i % 2] =
-                  fmaf(c[m][i], outer[m][i / 2][outer_index], native_sum[m][i / 2][i % 2]);
-              outer_sum[m][i / 2][outer_index] =
-                  fmaf(c[m][i], native[m][i / 2][i % 2], outer_sum[m][i / 2][outer_index]);
+              add(m, a, c[m]);
             }
           }
         }
@@ -239,8 +241,60 @@ struct Contract {
     }
   }
 
+  // Starts the products with a pair's rows of the state, of 16 rows of each warp at a time.
+  CUTE_DEVICE void start(Values const& values, int stage,
+                         float (&product)[kMmaRows][kTileRows / 2]) const {
+    using Tile = WarpgroupTile<kTileRows, ValueDim>;
+    std::uint64_t const b = Tile::descriptor(shared_.state + stage * (kTileRows * ValueDim));
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int k = 0; k < ValueDim / 16; ++k) {
+        warpgroup_multiply<Element, kTileRows, Major::K>(values[m][k], b + Tile::offset(0, 16 * k),
+                                                         product[m], k > 0);
+      }
+      cute::warpgroup_commit_batch();
+    }
+  }
+
+  // c += the products of all rows with the eight rows of the state of a.
+  CUTE_DEVICE void multiply(Values const& values, int stage, int a, int lane,
+                            float (&c)[kMmaRows][4]) const {
+    Element const* tile = shared_.state + stage * (kTileRows * ValueDim);
+#pragma unroll
+    for (int k = 0; k < ValueDim / 16; k += 2) {
+      // State rows of a, columns (0-7), (8-15), (16-23), (24-31)
+      std::uint32_t b[4];
+      cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<cute::uint128_t const*>(
+                                        tile + StateLayout{}(lane % 8, 16 * k + lane / 8 * 8, 0) +
+                                        StateLayout{}(8 * a, 0, 0)),
+                                    b[0], b[1], b[2], b[3]);
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        multiply(values[m][k], b[0], b[1], c[m]);
+        multiply(values[m][k + 1], b[2], b[3], c[m]);
+      }
+    }
+  }
+
   template <class X>
-  CUTE_DEVICE static void load_outer(X const& x, int row, int I, float (&outer)[kMmaRows][2][8]) {
+  CUTE_DEVICE static void load_native(X const& x, int row, int J, int quad, float multiplicity,
+                                      Native& native) {
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        auto const pair = *reinterpret_cast<std::uint32_t const*>(
+            &x(row, 8 * J + 2 * quad, 0) + RowLayout{}(16 * m + 8 * upper, 0, 0));
+        native[m][upper][0] = multiplicity * detail::unpack_lo<Element>(pair);
+        native[m][upper][1] = multiplicity * detail::unpack_hi<Element>(pair);
+      }
+    }
+  }
+
+  template <class X>
+  CUTE_DEVICE static void load_outer(X const& x, int row, int I, Outer& outer) {
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll

@@ -17,6 +17,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
+#include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/symmetric_power.hpp"
 
@@ -34,11 +35,13 @@ struct RowTiling {
   static_assert(ValueDim == 32 || ValueDim == 64 || ValueDim == 128, "what registers hold");
 };
 
-/// The output of a warp in fp32 registers: (MMA, rows / 16, columns / 8).
+/// The output of a warp in fp32 registers: (MMA, rows / 16, columns / 8), that of 16 rows one after
+/// another.
 template <class Tiling, int ValueDim>
 using OutputLayout =
     cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<Tiling::kMmaRows>,
-                             cute::Int<ValueDim / 8>>>;
+                             cute::Int<ValueDim / 8>>,
+                 cute::Stride<cute::Stride<cute::_1, cute::_2>, cute::Int<ValueDim / 2>, cute::_4>>;
 
 /// The rows that are expanded.
 enum class Expanded { kQueries, kKeys };
@@ -68,7 +71,7 @@ struct ExpandApply {
   using StateLayout = StagedTileLayout<kTileRows, ValueDim, kStages>;  // [state row, dv, stage]
 
   struct SharedStorage {
-    alignas(128) Element state[cute::cosize_v<StateLayout>];
+    alignas(kWarpgroupTileAlignment) Element state[cute::cosize_v<StateLayout>];
   };
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
@@ -76,7 +79,7 @@ struct ExpandApply {
   CUTE_DEVICE ExpandApply(SharedStorage& shared, Element const* state, Element const* key_sum,
                           int thread)
       : shared_(shared),
-        source_(state + exchange_rows(thread / kPieces) * ValueDim + thread % kPieces * 8),
+        source_(state + source_row(thread / kPieces) * ValueDim + thread % kPieces * 8),
         offset_(StateLayout{}(thread / kPieces, thread % kPieces * 8, 0)),
         key_sum_(key_sum) {}
 
@@ -118,14 +121,11 @@ struct ExpandApply {
     // Rows 8 apart lie a constant apart, whatever the swizzle does to the columns: one address a
     // block serves them all.
     auto block = [&](int index) { return &query(first_row + group, 8 * index, 0); };
-    // The state row of k, as it lies in the tile: see `exchange_rows`.
-    int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
-
     int stage = 0;
     int pair_index = 0;
 #pragma unroll 1
     for (int J = 0; J < kBlocks; ++J) {
-      std::uint32_t native[kMmaRows][2][2];  // q[8 J + t + 4 x] twice: [m, upper, x]
+      Native native;  // q[8 J + t + 4 x] twice: [m, upper, x]
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
@@ -136,7 +136,7 @@ struct ExpandApply {
       }
 #pragma unroll 1
       for (int I = 0; I <= J; ++I, ++pair_index) {
-        cute::cp_async_wait<kStages - 2>();
+        wait_for_copies<kStages - 2>();
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1, pair_index + kStages - 1);
         Element const* outer = block(I);
@@ -145,30 +145,85 @@ struct ExpandApply {
             halve(native);
           }
         }
-#pragma unroll
-        for (int k = 0; k < kTileRows / 16; ++k) {
-          cute::Tensor b =
-              cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
-          load_rows_transposed(shared_.state, StateLayout{}, 16 * k, 0, stage, state_lane, b);
-#pragma unroll
-          for (int m = 0; m < kMmaRows; ++m) {
-            cute::Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
-            cute::Tensor a_pairs = cute::recast<std::uint32_t>(a);
-#pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {
-              std::uint32_t const factors = pair(outer, m, upper, 2 * k);
-#pragma unroll
-              for (int x = 0; x < 2; ++x) {
-                a_pairs(2 * x + upper) = detail::multiply<Element>(factors, native[m][upper][x]);
-              }
-            }
-#pragma unroll
-            for (int n = 0; n < ValueDim / 8; ++n) {
-              cute::gemm(MmaAtom{}, a, b(cute::_, n), output(cute::_, m, n));
-            }
-          }
+        if constexpr (kHasWarpgroupMma) {
+          multiply_by_warpgroup(outer, native, stage, output);
+        } else {
+          multiply_by_warps(outer, native, stage, lane, output);
         }
         stage = stage == kStages - 1 ? 0 : stage + 1;
+      }
+    }
+  }
+
+  using Native = std::uint32_t[kMmaRows][2][2];
+
+  // Adds the products with a block pair's rows of the state.
+  template <class Output>
+  CUTE_DEVICE void multiply_by_warps(Element const* outer, Native const& native, int stage,
+                                     int lane, Output& output) {
+    // The state row of k, as it lies in the tile: see `source_row`.
+    int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
+#pragma unroll
+    for (int k = 0; k < kTileRows / 16; ++k) {
+      cute::Tensor b = cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
+      load_rows_transposed(shared_.state, StateLayout{}, 16 * k, 0, stage, state_lane, b);
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        cute::Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
+        cute::Tensor a_pairs = cute::recast<std::uint32_t>(a);
+        expand(outer, native, m, k, a_pairs);
+#pragma unroll
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          cute::gemm(MmaAtom{}, a, b(cute::_, n), output(cute::_, m, n));
+        }
+      }
+    }
+  }
+
+  // The same: while rows of phi are made, the tensor cores read those made before.
+  template <class Output>
+  CUTE_DEVICE void multiply_by_warpgroup(Element const* outer, Native const& native, int stage,
+                                         Output& output) {
+    using Tile = WarpgroupTile<kTileRows, ValueDim>;
+    constexpr int kSteps = kTileRows / 16;
+    std::uint64_t const b = Tile::descriptor(shared_.state + stage * (kTileRows * ValueDim));
+    std::uint32_t a[kSteps][kMmaRows][4];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        expand(outer, native, m, k, a[k][m]);
+      }
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        warpgroup_multiply<Element, ValueDim, Major::MN>(a[k][m], b + Tile::offset(16 * k, 0),
+                                                         &output(0, m, 0), true);
+      }
+      cute::warpgroup_commit_batch();
+      if (k > 0) {
+        cute::warpgroup_wait<1>();
+        hold(a[k - 1]);
+      }
+    }
+    cute::warpgroup_wait<0>();
+    hold(a[kSteps - 1]);
+#pragma unroll
+    for (int i = 0; i < cute::size(output); ++i) {
+      cute::warpgroup_fence_operand(output.data()[i]);
+    }
+  }
+
+  // Rows of phi as the A operand: elements 2 k and 2 k + 1 of block I times block J.
+  template <class Pairs>
+  CUTE_DEVICE static void expand(Element const* outer, Native const& native, int m, int k,
+                                 Pairs& pairs) {
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      std::uint32_t const factors = pair(outer, m, upper, 2 * k);
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        pairs[2 * x + upper] = detail::multiply<Element>(factors, native[m][upper][x]);
       }
     }
   }
@@ -195,11 +250,16 @@ struct ExpandApply {
     }
   }
 
-  // In a tile the rows of the state are permuted: bits 2 and 3 of their index change places. The
-  // eight rows that one ldmatrix needs, elements 0-3 or 4-7 of block J for a and for a + 1, are
-  // then neighbours, and free of bank conflicts.
-  CUTE_HOST_DEVICE static constexpr int exchange_rows(int row) {
-    return (row & ~12) | (row & 4) << 1 | (row & 8) >> 1;
+  // In a tile the rows of the state are permuted: for wgmma they are in the order of k. For
+  // ldmatrix bits 2 and 3 of their index change places: the eight rows that it needs at once,
+  // elements 0-3 or 4-7 of block J for a and for a + 1, are then neighbours, and free of bank
+  // conflicts.
+  CUTE_HOST_DEVICE static constexpr int source_row(int row) {
+    if constexpr (kHasWarpgroupMma) {
+      return (row & ~15) | (row & 1) << 3 | (row & 14) >> 1;
+    } else {
+      return (row & ~12) | (row & 4) << 1 | (row & 8) >> 1;
+    }
   }
 
   CUTE_DEVICE void load(int stage, int pair_index) {
@@ -208,7 +268,7 @@ struct ExpandApply {
 #pragma unroll
       for (int row = 0; row < kTileRows; row += kStepRows) {
         cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-            *reinterpret_cast<cute::uint128_t const*>(source_ + exchange_rows(row) * ValueDim),
+            *reinterpret_cast<cute::uint128_t const*>(source_ + source_row(row) * ValueDim),
             *reinterpret_cast<cute::uint128_t*>(target + StateLayout{}(row, 0, 0)));
       }
       source_ += kTileRows * ValueDim;

@@ -21,6 +21,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
+#include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/symmetric_power.hpp"
 
@@ -70,7 +71,7 @@ struct ExpandReduce {
 
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kTileTokens = 64;
-  static constexpr int kStages = 3;
+  static constexpr int kStages = 4;
   // A warp holds 128 accumulators a lane whatever the width of V: 64 rows x 64 or 128 x 32 columns.
   static constexpr int kValueTile = ValueDim < 64 ? ValueDim : 64;
   static constexpr int kOuterTile = 256 / kValueTile < 8 ? 256 / kValueTile : 8;  // values of x
@@ -104,12 +105,12 @@ struct ExpandReduce {
 
   struct OneWeightStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
-    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    alignas(kWarpgroupTileAlignment) Element value[cute::cosize_v<ValueLayout>];
     alignas(16) float weight[kStages][kTileTokens];  // of token t at weight_index(t)
   };
   struct TwoWeightsStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
-    alignas(128) Element value[cute::cosize_v<ValueLayout>];
+    alignas(kWarpgroupTileAlignment) Element value[cute::cosize_v<ValueLayout>];
     TwoWeights weight[kStages][kTileTokens / 4];
   };
   using SharedStorage = cute::conditional_t<KeySumWeights, TwoWeightsStorage, OneWeightStorage>;
@@ -144,11 +145,13 @@ struct ExpandReduce {
   };
 
   CUTE_HOST_DEVICE static auto state_tensor(Accumulators& accumulators) {
-    // (MMA, MMA_M, MMA_N)
+    // (MMA, MMA_M, MMA_N), those of an x one after another
     return cute::make_tensor(
         cute::make_rmem_ptr(accumulators.state.data()),
-        cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kOuterTile>,
-                                 cute::Int<kValueTile / 8>>>{});
+        cute::Layout<
+            cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kOuterTile>,
+                        cute::Int<kValueTile / 8>>,
+            cute::Stride<cute::Stride<cute::_1, cute::_2>, cute::Int<kValueTile / 2>, cute::_4>>{});
   }
 
   int const lane;
@@ -179,15 +182,25 @@ struct ExpandReduce {
   static constexpr int kSteps = kTileTokens / 16;  // of 16 tokens, in a tile
 
   /// The operands of a step in registers, but for the products of keys.
-  struct Operands {
+  struct WarpOperands {
     std::uint32_t native[4];     // Y0, Y1 of the keys
-    std::uint32_t outer[2];      // X, by the tokens' weights
     std::uint32_t sum_outer[2];  // X, by the tokens' weights in z
+    std::uint32_t outer[2];      // X, by the tokens' weights
     std::uint32_t broadcast[2];  // X of the first value of x, the same for all lane groups
     cute::array_aligned<Element, kValueTile / 2> value;
   };
+  /// For wgmma: the products, and where the values are. While those of a step are made, the tensor
+  /// cores read those of the step before.
+  struct WarpgroupOperands {
+    std::uint32_t native[4];
+    std::uint32_t sum_outer[2];
+    std::uint32_t product[kOuterTile][4];
+    std::uint32_t busy[kOuterTile][4];
+    std::uint64_t value;
+  };
+  using Operands = cute::conditional_t<kHasWarpgroupMma, WarpgroupOperands, WarpOperands>;
 
-  CUTE_DEVICE static auto value_tensor(Operands& operands) {
+  CUTE_DEVICE static auto value_tensor(WarpOperands& operands) {
     return cute::make_tensor(
         cute::make_rmem_ptr(operands.value.data()),
         cute::Layout<cute::Shape<cute::_4, cute::Int<kValueTile / 8>>>{});  // (MMA, N)
@@ -195,10 +208,24 @@ struct ExpandReduce {
 
   /// Loads the operands of a step of the tile in `stage`.
   CUTE_DEVICE void load(SharedStorage const& shared, int stage, int step,
-                        Operands& operands) const {
-    weigh(load_keys(shared, stage, step, operands), operands);
+                        WarpOperands& operands) const {
+    weigh(load_keys(shared, stage, step, operands.native), operands);
     cute::Tensor value = value_tensor(operands);
     load_rows_transposed(shared.value, ValueLayout{}, 16 * step, 0, stage, lane, value);
+  }
+  CUTE_DEVICE void load(SharedStorage const& shared, int stage, int step,
+                        WarpgroupOperands& operands) const {
+    using Tile = WarpgroupTile<kTileTokens, kValueTile>;
+    Keys const keys = load_keys(shared, stage, step, operands.native);
+    std::uint32_t outer[2];
+    weigh(keys, outer, operands.sum_outer);
+#pragma unroll
+    for (int x = 0; x < kOuterTile; ++x) {
+      multiply(operands.native, broadcast(outer[0], x), broadcast(outer[1], x),
+               operands.product[x]);
+    }
+    operands.value = Tile::descriptor(shared.value + stage * (kTileTokens * kValueTile)) +
+                     Tile::offset(16 * step, 0);
   }
 
   /// Adds a step's 16 tokens, each by its weight, and replaces its operands by those of `step` of
@@ -206,44 +233,37 @@ struct ExpandReduce {
   /// shuffling keys takes long: it is spread over the step, so that the tensor cores need not wait.
   template <class Prepare>
   CUTE_DEVICE void add_and_load(SharedStorage const& shared, int stage, int step,
-                                Operands& operands, Accumulators& accumulators,
+                                WarpOperands& operands, Accumulators& accumulators,
                                 Prepare prepare) const {
     using cute::Tensor;
     Tensor b = value_tensor(operands);
     Tensor state = state_tensor(accumulators);  // (MMA, x, N)
-    Operands next;
+    WarpOperands next;
     Keys keys;
 
-    // z of a unit is the small Gram matrix of Y and X, whose operands are all here already.
-    float (&sum)[4] = accumulators.key_sum;
-    std::uint32_t const(&native)[4] = operands.native;
-    MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
-                                     native[2], native[3], operands.sum_outer[0],
-                                     operands.sum_outer[1], sum[0], sum[1], sum[2], sum[3]);
-
+    add_key_sum(operands, accumulators);
     std::uint32_t lo = operands.broadcast[0];
     std::uint32_t hi = operands.broadcast[1];
 #pragma unroll
     for (int x = 0; x < kOuterTile; ++x) {
-      Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
-      Tensor a_pairs = cute::recast<std::uint32_t>(a);
-      a_pairs(0) = detail::multiply<Element>(native[0], lo);
-      a_pairs(1) = detail::multiply<Element>(native[1], lo);
-      a_pairs(2) = detail::multiply<Element>(native[2], hi);
-      a_pairs(3) = detail::multiply<Element>(native[3], hi);
+      std::uint32_t a[4];
+      multiply(operands.native, lo, hi, a);
       if (x + 1 < kOuterTile) {
         lo = broadcast(operands.outer[0], x + 1);
         hi = broadcast(operands.outer[1], x + 1);
       }
       if (x == kOuterTile / 4) {
         prepare();
-        keys = load_keys(shared, stage, step, next);
+        keys = load_keys(shared, stage, step, next.native);
       } else if (x == kOuterTile / 2) {
         weigh(keys, next);
       }
 #pragma unroll
       for (int n = 0; n < kValueTile / 8; ++n) {
-        cute::gemm(MmaAtom{}, a, b(cute::_, n), state(cute::_, x, n));
+        Tensor pairs = cute::recast<std::uint32_t>(b(cute::_, n));
+        float* c = &state(0, x, n);
+        MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], pairs(0),
+                                         pairs(1), c[0], c[1], c[2], c[3]);
         if (x == kOuterTile - 1 && n % 2 == 1) {
           // Nobody needs this pair of columns any more.
           Tensor pair = cute::make_tensor(&b(0, n - 1), cute::Shape<cute::_4, cute::_2>{});
@@ -263,6 +283,38 @@ struct ExpandReduce {
       operands.broadcast[i] = next.broadcast[i];
     }
   }
+  template <class Prepare>
+  CUTE_DEVICE void add_and_load(SharedStorage const& shared, int stage, int step,
+                                WarpgroupOperands& operands, Accumulators& accumulators,
+                                Prepare prepare) const {
+    float* const state = accumulators.state.data();
+    cute::warpgroup_arrive();
+#pragma unroll
+    for (int x = 0; x < kOuterTile; ++x) {
+      warpgroup_multiply<Element, kValueTile, Major::MN>(operands.product[x], operands.value,
+                                                         state + x * (kValueTile / 2), true);
+    }
+    cute::warpgroup_commit_batch();
+    add_key_sum(operands, accumulators);
+    if (step > 1) {
+      cute::warpgroup_wait<1>();
+      hold(operands.busy);
+    }
+    prepare();
+    WarpgroupOperands next;
+    load(shared, stage, step, next);
+#pragma unroll
+    for (int i = 0; i < 4 * kOuterTile; ++i) {
+      next.busy[i / 4][i % 4] = operands.product[i / 4][i % 4];
+    }
+    if (step == 0) {
+      // Nothing is on its way from one tile to the next: ptxas would make all products wait.
+      cute::warpgroup_wait<0>();
+      hold(accumulators.state);
+      hold(next.busy);
+    }
+    operands = next;
+  }
 
  private:
   /// The outer block of the keys of 16 tokens, and the tokens' weights.
@@ -273,9 +325,8 @@ struct ExpandReduce {
     uint4 split_sum_weight;
   };
 
-  /// The native blocks go to `operands`.
   CUTE_DEVICE Keys load_keys(SharedStorage const& shared, int stage, int step,
-                             Operands& operands) const {
+                             std::uint32_t (&native)[4]) const {
     // Matrices of ldmatrix in the order of the A operand: (Y0, tokens 0-7), (Y1, 0-7), (Y0, 8-15),
     // (Y1, 8-15).
     KeyLayout const key_layout;
@@ -296,34 +347,57 @@ struct ExpandReduce {
       keys.weight = *reinterpret_cast<float4 const*>(weight);
     }
     cute::SM75_U16x8_LDSM_T::copy(*reinterpret_cast<cute::uint128_t const*>(native_source + first),
-                                  operands.native[0], operands.native[1], operands.native[2],
-                                  operands.native[3]);
+                                  native[0], native[1], native[2], native[3]);
     return keys;
   }
 
-  CUTE_DEVICE void weigh(Keys const& keys, Operands& operands) const {
+  /// Rows of phi(k)^T as the A operand: of a value of x, in both halves of `lo` and `hi`.
+  CUTE_DEVICE static void multiply(std::uint32_t const (&native)[4], std::uint32_t lo,
+                                   std::uint32_t hi, std::uint32_t (&product)[4]) {
+    product[0] = detail::multiply<Element>(native[0], lo);
+    product[1] = detail::multiply<Element>(native[1], lo);
+    product[2] = detail::multiply<Element>(native[2], hi);
+    product[3] = detail::multiply<Element>(native[3], hi);
+  }
+
+  // z of a unit is the small Gram matrix of Y and X, whose operands are all in registers already.
+  template <class StepOperands>
+  CUTE_DEVICE static void add_key_sum(StepOperands const& operands, Accumulators& accumulators) {
+    float (&sum)[4] = accumulators.key_sum;
+    std::uint32_t const(&native)[4] = operands.native;
+    MmaOperation<Element>::type::fma(sum[0], sum[1], sum[2], sum[3], native[0], native[1],
+                                     native[2], native[3], operands.sum_outer[0],
+                                     operands.sum_outer[1], sum[0], sum[1], sum[2], sum[3]);
+  }
+
+  CUTE_DEVICE void weigh(Keys const& keys, WarpOperands& operands) const {
+    weigh(keys, operands.outer, operands.sum_outer);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      operands.broadcast[i] = broadcast(operands.outer[i], 0);
+    }
+  }
+
+  CUTE_DEVICE static void weigh(Keys const& keys, std::uint32_t (&by_weight)[2],
+                                std::uint32_t (&by_sum_weight)[2]) {
     std::uint32_t const(&outer)[2] = keys.outer;
     if constexpr (KeySumWeights) {
       auto weighed = [](std::uint32_t x, std::uint32_t high, std::uint32_t low) {
         return detail::multiply_add<Element>(x, high, detail::multiply<Element>(x, low));
       };
-      operands.outer[0] = weighed(outer[0], keys.split_weight.x, keys.split_weight.z);
-      operands.outer[1] = weighed(outer[1], keys.split_weight.y, keys.split_weight.w);
+      by_weight[0] = weighed(outer[0], keys.split_weight.x, keys.split_weight.z);
+      by_weight[1] = weighed(outer[1], keys.split_weight.y, keys.split_weight.w);
       uint4 const& sum = keys.split_sum_weight;
-      operands.sum_outer[0] = weighed(outer[0], sum.x, sum.z);
-      operands.sum_outer[1] = weighed(outer[1], sum.y, sum.w);
+      by_sum_weight[0] = weighed(outer[0], sum.x, sum.z);
+      by_sum_weight[1] = weighed(outer[1], sum.y, sum.w);
     } else {
       float4 const& weight = keys.weight;
-      operands.outer[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
-                                                detail::unpack_hi<Element>(outer[0]) * weight.y);
-      operands.outer[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
-                                                detail::unpack_hi<Element>(outer[1]) * weight.w);
-      operands.sum_outer[0] = operands.outer[0];
-      operands.sum_outer[1] = operands.outer[1];
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      operands.broadcast[i] = broadcast(operands.outer[i], 0);
+      by_weight[0] = detail::pack<Element>(detail::unpack_lo<Element>(outer[0]) * weight.x,
+                                           detail::unpack_hi<Element>(outer[0]) * weight.y);
+      by_weight[1] = detail::pack<Element>(detail::unpack_lo<Element>(outer[1]) * weight.z,
+                                           detail::unpack_hi<Element>(outer[1]) * weight.w);
+      by_sum_weight[0] = by_weight[0];
+      by_sum_weight[1] = by_weight[1];
     }
   }
 

@@ -15,7 +15,7 @@ namespace retention::device {
 template <class Kernel, std::size_t kSharedBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run_kernel(__grid_constant__ typename Kernel::Params const params) {
-  extern __shared__ __align__(128) char smem[];
+  extern __shared__ __align__(1024) char smem[];  // what tiles of wgmma need
   Kernel{}(params, smem);
 }
 

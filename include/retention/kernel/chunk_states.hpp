@@ -198,7 +198,7 @@ struct ChunkStates {
     };
     float next_end_gate = gate_of_chunk(0);
     int stage = 0;
-    cute::cp_async_wait<kStages - 2>();
+    collective::wait_for_copies<kStages - 2>();
     weigh(stage, next_end_gate);
     __syncthreads();
     typename Mainloop::Operands operands;
@@ -231,14 +231,13 @@ struct ChunkStates {
         for (int step = 0; step < Mainloop::kSteps; ++step) {
           auto prepare = [&] {
             if (step == 0) {
-              load_keys(free_stage, left);
-            } else if (step == 1) {
-              load_values(free_stage, left);
-            } else if (step == 2) {
-              cute::cp_async_wait<kStages - 2>();
+              collective::wait_for_copies<kStages - 3>();
               weigh(next_stage, done + kTileTokens < chunk_end ? end_gate : next_end_gate);
-            } else {
+            } else if (step == 1) {
               __syncthreads();
+              load_keys(free_stage, left);
+            } else if (step == 2) {
+              load_values(free_stage, left);
             }
           };
           bool const last = step == Mainloop::kSteps - 1;

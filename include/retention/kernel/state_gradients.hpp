@@ -273,7 +273,7 @@ struct StateGradients {
     }
 
     int stage = 0;
-    cute::cp_async_wait<kStages - 2>();
+    collective::wait_for_copies<kStages - 2>();
     set_factor(0, next_scale);
     weigh(stage, 0);
     __syncthreads();
@@ -312,14 +312,13 @@ struct StateGradients {
         for (int step = 0; step < Mainloop::kSteps; ++step) {
           auto prepare = [&] {
             if (step == 0) {
-              load_queries(free_stage);
-            } else if (step == 1) {
-              load_d_output(free_stage);
-            } else if (step == 2) {
-              cute::cp_async_wait<kStages - 2>();
+              collective::wait_for_copies<kStages - 3>();
               weigh(next_stage, left == 1);
-            } else {
+            } else if (step == 1) {
               __syncthreads();
+              load_queries(free_stage);
+            } else if (step == 2) {
+              load_d_output(free_stage);
             }
           };
           bool const last = step == Mainloop::kSteps - 1;

@@ -1,0 +1,123 @@
+// Hopper's wgmma: a warpgroup of four warps multiplies 64 rows, which registers hold as they do for
+// mma.m16n8k16, 16 a warp, by a tile in shared memory, while its threads go on with something else.
+//
+// Rows of a tile have 128 or 64 bytes and the swizzle of StagedTileLayout, which is one of those
+// that the instruction knows, if the tile starts at a multiple of 1024 bytes.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include <cute/tensor.hpp>
+
+#include "retention/collective/tile.hpp"
+
+namespace retention::collective {
+
+/// Whether the device that this is compiled for has wgmma: sm_90a. For device code alone. In tests
+/// the emulator may have it.
+#if defined(CUTE_ARCH_MMA_SM90A_ENABLED) || defined(RETENTION_EMULATE_WARPGROUP)
+inline constexpr bool kHasWarpgroupMma = true;
+#else
+inline constexpr bool kHasWarpgroupMma = false;
+#endif
+
+/// What tiles that wgmma reads are aligned to.
+inline constexpr int kWarpgroupTileAlignment = 1024;
+
+/// The contiguous dimension of the B operand, [N, K].
+using Major = cute::SM90::GMMA::Major;
+
+template <class Element, int N, Major kMajor>
+struct WarpgroupOperation;
+#define RETENTION_WARPGROUP_OPERATION(element, n, name)                                    \
+  template <Major kMajor>                                                                  \
+  struct WarpgroupOperation<element, n, kMajor> {                                          \
+    using type = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##name##_RS<Major::K, kMajor>; \
+  };
+RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 32, BF16)
+RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 64, BF16)
+RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 128, BF16)
+RETENTION_WARPGROUP_OPERATION(cute::half_t, 32, F16)
+RETENTION_WARPGROUP_OPERATION(cute::half_t, 64, F16)
+RETENTION_WARPGROUP_OPERATION(cute::half_t, 128, F16)
+#undef RETENTION_WARPGROUP_OPERATION
+
+/// A tile of StagedTileLayout<Rows, Columns, 1> as the B operand.
+template <int Rows, int Columns>
+struct WarpgroupTile {
+  using Layout = StagedTileLayout<Rows, Columns, 1>;
+  static constexpr bool kWide = Columns % 64 == 0;
+
+  /// What follows is added to a tile's descriptor: from its start, in units of 16 bytes.
+  CUTE_HOST_DEVICE static constexpr std::uint64_t offset(int row, int column) {
+    return static_cast<std::uint64_t>(byte_offset<Layout>(row, column)) / 16;
+  }
+
+  CUTE_DEVICE static std::uint64_t descriptor(void const* tile) {
+    cute::GmmaDescriptor descriptor;
+    descriptor.bitfield.start_address_ =
+        static_cast<std::uint16_t>(cute::cast_smem_ptr_to_uint(tile) >> 4);
+    // From one group of 64 columns to the next, where there are more and they are N.
+    descriptor.bitfield.leading_byte_offset_ = byte_offset<Layout>(0, 64 % Columns) / 16;
+    descriptor.bitfield.stride_byte_offset_ = byte_offset<Layout>(8, 0) / 16;
+    descriptor.bitfield.base_offset_ = 0;
+    descriptor.bitfield.layout_type_ = static_cast<std::uint8_t>(
+        kWide ? cute::SM90::GMMA::LayoutType::B128 : cute::SM90::GMMA::LayoutType::B64);
+    return descriptor;
+  }
+};
+
+/// c (+)= a b: of each of its 16 rows a warp has the A operand and the sums as in mma.m16n8k16,
+/// c[N / 8][4] one after another. Starts the product: until `warpgroup_wait`, neither `a` nor `c`
+/// may be touched.
+template <class Element, int N, Major kMajor, std::size_t... I>
+CUTE_DEVICE void warpgroup_multiply(std::uint32_t const (&a)[4], std::uint64_t b, float* c,
+                                    bool adds, std::index_sequence<I...>) {
+  WarpgroupOperation<Element, N, kMajor>::type::fma(
+      a[0], a[1], a[2], a[3], b, c[I]...,
+      adds ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+template <class Element, int N, Major kMajor>
+CUTE_DEVICE void warpgroup_multiply(std::uint32_t const (&a)[4], std::uint64_t b, float* c,
+                                    bool adds) {
+  warpgroup_multiply<Element, N, kMajor>(a, b, c, adds, std::make_index_sequence<N / 2>{});
+}
+
+/// Of this thread's cp.async, waits for all groups but the last `Pending`. Where they went all
+/// threads may read after the next barrier, and so may wgmma.
+template <int Pending>
+CUTE_DEVICE void wait_for_copies() {
+  cute::cp_async_wait<Pending>();
+  if constexpr (kHasWarpgroupMma) {
+    cute::tma_store_fence();  // fence.proxy.async.shared::cta
+  }
+}
+
+/// After `warpgroup_wait`: what wgmma read or wrote is in these registers until here, and what is
+/// done with them comes after.
+template <int N>
+CUTE_DEVICE void hold(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    cute::warpgroup_fence_operand(x[i]);
+  }
+}
+template <std::size_t N>
+CUTE_DEVICE void hold(cute::array_aligned<float, N>& x) {
+#pragma unroll
+  for (std::size_t i = 0; i < N; ++i) {
+    cute::warpgroup_fence_operand(x[i]);
+  }
+}
+template <int M>
+CUTE_DEVICE void hold(std::uint32_t (&x)[M][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * M; ++i) {
+    cute::warpgroup_fence_operand(x[i / 4][i % 4]);
+  }
+}
+
+}  // namespace retention::collective
