@@ -4,8 +4,13 @@
 #include <algorithm>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/util.hpp>
 #include <initializer_list>
 #include <iostream>
+#include <utility>
 
 #include "check.hpp"
 #include "emulator/emulator.hpp"
@@ -44,6 +49,28 @@ enum class Mistake {
   kReadTooEarly,    // no barrier before another thread's word is read
   kWriteTooEarly,   // none before a word is overwritten that another thread reads
   kShuffleInstead,  // a warp-wide instruction that orders nothing, where __syncwarp would do
+  // Of WarpgroupKernel, and some of the above: wgmma.
+  kNoFence,                   // fence.proxy.async left out
+  kFenceTooLate,              // after the barrier
+  kFenceTooEarly,             // before what it is for
+  kFenceOfReader,             // one warp's stores fenced by the others alone
+  kNoArrive,                  // no wgmma.fence
+  kNoArriveAgain,             // none after the first products were waited for
+  kNoCommit,                  // a group left open, which no wait is for
+  kNoProductWait,             // accumulators read at once
+  kProductWaitTooEarly,       // one group too many left in flight
+  kAccumulatorWritten,        // an accumulator set while in flight
+  kLeftInFlight,              // the block ends before its products
+  kOtherShape,                // a product on half of the accumulators of another in flight
+  kOverwrittenInFlight,       // B overwritten, all barriers in place, before the wait
+  kNoBarrierBeforeOverwrite,  // and after the wait, before other warps had theirs
+  kTileMisaligned,            // B at a multiple of 512 bytes
+  kTilePastRow,               // K across the end of a row
+  kTilePastShared,
+  kTileUnfilled,    // a row of B that nobody wrote
+  kMissingWarp,     // three warps of a warpgroup
+  kHalfWarpgroup,   // a block of two warps
+  kTwoDescriptors,  // lanes of a warp that give two
 };
 
 __attribute__((no_sanitize("thread"), noinline)) void store_unannounced(float* address) {
@@ -179,6 +206,144 @@ struct ExchangeKernel {
   }
 };
 
+// Two steps, each of which loads B [32, 64], one warp by stores and the others by cp.async, and
+// multiplies by its halves in two groups. A is all ones.
+template <Mistake M>
+struct WarpgroupKernel {
+  static constexpr int kRows = 32, kTileBytes = kRows * 128;
+
+  struct Params {
+    uint16_t const* b;  // [2, kRows, 64]: bf16
+    float* out;         // [threads, 2]: sums over a thread's accumulators, of either group
+  };
+
+  using Product = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,
+                                                                cute::SM90::GMMA::Major::MN>;
+  using NarrowProduct = cute::SM90::GMMA::MMA_64x32x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K,
+                                                                      cute::SM90::GMMA::Major::K>;
+
+  template <class Operation, std::size_t... I>
+  static void multiply(uint64_t b, float* c, std::index_sequence<I...>) {
+    uint32_t const ones = 0x3f803f80;
+    Operation::fma(ones, ones, ones, ones, b, c[I]..., cute::SM90::GMMA::ScaleOut::One);
+  }
+
+  void operator()(Params const& p, char* smem) const {
+    int const thread = threadIdx.x, threads = blockDim.x;
+    char* tile = smem + 1024;
+    if (M == Mistake::kTileMisaligned) {
+      tile += 512;
+    } else if (M == Mistake::kTilePastShared) {
+      tile += 1024;
+    }
+    cute::GmmaDescriptor descriptor;
+    descriptor.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(tile) >> 4 & 0x3fff;
+    descriptor.bitfield.stride_byte_offset_ = 1024 / 16;
+    descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
+    if (M == Mistake::kTilePastRow || (M == Mistake::kTwoDescriptors && thread % 32 == 7)) {
+      descriptor.desc_ += 1;
+    }
+    uint64_t const b = descriptor;
+    float c[2][32] = {};
+    for (int step = 0; step < 2; ++step) {
+      auto fence = [&](bool here) {
+        if (here && !(M == Mistake::kFenceOfReader && thread < 32)) {
+          cute::tma_store_fence();
+        }
+      };
+      fence(M == Mistake::kFenceTooEarly);
+      for (int i = thread; i < kRows * 8; i += threads) {
+        auto const* source = reinterpret_cast<cute::uint128_t const*>(p.b + step * kRows * 64) + i;
+        // Which columns are where does not matter to the sum.
+        auto* target = reinterpret_cast<cute::uint128_t*>(smem + 1024) + i;
+        if (M == Mistake::kTileUnfilled && i / 8 == 29) {
+          continue;
+        }
+        if (thread < 32) {
+          *target = *source;
+        } else {
+          cute::SM80_CP_ASYNC_CACHEALWAYS<cute::uint128_t>::copy(*source, *target);
+        }
+      }
+      cute::cp_async_fence();
+      if (M != Mistake::kNoWait) {
+        cute::cp_async_wait<0>();
+      }
+      fence(M != Mistake::kNoFence && M != Mistake::kFenceTooLate && M != Mistake::kFenceTooEarly);
+      if (M != Mistake::kNoBarrierAfterStore) {
+        __syncthreads();
+      }
+      fence(M == Mistake::kFenceTooLate);
+
+      bool const takes_part = !(M == Mistake::kMissingWarp && thread / 32 == 2);
+      if (takes_part) {
+        if (M != Mistake::kNoArrive && !(M == Mistake::kNoArriveAgain && step == 1)) {
+          cute::warpgroup_arrive();
+        }
+        if (!(M == Mistake::kMissingLane && thread == 5)) {
+          multiply<Product>(b, c[0], std::make_index_sequence<32>{});
+        }
+        cute::warpgroup_commit_batch();
+        if (M == Mistake::kOtherShape) {
+          multiply<NarrowProduct>(b, c[0], std::make_index_sequence<16>{});
+        } else {
+          multiply<Product>(b + 2048 / 16, c[1], std::make_index_sequence<32>{});
+        }
+        if (!(M == Mistake::kNoCommit && step == 1)) {
+          cute::warpgroup_commit_batch();
+        }
+        if (M == Mistake::kAccumulatorWritten) {
+          c[1][3] = 0.0f;
+        }
+        if (M == Mistake::kLeftInFlight && step == 1) {
+          return;
+        }
+        if (M == Mistake::kOverwrittenInFlight) {
+          __syncthreads();
+          *reinterpret_cast<int*>(smem + 1024 + 4 * thread) = 0;
+          cute::tma_store_fence();
+          __syncthreads();
+        }
+        if (M == Mistake::kProductWaitTooEarly && step == 1) {
+          cute::warpgroup_wait<1>();
+        } else if (M != Mistake::kNoProductWait) {
+          cute::warpgroup_wait<0>();
+        }
+      }
+      if (M != Mistake::kNoBarrierBeforeOverwrite) {
+        __syncthreads();
+      }
+    }
+    float sums[2] = {};
+    for (int i = 0; i < 32; ++i) {
+      sums[0] += c[0][i];
+      sums[1] += c[1][i];
+    }
+    p.out[2 * thread] = sums[0];
+    p.out[2 * thread + 1] = sums[1];
+  }
+};
+
+template <Mistake M>
+Report run_warpgroup(std::uint64_t seed) {
+  using Kernel = WarpgroupKernel<M>;
+  constexpr int kThreads = M == Mistake::kHalfWarpgroup ? 64 : 128;
+  GlobalArray<uint16_t> b("b", 2 * Kernel::kRows * 64, true);
+  GlobalArray<float> out("out", 2 * kThreads);
+  for (std::size_t i = 0; i < b.size(); ++i) {
+    b[i] = static_cast<uint16_t>(i / 64 % 4 == 0 ? 0x3f80 : 0x4000);  // rows of 1, 2, 2, 2
+  }
+  Report const report = emulator::launch<Kernel>({{1}, {kThreads}, 1024 + Kernel::kTileBytes, seed},
+                                                 {b.data(), out.data()});
+  if (report.ok()) {
+    // 32 accumulators of 16 rows, in two steps.
+    for (float const x : out) {
+      RETENTION_CHECK_EQUAL(x, 2 * 32 * 28.0f);
+    }
+  }
+  return report;
+}
+
 template <Mistake M>
 Report run_exchange(std::uint64_t seed) {
   using Kernel = ExchangeKernel<M>;
@@ -258,5 +423,35 @@ int main() {
   expect(run_exchange<Mistake::kReadTooEarly>, "read too early", {Fault::kRace});
   expect(run_exchange<Mistake::kWriteTooEarly>, "write too early", {Fault::kRace});
   expect(run_exchange<Mistake::kShuffleInstead>, "shuffle instead", {Fault::kRace});
+  expect(run_warpgroup<Mistake::kNone>, "warpgroup", {Fault::kNone});
+  expect(run_warpgroup<Mistake::kNoFence>, "no proxy fence", {Fault::kProxy});
+  expect(run_warpgroup<Mistake::kFenceTooLate>, "fence too late", {Fault::kProxy});
+  expect(run_warpgroup<Mistake::kFenceTooEarly>, "fence too early", {Fault::kProxy});
+  expect(run_warpgroup<Mistake::kFenceOfReader>, "fence of the reader", {Fault::kProxy});
+  expect(run_warpgroup<Mistake::kNoWait>, "wgmma, no wait for cp.async", {Fault::kAsyncPending});
+  expect(run_warpgroup<Mistake::kNoBarrierAfterStore>, "wgmma, no barrier after store",
+         {Fault::kUninitialized, Fault::kRace, Fault::kAsyncPending});
+  expect(run_warpgroup<Mistake::kNoBarrierBeforeOverwrite>, "wgmma, no barrier before overwrite",
+         {Fault::kRace});
+  expect(run_warpgroup<Mistake::kOverwrittenInFlight>, "overwritten in flight", {Fault::kRace});
+  expect(run_warpgroup<Mistake::kNoArrive>, "no arrive", {Fault::kRace});
+  expect(run_warpgroup<Mistake::kNoArriveAgain>, "no arrive again", {Fault::kRace});
+  expect(run_warpgroup<Mistake::kNoCommit>, "no commit", {Fault::kWarpgroupPending});
+  expect(run_warpgroup<Mistake::kNoProductWait>, "no wait for products",
+         {Fault::kWarpgroupPending});
+  expect(run_warpgroup<Mistake::kProductWaitTooEarly>, "wait for products too early",
+         {Fault::kWarpgroupPending});
+  expect(run_warpgroup<Mistake::kAccumulatorWritten>, "accumulator written",
+         {Fault::kWarpgroupPending});
+  expect(run_warpgroup<Mistake::kLeftInFlight>, "left in flight", {Fault::kWarpgroupPending});
+  expect(run_warpgroup<Mistake::kOtherShape>, "other shape", {Fault::kRace});
+  expect(run_warpgroup<Mistake::kTileMisaligned>, "tile misaligned", {Fault::kMisaligned});
+  expect(run_warpgroup<Mistake::kTilePastRow>, "tile past row", {Fault::kMisaligned});
+  expect(run_warpgroup<Mistake::kTilePastShared>, "tile past shared", {Fault::kOutOfBounds});
+  expect(run_warpgroup<Mistake::kTileUnfilled>, "tile unfilled", {Fault::kUninitialized});
+  expect(run_warpgroup<Mistake::kMissingWarp>, "missing warp", {Fault::kDeadlock});
+  expect(run_warpgroup<Mistake::kMissingLane>, "wgmma, missing lane", {Fault::kDivergence});
+  expect(run_warpgroup<Mistake::kHalfWarpgroup>, "half a warpgroup", {Fault::kDivergence});
+  expect(run_warpgroup<Mistake::kTwoDescriptors>, "two descriptors", {Fault::kDivergence});
   return retention::test::finish();
 }

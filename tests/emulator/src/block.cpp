@@ -98,12 +98,12 @@ bool same_line(void* one, void* other) {
   return found->second;
 }
 
+}  // namespace
+
 std::string to_text(Dim3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
          std::to_string(index.z) + ")";
 }
-
-}  // namespace
 
 Launch::Launch(LaunchConfig const& config, void (*entry)(void const*, char*), void const* params,
                std::size_t params_bytes)
@@ -175,6 +175,9 @@ void Launch::run_block(unsigned linear) {
   switch_to_next(main_);
   if (report_.ok() && alive_ > 0) {
     report_ = {Fault::kDeadlock, deadlock_text()};
+  }
+  if (report_.ok() && accumulators_in_flight_ != 0) {
+    check_nothing_in_flight();
   }
 }
 
@@ -359,6 +362,9 @@ void Launch::crash(std::uintptr_t address, void* site) {
 void Launch::access(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned,
                     void* site) {
   if (address - stack_ < kStackBytes) {
+    if (accumulators_in_flight_ != 0) {
+      check_accumulators(address, bytes, kind != Access::kLoad, site);
+    }
     return;
   }
   bool const store = kind != Access::kLoad;

@@ -114,6 +114,9 @@ class Launch {
   void check_alignment(std::uintptr_t address, std::size_t bytes, void* site);
   void touch_shared(std::size_t offset, std::size_t bytes, bool store, bool async, void* site);
   void remember_read(SharedCell& cell, Thread const& thread);
+  void check_accumulators(std::uintptr_t address, std::size_t bytes, bool store, void* site);
+  void check_nothing_in_flight();
+  bool fenced(Epoch write, Thread const& thread) const;
   void find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, void* site);
   void check_pieces(WarpgroupProduct& product, int first, void* site);
   void finish_product(WarpgroupProduct& product, int first, void* site);
@@ -163,6 +166,8 @@ class Inside {
  private:
   bool before_;
 };
+
+std::string to_text(Dim3 index);
 
 extern Launch* active;  // the launch whose fibers are running, or null
 Arrays& arrays();

@@ -77,6 +77,14 @@ void Launch::fence_proxy_async() {
   thread.proxy_fences.push_back(thread.clock++);
 }
 
+// Whether the writer had fenced what it wrote before `thread`, which comes after it, met it.
+bool Launch::fenced(Epoch write, Thread const& thread) const {
+  auto const writer = static_cast<std::size_t>(write.thread());
+  std::vector<std::uint32_t> const& fences = threads_[writer].proxy_fences;
+  auto const next = std::lower_bound(fences.begin(), fences.end(), write.clock());
+  return next != fences.end() && happened_before(Epoch::of(write.thread(), *next), thread);
+}
+
 void Launch::warpgroup_arrive() {
   int const me = current_, group = me / kWarpgroupThreads;
   if (num_threads() < (group + 1) * kWarpgroupThreads) {
@@ -252,6 +260,13 @@ void Launch::check_pieces(WarpgroupProduct& product, int first, void* site) {
                    " with no barrier between",
                site);
         }
+        if (!fenced(history.write, thread)) {
+          fail(Fault::kProxy,
+               where() + ": written by thread " + std::to_string(history.write.thread()) +
+                   " and read by wgmma of thread " + std::to_string(thread.linear) +
+                   ", with no fence.proxy.async of the former between it and their barrier",
+               site);
+        }
         fine = history.write;
       }
       *writes++ = history.write;
@@ -296,6 +311,33 @@ void Launch::warpgroup_wait(unsigned pending, void* site) {
     spare_accumulators_.push_back(std::move(queue.accumulators[i]));
     queue.accumulators.erase(queue.accumulators.begin() + static_cast<std::ptrdiff_t>(i));
     --accumulators_in_flight_;
+  }
+}
+
+// Of an access of the running thread to its stack, where its accumulators are.
+void Launch::check_accumulators(std::uintptr_t address, std::size_t bytes, bool store, void* site) {
+  for (auto const& known :
+       warpgroup_queues_[static_cast<std::size_t>(current_ / 32)].accumulators) {
+    auto const begin = reinterpret_cast<std::uintptr_t>(known->registers[current_ % 32]);
+    if (address < begin + static_cast<std::size_t>(known->count) * sizeof(float) &&
+        begin < address + bytes) {
+      fail(Fault::kWarpgroupPending,
+           std::string(store ? "store to" : "load of") +
+               " an accumulator of wgmma that has not been waited for",
+           site);
+    }
+  }
+}
+
+void Launch::check_nothing_in_flight() {
+  for (std::size_t warp = 0; warp < warpgroup_queues_.size(); ++warp) {
+    if (!warpgroup_queues_[warp].products.empty()) {
+      report_ = {Fault::kWarpgroupPending,
+                 std::string(to_string(Fault::kWarpgroupPending)) + ": warp " +
+                     std::to_string(warp) + " of block " + to_text(block_index_) +
+                     " has returned with wgmma in flight, seed " + std::to_string(config_.seed)};
+      return;
+    }
   }
 }
 

@@ -54,10 +54,12 @@ struct WarpgroupMma {
   using BRegisters = uint64_t[1];
   using CRegisters = float[N / 2];
 
-  /// `rest`: N / 2 accumulators, then maybe the ScaleOut.
+  /// `rest`: N / 2 accumulators, then maybe the ScaleOut. Inlined so that a report can name the
+  /// line it is called from.
   template <class... Rest>
-  static void fma(uint32_t const& a0, uint32_t const& a1, uint32_t const& a2, uint32_t const& a3,
-                  uint64_t const& desc_b, Rest&&... rest) {
+  __attribute__((always_inline)) static void fma(uint32_t const& a0, uint32_t const& a1,
+                                                 uint32_t const& a2, uint32_t const& a3,
+                                                 uint64_t const& desc_b, Rest&&... rest) {
     static_assert(sizeof...(Rest) == N / 2 || sizeof...(Rest) == N / 2 + 1, "the accumulators");
     Arguments arguments;
     (arguments.take(rest), ...);
