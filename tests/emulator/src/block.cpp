@@ -29,7 +29,6 @@ Arrays& arrays() {
 
 namespace {
 
-constexpr std::size_t kStackBytes = 256 << 10;
 constexpr int kMaxThreads = 1024;
 constexpr int kBarriers = 16;
 
@@ -259,11 +258,6 @@ void Launch::exchange_knowledge(std::vector<int> const& from, std::vector<int> c
   }
 }
 
-bool Launch::happened_before(Epoch epoch, Thread const& thread) const {
-  return epoch.thread() == thread.linear ||
-         epoch.clock() <= (*thread.known)[static_cast<std::size_t>(epoch.thread())];
-}
-
 void Launch::barrier(int id, int threads, bool wait, void* site) {
   if (id < 0 || id >= kBarriers || threads <= 0 || threads > num_threads() ||
       (threads % 32 != 0 && threads != num_threads())) {
@@ -359,14 +353,8 @@ void Launch::crash(std::uintptr_t address, void* site) {
   fail(Fault::kCrash, "memory fault at " + arrays().locate(address), site);
 }
 
-void Launch::access(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned,
-                    void* site) {
-  if (address - stack_ < kStackBytes) {
-    if (accumulators_in_flight_ != 0) {
-      check_accumulators(address, bytes, kind != Access::kLoad, site);
-    }
-    return;
-  }
+void Launch::access_memory(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned,
+                           void* site) {
   bool const store = kind != Access::kLoad;
   auto const shared = reinterpret_cast<std::uintptr_t>(shared_);
   if (address - shared < config_.shared_bytes) {
@@ -454,21 +442,8 @@ void Launch::touch_shared(std::size_t offset, std::size_t bytes, bool store, boo
       cell.async_thread = async ? static_cast<std::uint32_t>(thread.linear) + 1 : 0;
       continue;
     }
-    remember_read(cell, thread);
+    remember_read(cell, thread, now);
   }
-}
-
-void Launch::remember_read(SharedCell& cell, Thread const& thread) {
-  // A read that happened before this one need not be kept: who follows this one follows it.
-  Epoch* slot = nullptr;
-  for (Epoch& read : cell.reads) {
-    if (!read || happened_before(read, thread)) {
-      slot = &read;
-      break;
-    }
-  }
-  *(slot != nullptr ? slot : &cell.reads[random() % SharedCell::kReads]) =
-      Epoch::of(thread.linear, thread.clock);
 }
 
 std::uint32_t Launch::shared_address(std::uintptr_t address, void* site) {

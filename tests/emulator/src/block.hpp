@@ -18,6 +18,8 @@ namespace emulator::detail {
 /// How far each thread of the block had come when this knowledge was last exchanged.
 using Knowledge = std::vector<std::uint32_t>;
 
+constexpr std::size_t kStackBytes = 256 << 10;  // of a fiber
+
 struct AsyncCopy {
   char* target;
   std::size_t bytes;
@@ -80,7 +82,13 @@ class Launch {
   enum class Access { kLoad, kStore, kAtomic };
   /// One access of the running thread. `aligned` says that the machine needs it naturally aligned;
   /// `site` is its return address, for the report.
-  void access(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned, void* site);
+  void access(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned, void* site) {
+    if (address - stack_ >= kStackBytes) {
+      access_memory(address, bytes, kind, aligned, site);
+    } else if (accumulators_in_flight_ != 0) {
+      check_accumulators(address, bytes, kind, site);
+    }
+  }
   /// A load of shared memory that lane `receiver` as well as the calling one gets to see.
   void load_shared(std::uintptr_t address, std::size_t bytes, int receiver, char const* what,
                    void* site);
@@ -112,9 +120,11 @@ class Launch {
   bool happened_before(Epoch epoch, Thread const& thread) const;
   std::uint64_t random();
   void check_alignment(std::uintptr_t address, std::size_t bytes, void* site);
+  void access_memory(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned,
+                     void* site);
   void touch_shared(std::size_t offset, std::size_t bytes, bool store, bool async, void* site);
-  void remember_read(SharedCell& cell, Thread const& thread);
-  void check_accumulators(std::uintptr_t address, std::size_t bytes, bool store, void* site);
+  void remember_read(SharedCell& cell, Thread const& thread, Epoch now);
+  void check_accumulators(std::uintptr_t address, std::size_t bytes, Access kind, void* site);
   void check_nothing_in_flight();
   bool fenced(Epoch write, Thread const& thread) const;
   void find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, void* site);
@@ -142,15 +152,32 @@ class Launch {
   std::vector<Barrier> barriers_;
   std::vector<std::vector<int>> warpgroups_;      // who has arrived
   std::vector<WarpgroupQueue> warpgroup_queues_;  // of each warp
-  int accumulators_in_flight_ = 0;
   std::vector<std::unique_ptr<WarpgroupProduct>> spare_products_;
   std::vector<std::unique_ptr<WarpgroupAccumulators>> spare_accumulators_;
+  int accumulators_in_flight_ = 0;
   std::uintptr_t stack_ = 0;  // lowest address of the running fiber's
 
   std::vector<char> shared_pages_;
   char* shared_ = nullptr;
   std::vector<SharedCell> cells_;
 };
+
+inline bool Launch::happened_before(Epoch epoch, Thread const& thread) const {
+  return epoch.thread() == thread.linear ||
+         epoch.clock() <= (*thread.known)[static_cast<std::size_t>(epoch.thread())];
+}
+
+inline void Launch::remember_read(SharedCell& cell, Thread const& thread, Epoch now) {
+  // A read that happened before this one need not be kept: who follows this one follows it.
+  Epoch* slot = nullptr;
+  for (Epoch& read : cell.reads) {
+    if (!read || happened_before(read, thread)) {
+      slot = &read;
+      break;
+    }
+  }
+  *(slot != nullptr ? slot : &cell.reads[random() % SharedCell::kReads]) = now;
+}
 
 /// While one lives, announced accesses are the emulator's own and not the kernel's: the linker may
 /// have chosen an instrumented copy of an inline function that both use.

@@ -315,14 +315,15 @@ void Launch::warpgroup_wait(unsigned pending, void* site) {
 }
 
 // Of an access of the running thread to its stack, where its accumulators are.
-void Launch::check_accumulators(std::uintptr_t address, std::size_t bytes, bool store, void* site) {
+void Launch::check_accumulators(std::uintptr_t address, std::size_t bytes, Access kind,
+                                void* site) {
   for (auto const& known :
        warpgroup_queues_[static_cast<std::size_t>(current_ / 32)].accumulators) {
     auto const begin = reinterpret_cast<std::uintptr_t>(known->registers[current_ % 32]);
     if (address < begin + static_cast<std::size_t>(known->count) * sizeof(float) &&
         begin < address + bytes) {
       fail(Fault::kWarpgroupPending,
-           std::string(store ? "store to" : "load of") +
+           std::string(kind == Access::kLoad ? "load of" : "store to") +
                " an accumulator of wgmma that has not been waited for",
            site);
     }
@@ -345,6 +346,7 @@ void Launch::finish_product(WarpgroupProduct& product, int first, void* site) {
   Epoch const* writes = product.writes;
   for (int i = 0; i < 2 * product.n; ++i) {
     Thread const& thread = threads_[static_cast<std::size_t>(first + i % 32)];
+    Epoch const now = Epoch::of(thread.linear, thread.clock);
     std::size_t const cell = product.pieces[i] / kCellBytes;
     for (std::size_t j = cell; j < cell + kPieceCells; ++j) {
       if (cells_[j].write.bits != writes++->bits) {
@@ -354,7 +356,7 @@ void Launch::finish_product(WarpgroupProduct& product, int first, void* site) {
                  std::to_string(thread.linear) + ", which reads it, was in flight",
              site);
       }
-      remember_read(cells_[j], thread);
+      remember_read(cells_[j], thread, now);
     }
   }
   if (product.type == Element::kBFloat16) {
