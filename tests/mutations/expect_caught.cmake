@@ -12,8 +12,8 @@ execute_process(
   ERROR_VARIABLE output)
 
 # Checks print what the emulator reported as the value that should have been empty.
-set(faults "out of bounds|misaligned|uninitialized|cp\\.async pending|race|divergence|deadlock"
-           "crash")
+set(faults "out of bounds|misaligned|uninitialized|cp\\.async pending|wgmma pending|no proxy fence"
+           "race|divergence|deadlock|crash")
 list(JOIN faults "|" faults)
 string(REGEX MATCHALL "\n  actual (${faults}): " reports "${output}")
 list(REMOVE_DUPLICATES reports)

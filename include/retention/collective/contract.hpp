@@ -32,6 +32,7 @@ template <class Element_, int HeadDim, int ValueDim, int Warps, bool Multiplicit
 struct Contract {
   using Element = Element_;
 
+  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim>;
   static constexpr int kStages = 3;
   static constexpr int kTileRows = 64;  // state rows of one block pair
   static constexpr int kBlocks = HeadDim / 8;
@@ -44,6 +45,7 @@ struct Contract {
 
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(HeadDim % 16 == 0 && ValueDim % 32 == 0, "what ldmatrix loads at once");
+  static_assert(!kWarpgroups || Warps % 4 == 0, "warpgroups");
 
   using RowLayout = StagedTileLayout<kRows, HeadDim, 1>;               // x: [row, d, 1]
   using ValueLayout = StagedTileLayout<kRows, ValueDim, 1>;            // y: [row, dv, 1]
@@ -89,7 +91,7 @@ struct Contract {
                               float state_scale, float key_sum_scale, int first_row, int lane,
                               Gradient& gradient) {
     cute::Tensor x = cute::make_tensor(cute::make_smem_ptr(x_smem), RowLayout{});
-    wait_for_copies<kStages - 2>();
+    cute::cp_async_wait<kStages - 2>();
     __syncthreads();  // x and y are there
     {
       cute::Tensor y = cute::make_tensor(cute::make_smem_ptr(y_smem), ValueLayout{});
@@ -173,7 +175,7 @@ struct Contract {
       Outer outer_sum = {};  // dx[8 I + a], of the lane's b
 #pragma unroll 1
       for (int J = I; J < kBlocks; ++J) {
-        wait_for_copies<kStages - 2>();
+        wait_for_copies<kStages - 2, kWarpgroups>();
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1);
         if constexpr (kReloadOuter) {
@@ -192,7 +194,7 @@ struct Contract {
             outer_sum[m][i / 2][a] = fmaf(c[i], native[m][i / 2][i % 2], outer_sum[m][i / 2][a]);
           }
         };
-        if constexpr (kHasWarpgroupMma) {
+        if constexpr (kWarpgroups) {
           float c[kMmaRows][kTileRows / 2];  // dphi: [m, a, 4]
           start(values, stage, c);
           static_assert(kMmaRows == 2, "one after the other");

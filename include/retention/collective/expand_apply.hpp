@@ -52,6 +52,7 @@ struct ExpandApply {
   using Element = Element_;
   using Tiling = Tiling_;
 
+  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim>;
   static constexpr int kStages = 3;
   static constexpr int kTileRows = 64;  // state rows of one block pair
   static constexpr int kBlocks = HeadDim / 8;
@@ -62,6 +63,7 @@ struct ExpandApply {
 
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(kBlocks % 2 == 0, "blocks J are taken two at a time");
+  static_assert(!kWarpgroups || Tiling::kWarps % 4 == 0, "warpgroups");
 
   // Keys have half their multiplicity, so that what differs from queries are pairs I == J alone:
   // the accumulators are to be multiplied by 2^kExponent.
@@ -136,7 +138,7 @@ struct ExpandApply {
       }
 #pragma unroll 1
       for (int I = 0; I <= J; ++I, ++pair_index) {
-        wait_for_copies<kStages - 2>();
+        wait_for_copies<kStages - 2, kWarpgroups>();
         __syncthreads();
         load(stage == 0 ? kStages - 1 : stage - 1, pair_index + kStages - 1);
         Element const* outer = block(I);
@@ -145,7 +147,7 @@ struct ExpandApply {
             halve(native);
           }
         }
-        if constexpr (kHasWarpgroupMma) {
+        if constexpr (kWarpgroups) {
           multiply_by_warpgroup(outer, native, stage, output);
         } else {
           multiply_by_warps(outer, native, stage, lane, output);
@@ -255,7 +257,7 @@ struct ExpandApply {
   // elements 0-3 or 4-7 of block J for a and for a + 1, are then neighbours, and free of bank
   // conflicts.
   CUTE_HOST_DEVICE static constexpr int source_row(int row) {
-    if constexpr (kHasWarpgroupMma) {
+    if constexpr (kWarpgroups) {
       return (row & ~15) | (row & 1) << 3 | (row & 14) >> 1;
     } else {
       return (row & ~12) | (row & 4) << 1 | (row & 8) >> 1;

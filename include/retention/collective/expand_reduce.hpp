@@ -69,6 +69,7 @@ template <class Element_, int HeadDim, int ValueDim, int Warps, bool KeySumWeigh
 struct ExpandReduce {
   using Element = Element_;
 
+  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim>;
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kTileTokens = 64;
   static constexpr int kStages = 4;
@@ -88,6 +89,7 @@ struct ExpandReduce {
   static constexpr int kKeyColumns = kGathered ? kGatheredColumns : HeadDim;
 
   static_assert(Warps % kUnitTasks == 0, "a unit belongs to one block of threads");
+  static_assert(!kWarpgroups || Warps % 4 == 0, "warpgroups");
   static_assert(HeadDim % 32 == 0, "units take four blocks at a time");
   static_assert(ValueDim % kValueTile == 0 && kValueTile % 32 == 0, "32, or a multiple of 64");
 
@@ -198,7 +200,7 @@ struct ExpandReduce {
     std::uint32_t busy[kOuterTile][4];
     std::uint64_t value;
   };
-  using Operands = cute::conditional_t<kHasWarpgroupMma, WarpgroupOperands, WarpOperands>;
+  using Operands = cute::conditional_t<kWarpgroups, WarpgroupOperands, WarpOperands>;
 
   CUTE_DEVICE static auto value_tensor(WarpOperands& operands) {
     return cute::make_tensor(

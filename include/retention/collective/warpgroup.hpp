@@ -1,8 +1,10 @@
 // Hopper's wgmma: a warpgroup of four warps multiplies 64 rows, which registers hold as they do for
 // mma.m16n8k16, 16 a warp, by a tile in shared memory, while its threads go on with something else.
 //
-// Rows of a tile have 128 or 64 bytes and the swizzle of StagedTileLayout, which is one of those
-// that the instruction knows, if the tile starts at a multiple of 1024 bytes.
+// Columns of a tile come in groups of 64, whose rows of 128 bytes have the swizzle of
+// StagedTileLayout: it is one that the instruction knows, if the tile starts at a multiple of 1024
+// bytes. Narrower values stay with mma: two to four times as many operands would have to be made
+// for a product, and registers are too few for those.
 
 #pragma once
 
@@ -16,12 +18,13 @@
 
 namespace retention::collective {
 
-/// Whether the device that this is compiled for has wgmma: sm_90a. For device code alone. In tests
-/// the emulator may have it.
+/// Whether the main loops for values of this width take wgmma on the device that they are compiled
+/// for, which has it if it is sm_90a; in tests the emulator may. For device code alone.
+template <int ValueDim>
 #if defined(CUTE_ARCH_MMA_SM90A_ENABLED) || defined(RETENTION_EMULATE_WARPGROUP)
-inline constexpr bool kHasWarpgroupMma = true;
+inline constexpr bool kTakesWarpgroups = ValueDim % 64 == 0;
 #else
-inline constexpr bool kHasWarpgroupMma = false;
+inline constexpr bool kTakesWarpgroups = false;
 #endif
 
 /// What tiles that wgmma reads are aligned to.
@@ -37,10 +40,8 @@ struct WarpgroupOperation;
   struct WarpgroupOperation<element, n, kMajor> {                                          \
     using type = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##name##_RS<Major::K, kMajor>; \
   };
-RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 32, BF16)
 RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 64, BF16)
 RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 128, BF16)
-RETENTION_WARPGROUP_OPERATION(cute::half_t, 32, F16)
 RETENTION_WARPGROUP_OPERATION(cute::half_t, 64, F16)
 RETENTION_WARPGROUP_OPERATION(cute::half_t, 128, F16)
 #undef RETENTION_WARPGROUP_OPERATION
@@ -48,8 +49,8 @@ RETENTION_WARPGROUP_OPERATION(cute::half_t, 128, F16)
 /// A tile of StagedTileLayout<Rows, Columns, 1> as the B operand.
 template <int Rows, int Columns>
 struct WarpgroupTile {
+  static_assert(Columns % 64 == 0, "the swizzle of rows of 128 bytes");
   using Layout = StagedTileLayout<Rows, Columns, 1>;
-  static constexpr bool kWide = Columns % 64 == 0;
 
   /// What follows is added to a tile's descriptor: from its start, in units of 16 bytes.
   CUTE_HOST_DEVICE static constexpr std::uint64_t offset(int row, int column) {
@@ -64,8 +65,8 @@ struct WarpgroupTile {
     descriptor.bitfield.leading_byte_offset_ = byte_offset<Layout>(0, 64 % Columns) / 16;
     descriptor.bitfield.stride_byte_offset_ = byte_offset<Layout>(8, 0) / 16;
     descriptor.bitfield.base_offset_ = 0;
-    descriptor.bitfield.layout_type_ = static_cast<std::uint8_t>(
-        kWide ? cute::SM90::GMMA::LayoutType::B128 : cute::SM90::GMMA::LayoutType::B64);
+    descriptor.bitfield.layout_type_ =
+        static_cast<std::uint8_t>(cute::SM90::GMMA::LayoutType::B128);
     return descriptor;
   }
 };
@@ -87,11 +88,11 @@ CUTE_DEVICE void warpgroup_multiply(std::uint32_t const (&a)[4], std::uint64_t b
 }
 
 /// Of this thread's cp.async, waits for all groups but the last `Pending`. Where they went all
-/// threads may read after the next barrier, and so may wgmma.
-template <int Pending>
+/// threads may read after the next barrier, and with `Warpgroups` so may wgmma.
+template <int Pending, bool Warpgroups>
 CUTE_DEVICE void wait_for_copies() {
   cute::cp_async_wait<Pending>();
-  if constexpr (kHasWarpgroupMma) {
+  if constexpr (Warpgroups) {
     cute::tma_store_fence();  // fence.proxy.async.shared::cta
   }
 }

@@ -198,7 +198,7 @@ struct ChunkStates {
     };
     float next_end_gate = gate_of_chunk(0);
     int stage = 0;
-    collective::wait_for_copies<kStages - 2>();
+    collective::wait_for_copies<kStages - 2, Mainloop::kWarpgroups>();
     weigh(stage, next_end_gate);
     __syncthreads();
     typename Mainloop::Operands operands;
@@ -231,7 +231,7 @@ struct ChunkStates {
         for (int step = 0; step < Mainloop::kSteps; ++step) {
           auto prepare = [&] {
             if (step == 0) {
-              collective::wait_for_copies<kStages - 3>();
+              collective::wait_for_copies<kStages - 3, Mainloop::kWarpgroups>();
               weigh(next_stage, done + kTileTokens < chunk_end ? end_gate : next_end_gate);
             } else if (step == 1) {
               __syncthreads();

@@ -273,7 +273,7 @@ struct StateGradients {
     }
 
     int stage = 0;
-    collective::wait_for_copies<kStages - 2>();
+    collective::wait_for_copies<kStages - 2, Mainloop::kWarpgroups>();
     set_factor(0, next_scale);
     weigh(stage, 0);
     __syncthreads();
@@ -312,7 +312,7 @@ struct StateGradients {
         for (int step = 0; step < Mainloop::kSteps; ++step) {
           auto prepare = [&] {
             if (step == 0) {
-              collective::wait_for_copies<kStages - 3>();
+              collective::wait_for_copies<kStages - 3, Mainloop::kWarpgroups>();
               weigh(next_stage, left == 1);
             } else if (step == 1) {
               __syncthreads();
