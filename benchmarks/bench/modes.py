@@ -41,7 +41,7 @@ class Bench:
     ceilings: Ceilings
     upstream: Path | None = None
     upstream_seconds: float = 300.0
-    only: tuple[str, ...] = ()  # names of peers; all of them where empty
+    only: tuple[str, ...] = ()  # names of peers, or how they begin; all of them where empty
     ring: int = 512  # tokens that decoding keeps before it folds them into the state
     say: Callable[[str], None] = print
 
@@ -51,14 +51,19 @@ class Bench:
 
     def peers(self) -> tuple[list[Peer], dict[str, str]]:
         """Those that can run here, and why the others cannot."""
-        wanted = [
-            peer
-            for peer in all_peers(self.problem.device, self.upstream, self.upstream_seconds)
-            if not self.only or any(peer.name.startswith(name) for name in self.only)
-        ]
+        known = all_peers(self.problem.device, self.upstream, self.upstream_seconds)
+        wanted = [peer for peer in known if not self.only or self._is_wanted(peer, known)]
         reasons = {peer.name: peer.missing(self.problem) for peer in wanted}
         missing = {name: reason for name, reason in reasons.items() if reason is not None}
         return [peer for peer in wanted if peer.name not in missing], missing
+
+    def _is_wanted(self, peer: Peer, known: list[Peer]) -> bool:
+        """Whether a name is the peer's, or one that no peer has is the beginning of it."""
+        names = {x.name for x in known}
+        return any(
+            peer.name == name or (name not in names and peer.name.startswith(name))
+            for name in self.only
+        )
 
 
 # ---- passes -------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "--peers",
         str,
         (),
-        "names of those to measure, by their beginning",
+        "names of those to measure, or how several begin",
         nargs="+",
         shown="all",
         metavar="NAME",

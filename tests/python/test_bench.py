@@ -139,6 +139,26 @@ def test_other_paths_do_not_have_the_kernels_chunk(kernels):
 # ---- peers --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["retention"], ["retention"]),
+        (["retention, PyTorch"], ["retention, PyTorch path"]),
+        (["atten"], ["attention, flash"]),
+        (["attention, flash", "retention"], ["retention", "attention, flash"]),
+        (["ret"], ["retention", "retention, PyTorch path", "retention 1.0.7"]),
+        (["else"], []),
+    ],
+    ids=str,
+)
+def test_peers_by_name_or_by_how_they_begin(names, expected, monkeypatch):
+    monkeypatch.setattr(peers.Peer, "missing", lambda self, problem: None)
+    for peer in (peers.RetentionPyTorch, peers.Upstream):
+        monkeypatch.setattr(peer, "missing", lambda self, problem: None)
+    bench = modes.Bench(SMALL, (96,), ONCE, Ceilings(1.0, 1.0), only=tuple(names))
+    assert [peer.name for peer in bench.peers()[0]] == expected
+
+
 @pytest.mark.parametrize("peer", [peers.Retention(), peers.all_peers("cpu", None)[2]], ids=str)
 @pytest.mark.parametrize("change", [{}, {"gated": False}, {"b": 2}, {"hq": 2}], ids=str)
 def test_errors_are_roundings(peer, change):
