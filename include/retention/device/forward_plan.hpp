@@ -136,7 +136,10 @@ struct ForwardPlan {
 
   // A token's products are 4 D dv with the state, or 2 (d + dv) with each of the t / 2 tokens
   // before it: they are as many at t = `even`. The products with the state run at twice the rate of
-  // the others (seen on an H200), so that chunks are faster from half of that on.
+  // the others (seen on an H200), so that chunks are faster from half of that on. How long a chunk
+  // is costs a token half as many products, and what every state takes a part of one over it:
+  // together they are least where it is as the root of `even`. On an H200 that was 256 tokens at
+  // d = dv = 32, 512 at 64 and 1,024 at 128.
   static int choose_chunk(ForwardArguments const& a) {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     std::int64_t const even = 4 * D * a.value_dim / (a.head_dim + a.value_dim);
@@ -147,7 +150,7 @@ struct ForwardPlan {
       return round_up(a.tokens + std::int64_t{1}, kTokenMultiple);
     }
     int chunk = 128;
-    while (chunk < 2048 && 10 * std::int64_t{chunk} < even) {
+    while (chunk < 2048 && std::int64_t{chunk} * chunk < 32 * even) {
       chunk *= 2;
     }
     return chunk;
@@ -155,9 +158,9 @@ struct ForwardPlan {
 
   // The states of a sequence are made one chunk after another, by D dv / 16384 blocks a head, two
   // to a multiprocessor. Where those are few, segments of a sequence go side by side. The fewest
-  // of them that come within a twentieth of the shortest time, counted in the tokens that a block goes
-  // through: beside its segment's, what it takes to start and to store a state, and what `carry`
-  // takes, which moves all states but the first segment's (both seen on an H200).
+  // of them that come within a twentieth of the shortest time, counted in the tokens that a block
+  // goes through: beside its segment's, what it takes to start and to store a state, and what
+  // `carry` takes, which moves all states but the first segment's (both seen on an H200).
   static int choose_segment(ForwardArguments const& a, bool makes_states, std::int64_t D,
                             int multiprocessors) {
     constexpr int kMaxSegments = 32;
