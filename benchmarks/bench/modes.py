@@ -93,11 +93,15 @@ def _passes(bench: Bench, mode: str) -> Iterator[Row]:
                 errors = peer.errors(problem, mode != "fwd")
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 # One that has no room for this length has some for the others.
-                yield {**row, "failed": str(error).splitlines()[0]}
+                yield {**row, **_failure(error)}
                 continue
             finally:
                 _free(problem.device)
             yield {**row, **timing.row(), **_shares(bench, peer, problem, mode, timing), **errors}
+
+
+def _failure(error: Exception) -> Row:
+    return {"failed": str(error).splitlines()[0]}
 
 
 def _time(peer: Peer, problem: Problem, mode: str, effort: Effort) -> Timing:
@@ -242,7 +246,11 @@ def memory(bench: Bench) -> Iterator[Row]:
             for mode, both in (("fwd", False), ("fwd+bwd", True)):
                 bench.say(f"memory: {peer.name}, {mode}, {problem.t:,} tokens")
                 row = {"mode": "memory", "peer": peer.name, "t": problem.t, "pass": mode}
-                yield {**row, "bytes": _peak(peer.name, problem, both)}
+                try:
+                    peak = {"bytes": _peak(peer.name, problem, both)}
+                except (torch.OutOfMemoryError, RuntimeError) as error:
+                    peak = _failure(error)
+                yield {**row, **peak}
 
 
 def _peak(name: str, problem: Problem, both: bool) -> int:

@@ -43,7 +43,13 @@ _COLUMNS = {
         "bytes": "memory",
     },
     "components": {"t": "tokens", "part": "part", "ms": "ms", "share": "share"},
-    "memory": {"t": "tokens", "peer": "implementation", "pass": "pass", "bytes": "extra memory"},
+    "memory": {
+        "t": "tokens",
+        "peer": "implementation",
+        "pass": "pass",
+        "bytes": "extra memory",
+        "note": "",
+    },
     "host": {"part": "call of 64 tokens", "us": "us", "us before the launch": "before the launch"},
     "build": {"part": "file", "bytes": "size"},
 }
@@ -63,7 +69,8 @@ def print_tables(results: Row, console: Console) -> None:
     for mode in dict.fromkeys(row["mode"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["mode"] == mode]
         # Where something failed, for that and why.
-        needed = ("ms", "note") if any("failed" in row for row in rows) else ()
+        measured = "ms" if "ms" in _COLUMNS[mode] else "bytes"
+        needed = (measured, "note") if any("failed" in row for row in rows) else ()
         columns = {
             key: heading
             for key, heading in _COLUMNS[mode].items()
@@ -77,7 +84,7 @@ def print_tables(results: Row, console: Console) -> None:
         for row in rows:
             cells = [_cell(key, row) for key in columns]
             if "failed" in row:
-                cells[list(columns).index("ms")] = "failed"
+                cells[list(columns).index(measured)] = "failed"
                 cells[-1] = escape(row["failed"][:60])
             table.add_row(*cells)
         console.print(table)

@@ -567,6 +567,23 @@ def test_one_that_fails_at_a_length_is_said_to(monkeypatch, tmp_path, capsys):
     assert "failed" in capsys.readouterr().out
 
 
+def test_one_whose_memory_cannot_be_measured_is_said_to(monkeypatch, tmp_path, capsys):
+    def peak(name, problem, both):
+        if both:
+            raise RuntimeError("not with this compiler")
+        return 2**20
+
+    monkeypatch.setattr(modes, "_peak", peak)
+    assert run("memory", "--peers", "retention", "--out", str(tmp_path)) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    failed = [row["failed"] for row in rows if row["pass"] == "fwd+bwd"]
+    assert failed == ["not with this compiler"] * 2
+    assert [row["bytes"] for row in rows if row["pass"] == "fwd"] == [2**20] * 2
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    assert "not with this compiler" in shown
+
+
 def ends_early(monkeypatch, end):
     """Times of two rows, and at the third what ends the run."""
     calls = itertools.count(1)
