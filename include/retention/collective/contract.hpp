@@ -17,6 +17,8 @@
 
 #pragma once
 
+#include <cstddef>
+
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
@@ -56,11 +58,12 @@ struct Contract {
       cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kMmaRows>, cute::Int<kBlocks>>>;
 
   struct SharedStorage {
-    alignas(kWarpgroupTileAlignment) Element state[cute::cosize_v<StateLayout>];
+    alignas(128) Element state[cute::cosize_v<StateLayout>];
     alignas(128) Element key_sum[kStateDim];
     // Of block J and mma tile m, in each thread the four of a C fragment: its own.
     float4 gradient[kBlocks][kMmaRows][kThreads];
   };
+  static_assert(offsetof(SharedStorage, state) == 0, "whoever aligns the one aligns the other");
 
   CUTE_DEVICE Contract(SharedStorage& shared, Element const* state, Element const* key_sum,
                        int thread)

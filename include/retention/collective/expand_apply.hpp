@@ -73,7 +73,7 @@ struct ExpandApply {
   using StateLayout = StagedTileLayout<kTileRows, ValueDim, kStages>;  // [state row, dv, stage]
 
   struct SharedStorage {
-    alignas(kWarpgroupTileAlignment) Element state[cute::cosize_v<StateLayout>];
+    alignas(128) Element state[cute::cosize_v<StateLayout>];
   };
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;

@@ -18,6 +18,8 @@
 
 #pragma once
 
+#include <cstddef>
+
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
@@ -107,15 +109,16 @@ struct ExpandReduce {
 
   struct OneWeightStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
-    alignas(kWarpgroupTileAlignment) Element value[cute::cosize_v<ValueLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
     alignas(16) float weight[kStages][kTileTokens];  // of token t at weight_index(t)
   };
   struct TwoWeightsStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
-    alignas(kWarpgroupTileAlignment) Element value[cute::cosize_v<ValueLayout>];
+    alignas(128) Element value[cute::cosize_v<ValueLayout>];
     TwoWeights weight[kStages][kTileTokens / 4];
   };
   using SharedStorage = cute::conditional_t<KeySumWeights, TwoWeightsStorage, OneWeightStorage>;
+  static_assert(offsetof(SharedStorage, value) % kWarpgroupTileAlignment == 0, "tiles of wgmma");
 
   /// Where the weight of a token is: the four that a lane needs for 16 tokens lie side by side.
   CUTE_HOST_DEVICE static constexpr int weight_index(int token) {

@@ -27,8 +27,13 @@ inline constexpr bool kTakesWarpgroups = ValueDim % 64 == 0;
 inline constexpr bool kTakesWarpgroups = false;
 #endif
 
-/// What tiles that wgmma reads are aligned to.
+/// What tiles that wgmma reads are aligned to: by where they are in a block's shared memory. As an
+/// alignment of their type it would round up what the block needs, which is too much for some
+/// devices.
 inline constexpr int kWarpgroupTileAlignment = 1024;
+/// Whether such a tile may follow one of this layout, of 16-bit elements.
+template <class Layout>
+inline constexpr bool kKeepsAlignment = 2 * cute::cosize_v<Layout> % kWarpgroupTileAlignment == 0;
 
 /// The contiguous dimension of the B operand, [N, K].
 using Major = cute::SM90::GMMA::Major;

@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "retention/collective/expand_reduce.hpp"
@@ -57,6 +58,7 @@ struct ChunkStates {
     typename Mainloop::SharedStorage mainloop;
     typename StateTile::Rows rows[Traits::kWarps];
   };
+  static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
   struct Params {
     Element const* key;    // [b, t, h, d]

@@ -69,6 +69,8 @@ struct KeyGradient {
     float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
     float ones[kRows];
   };
+  static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
+  static_assert(collective::kKeepsAlignment<typename Intra::ValueLayout>, "tiles of wgmma follow");
 
   struct Params : KeyRowsParams<Element> {
     Element* d_key;             // [b, t, h, d]

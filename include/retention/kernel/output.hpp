@@ -67,6 +67,7 @@ struct Output {
     typename Intra::Work work;
     float row_gate[kRows];  // cumulative log2 gate since the chunk's start, less weight_exponent
   };
+  static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
 
   /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {

@@ -75,6 +75,8 @@ struct QueryGradient {
     float scale[kRows];           // of what is accumulated; 0 where the row has no gradient
     int exponent;                 // of da in the accumulators
   };
+  static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
+  static_assert(collective::kKeepsAlignment<OutputLayout>, "tiles of wgmma follow");
 
   /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {

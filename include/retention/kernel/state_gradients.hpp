@@ -16,6 +16,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "retention/collective/expand_reduce.hpp"
@@ -74,6 +75,7 @@ struct StateGradients {
     Distances distance[2];
     std::uint32_t factor[kScaled ? 2 : 1][kScaled ? kThreads : 1];
   };
+  static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
   struct Params {
     Element const* query;     // [b, t, hq, d] as prepared: rescaled, 0 for queries without weight

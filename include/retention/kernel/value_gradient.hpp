@@ -62,6 +62,7 @@ struct ValueGradient {
     Element* target;            // the first row's gradient
     float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
   };
+  static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
 
   struct Params : KeyRowsParams<Element> {
     Element* d_value;  // [b, t, h, dv]
