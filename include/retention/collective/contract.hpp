@@ -13,7 +13,9 @@
 // I.
 //
 // Per pair, a warp needs dv wavefronts of shared memory for the state, 4 for x and 16 for the
-// native sums; they serve dv mma.
+// native sums; they serve dv mma. By wgmma (warpgroup.hpp) the eight tiles are one of N = 64, for
+// which the state is read half as often; while 16 rows of each warp are multiplied, those before
+// them go through the Jacobian.
 
 #pragma once
 

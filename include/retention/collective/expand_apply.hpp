@@ -11,6 +11,8 @@
 //
 // Per 16 state rows, a warp of 64 rows and 64 columns needs 16 wavefronts of shared memory for the
 // state and 8 for the pairs, and one of 32 rows and 128 columns 32 and 4; either serves 32 mma.
+// With wgmma (warpgroup.hpp) the state's rows lie in the order of k, and rows of phi are made under
+// the products of those before.
 
 #pragma once
 

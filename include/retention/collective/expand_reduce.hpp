@@ -9,7 +9,9 @@
 // Rows g and g + 8 of the tile for x are x times element g of Y0 and of Y1. One outer block and two
 // native ones make a *unit* of 8 x 2 x 8 = 128 rows: two block pairs that share a block. Sharing it
 // halves the shuffles, which with the loads of V decide how fast a loop over shared memory can go:
-// for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma.
+// for 16 tokens 8 + 6 + 16 + 4 wavefronts (shuffles, keys, values, weights) serve 33 mma. With
+// wgmma (warpgroup.hpp) as many: it reads the values where they lie, but again for every value of
+// x.
 //
 // Gradients of a state need the same sums over queries, with other weights in z than in S. There
 // two packed fma weigh a pair of tokens for S, by w = w0 + w1 in two 16-bit numbers, and one
