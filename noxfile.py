@@ -3,8 +3,10 @@
 Everything is installed in the versions of constraints.txt and built in folders that git ignores.
 """
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,21 +53,24 @@ def install_build_tools(session: nox.Session) -> None:
     install(session, "scikit-build-core", "nanobind", "cmake", "ninja")
 
 
-def has_gpu() -> bool:
-    return shutil.which("nvidia-smi") is not None
+@functools.cache
+def gpu_architectures() -> tuple[str, ...]:
+    """What to compile for to run on this machine's GPUs; nothing where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    found = {x.replace(".", "") for x in re.findall(r"^\d+\.\d+$", answer, re.MULTILINE)}
+    # Not `native`, which is sm_90 where the kernels have main loops for sm_90a.
+    return tuple(sorted(f"{x}a-real" if x == "90" else f"{x}-real" for x in found))
 
 
 def cuda_options() -> dict[str, str]:
     """CMake options: kernels for this machine's GPUs, and none where there is no GPU to run them,
     since compiling them takes long."""
-    if not has_gpu():
-        return {"RETENTION_CUDA": "OFF"}
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
-    # Not `native`, which is sm_90 where the kernels have main loops for sm_90a.
-    names = {x.replace(".", "") for x in answer.split()}
-    architectures = sorted(f"{x}a-real" if x == "90" else f"{x}-real" for x in names)
-    return {"RETENTION_CUDA": "AUTO", "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures)}
+    if architectures := gpu_architectures():
+        return {"RETENTION_CUDA": "AUTO", "CMAKE_CUDA_ARCHITECTURES": ";".join(architectures)}
+    return {"RETENTION_CUDA": "OFF"}
 
 
 MAX_WHEEL_MB = 30
@@ -191,8 +196,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """On a machine with a CUDA device: the tests that need one, then compute-sanitizer."""
-    if not has_gpu():
-        session.error("no CUDA device here: nvidia-smi is not on PATH")
+    if not gpu_architectures():
+        session.error("no CUDA device here: nvidia-smi is not on PATH, or finds none")
     install_package(session, "test")
     build = str(fresh_folder(session, "cmake"))
     session.run(
