@@ -104,7 +104,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("t", "chunk", "taken"),
     [
-        (4096, None, 1024),  # the kernels' choice
+        (4096, None, 512),  # the kernels' choice
         (4096, 128, 128),
         (4096, 100, 128),  # a multiple of 64
         (2000, None, 2000),  # the quadratic form
@@ -126,8 +126,8 @@ def test_the_chunk_that_kernels_take_is_counted(kernels, t, chunk, taken, change
 
 
 def test_other_paths_do_not_have_the_kernels_chunk(kernels):
-    p = dataclasses.replace(SMALL, t=4096, d=64, chunk=None, dtype="bfloat16")
-    chosen = _ops.choose_chunk(4096, 64, 64, 2, None, None)
+    p = dataclasses.replace(SMALL, t=10000, d=128, chunk=None, dtype="bfloat16")
+    chosen = min(10000, _ops.choose_chunk(10000, 128, 128, 2, None, None))
     assert peers.Retention().with_chunk(p).chunk != chosen
     assert peers.RetentionPyTorch().with_chunk(p).chunk == chosen
     assert peers.Upstream(None).with_chunk(p).chunk == 1024
@@ -292,6 +292,14 @@ def test_upstream_has_a_limit(slow_upstream, tmp_path):
     assert "incomplete" not in results
 
 
+@pytest.fixture
+def interruptible():
+    """In the background of a shell SIGINT is ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def is_running(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -301,6 +309,7 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.usefixtures("interruptible")
 def test_upstream_ends_with_its_children(slow_upstream):
     """At an interruption as at its limit. A session of its own gets no signals of ours."""
     note = slow_upstream / "retention" / "child"
@@ -600,6 +609,7 @@ def ends_early(monkeypatch, end):
     ("number", "code", "reason"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
+@pytest.mark.usefixtures("interruptible")
 def test_a_run_that_is_stopped_keeps_what_it_has(
     monkeypatch, tmp_path, capsys, number, code, reason
 ):

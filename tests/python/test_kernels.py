@@ -249,7 +249,7 @@ def test_workspace_sizes():
         ({"chunk_size": 128, "tokens": 128}, 128),
         ({"chunk_size": 640}, 128),  # the quadratic form: a tile that has all 100 tokens
         ({}, 128),
-        ({"tokens": 2**20}, 1024),
+        ({"tokens": 2**20}, 512),
         ({"tokens": 2**20, "sequences": 2**14, "cu_seqlens": 4}, 2**20 + 64),
         ({"tokens": 0}, 0),
         ({"chunk_size": 65}, 0),
