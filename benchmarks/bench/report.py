@@ -198,7 +198,8 @@ def _plots(results: Row, folder: Path) -> list[Path]:
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7)
 
     passes = [m for m in ("fwd", "bwd", "fwd+bwd") if any(r["mode"] == m for r in rows)]
     for key, label, name, log in (

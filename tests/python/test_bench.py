@@ -292,6 +292,20 @@ def test_upstream_has_a_limit(slow_upstream, tmp_path):
     assert "incomplete" not in results
 
 
+def test_gradients_that_seem_to_take_no_time_are_not_drawn(monkeypatch, tmp_path):
+    """What is left when two times are subtracted may be noise alone."""
+    times = itertools.cycle((1.0, 0.9))  # forward, and with gradients
+    monkeypatch.setattr(
+        peers.Peer,
+        "time",
+        lambda self, problem, backward, effort: Timing(next(times), 0.5, 1.5, 2, False),
+    )
+    assert run("bwd", "--peers", "retention", "--out", str(tmp_path)) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert all(row["ms"] < 0 for row in rows)
+    assert (tmp_path / "throughput.png").exists()
+
+
 @pytest.fixture
 def interruptible():
     """In the background of a shell SIGINT is ignored, and Python leaves it so."""
