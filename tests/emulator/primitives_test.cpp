@@ -60,23 +60,29 @@ struct MmaKernel {
   }
 };
 
+/// Random operands of a product of K = 16 or a multiple of it, and what is added to it.
+template <class T>
+void fill(std::mt19937& rng, GlobalArray<T>& a, GlobalArray<T>& b, GlobalArray<float>& c) {
+  std::normal_distribution<float> normal;
+  // fp16 covers its denormals too: the last of 16 columns of A is tiny.
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    a[i] = T(normal(rng) * (i % 16 == 15 ? 1e-6f : 1.0f));
+  }
+  for (T& x : b) {
+    x = T(normal(rng));
+  }
+  for (float& x : c) {
+    x = normal(rng);
+  }
+}
+
 template <class T, class Mma>
 void test_mma() {
   for (int seed = 0; seed < kSeeds; ++seed) {
     std::mt19937 rng(static_cast<unsigned>(seed));
-    std::normal_distribution<float> normal;
     GlobalArray<T> a("a", 16 * 16, true), b("b", 16 * 8, true);
     GlobalArray<float> c("c", 16 * 8, true), d("d", 16 * 8);
-    // fp16 covers its denormals too: the last column of A is tiny.
-    for (std::size_t i = 0; i < a.size(); ++i) {
-      a[i] = T(normal(rng) * (i % 16 == 15 ? 1e-6f : 1.0f));
-    }
-    for (T& x : b) {
-      x = T(normal(rng));
-    }
-    for (float& x : c) {
-      x = normal(rng);
-    }
+    fill(rng, a, b, c);
     run<MmaKernel<T, Mma>>({{1}, {32}, 0, static_cast<std::uint64_t>(seed)},
                            {a.data(), b.data(), c.data(), d.data()});
     for (std::size_t m = 0; m < 16; ++m) {
@@ -215,19 +221,10 @@ void test_warpgroup() {
   for (unsigned seed = 0; seed < 2; ++seed) {
     std::size_t const rows = 64 * (1 + seed);
     std::mt19937 rng(seed);
-    std::normal_distribution<float> normal;
     GlobalArray<T> a("a", rows * kK, true), b("b", kK * N, true);
     GlobalArray<float> c("c", rows * N, true), d("d", 2 * rows * N);
     GlobalArray<int> nan("nan", 2 * rows);
-    for (std::size_t i = 0; i < a.size(); ++i) {
-      a[i] = T(normal(rng) * (i % 16 == 15 ? 1e-6f : 1.0f));
-    }
-    for (T& x : b) {
-      x = T(normal(rng));
-    }
-    for (float& x : c) {
-      x = normal(rng);
-    }
+    fill(rng, a, b, c);
     run<Kernel>({{1}, {static_cast<unsigned>(2 * rows)}, Kernel::kSharedBytes, seed},
                 {a.data(), b.data(), c.data(), d.data(), nan.data()});
     for (std::size_t i = 0; i < 2 * rows * N; ++i) {

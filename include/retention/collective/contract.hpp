@@ -204,13 +204,13 @@ struct Contract {
           start(values, stage, c);
           static_assert(kMmaRows == 2, "one after the other");
           cute::warpgroup_wait<1>();
-          hold(c[0]);
+          hold<kTileRows / 2>(c[0]);
 #pragma unroll
           for (int a = 0; a < 8; ++a) {
             add(0, a, &c[0][4 * a]);
           }
           cute::warpgroup_wait<0>();
-          hold(c[1]);
+          hold<kTileRows / 2>(c[1]);
 #pragma unroll
           for (int a = 0; a < 8; ++a) {
             add(1, a, &c[1][4 * a]);

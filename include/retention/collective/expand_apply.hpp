@@ -212,10 +212,7 @@ struct ExpandApply {
     }
     cute::warpgroup_wait<0>();
     hold(a[kSteps - 1]);
-#pragma unroll
-    for (int i = 0; i < cute::size(output); ++i) {
-      cute::warpgroup_fence_operand(output.data()[i]);
-    }
+    hold<kMmaRows * ValueDim / 2>(&output(0));
   }
 
   // Rows of phi as the A operand: elements 2 k and 2 k + 1 of block I times block J.

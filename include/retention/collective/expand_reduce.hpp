@@ -141,8 +141,6 @@ struct ExpandReduce {
     target.sum_low[index % 4] = Element(sum_weight - float(sum_high));
   }
 
-  using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
-
   /// What a warp owns and keeps in registers. Lane (g, t) holds of the tile for x, native block i:
   /// state[2 i + c, x, n] = S[(x, y = g), 8 n + 2 t + c] and
   /// key_sum[2 i + c] = z[(2 t + c, y = g)].
@@ -317,7 +315,7 @@ struct ExpandReduce {
     if (step == 0) {
       // Nothing is on its way from one tile to the next: ptxas would make all products wait.
       cute::warpgroup_wait<0>();
-      hold(accumulators.state);
+      hold<kOuterTile * kValueTile / 2>(state);
       hold(next.busy);
     }
     operands = next;

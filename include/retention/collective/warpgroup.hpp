@@ -105,16 +105,9 @@ CUTE_DEVICE void wait_for_copies() {
 /// After `warpgroup_wait`: what wgmma read or wrote is in these registers until here, and what is
 /// done with them comes after.
 template <int N>
-CUTE_DEVICE void hold(float (&x)[N]) {
+CUTE_DEVICE void hold(float* x) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    cute::warpgroup_fence_operand(x[i]);
-  }
-}
-template <std::size_t N>
-CUTE_DEVICE void hold(cute::array_aligned<float, N>& x) {
-#pragma unroll
-  for (std::size_t i = 0; i < N; ++i) {
     cute::warpgroup_fence_operand(x[i]);
   }
 }
