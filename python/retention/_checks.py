@@ -136,13 +136,20 @@ def check_cu_seqlens(cu_seqlens: Any, Q: Tensor) -> None:
         raise ValueError(f"Q: expected a batch of 1 with cu_seqlens, got {Q.shape[0]}")
 
 
-def sequence_bounds(cu_seqlens: Tensor, t: int) -> list[tuple[int, int]]:
-    """[(start, stop)] of every packed sequence. Reads the values, so a CUDA tensor synchronises."""
+def sequence_bounds(cu_seqlens: Tensor, t: int) -> list[int]:
+    """Where packed sequences begin, and where the last ends: [n + 1], from 0 to at most t.
+
+    Reads the values, so a CUDA tensor synchronises.
+    """
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
-    if any(stop < start for start, stop in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens: expected values that never decrease, got {bounds}")
-    if bounds[-1] != t:
-        raise ValueError(f"cu_seqlens: expected to end at t = {t}, got {bounds[-1]}")
-    return list(itertools.pairwise(bounds))
+    for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if stop < start:
+            raise ValueError(
+                f"cu_seqlens: expected values that never decrease, got {stop} after {start} at "
+                f"index {n + 1}"
+            )
+    if bounds[-1] > t:
+        raise ValueError(f"cu_seqlens: expected to end at t = {t} or before, got {bounds[-1]}")
+    return bounds

@@ -18,9 +18,10 @@ products with the state features come before tokens, which is what a CPU's libra
 
 Shapes: N = b * h rows (batch and key head), r query heads to a key head, c tokens in a chunk,
 e = dv + 1. Everything here is float32, or float64 for float64 inputs. Decays enter as the p-th root
-on the vectors themselves, since the weights are homogeneous of degree p. Queries are rescaled row
-by row to magnitude 1 by a power of two: the output does not depend on a query's scale (nor on
-``scale``).
+on the vectors themselves, since the weights are homogeneous of degree p; every one is the
+exponential of a sum of the gates that it is made of, never of a difference of sums, so that gates
+may be of any size down to -inf. Queries are rescaled row by row to magnitude 1 by a power of two:
+the output does not depend on a query's scale (nor on ``scale``).
 """
 
 from __future__ import annotations
@@ -33,12 +34,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retention import _checks
-from retention._numerics import has_weight, integer_power, normalise, unit_exponent
+from retention._numerics import (
+    has_weight,
+    integer_power,
+    normalise,
+    sums_after,
+    sums_between,
+    unit_exponent,
+)
 from retention._symmetric_power import Expansion, Side, state_dim
 
 # Query rows of one intra-chunk block: wide enough for efficient products, and the causal waste is
 # half a block a row.
 _ROWS = 128
+# Blocks whose decays are found together: each alone costs more calls than sums.
+_BLOCKS_AT_ONCE = 8
 
 # Elements of one block of phi: on a CPU it should stay in the cache, elsewhere fill the device.
 _CPU_BLOCK = 2**21
@@ -85,113 +95,164 @@ def contract(x: Tensor, S: Tensor, y: Tensor, deg: int, side: Side) -> Tensor:
     return dx
 
 
+@dataclass
+class _Chunk:
+    """One chunk of every row, in the compute dtype."""
+
+    tokens: slice
+    q: Tensor  # [N, r, c, d], each row at its own scale
+    k: Tensor  # [N, c, d]
+    v: Tensor  # [N, c, e], last column ones
+    g: Tensor | None  # [N, c], log gates
+    exponent: Tensor  # [N, r, c, 1] of the queries' power-of-two scale
+    z: Tensor | None  # [N, r, c, 1], the normaliser at that scale, in backward
+    deg: int
+
+    def __post_init__(self):
+        self._since = None if self.g is None else self.g.cumsum(-1)
+
+    def _root(self, exponent: Tensor) -> Tensor:
+        return (exponent / self.deg).exp()
+
+    @property
+    def since_start(self) -> Tensor | None:
+        """p-th root of each token's decay since the chunk's start: [N, c]."""
+        return None if self.g is None else self._root(self._since)
+
+    @property
+    def until_end(self) -> Tensor | None:
+        """p-th root of the decay from each token to the chunk's end: [N, c]."""
+        return None if self.g is None else self._root(sums_after(self.g))
+
+    @property
+    def whole_decay(self) -> Tensor | None:
+        """The decay over the whole chunk: [N]."""
+        return None if self.g is None else self._since[:, -1].exp()
+
+    def queries_for_state(self) -> Tensor:
+        """Decayed queries, features first: [N, d, r * c]."""
+        q = self.q if self.g is None else self.q * self.since_start[:, None, :, None]
+        return q.flatten(1, 2).mT.contiguous()
+
+    def keys_for_state(self) -> Tensor:
+        """Decayed keys, features first: [N, d, c]."""
+        k = self.k if self.g is None else self.k * self.until_end[..., None]
+        return k.mT.contiguous()
+
+    def decay_(self, S: Tensor) -> None:
+        """Decays a state over the whole chunk, in place."""
+        if self.g is not None:
+            S *= self.whole_decay[:, None, None]
+
+
 # ---- inside a chunk -----------------------------------------------------------------------------
 
 
-def _row_blocks(c: int) -> Iterator[slice]:
-    for start in range(0, c, _ROWS):
-        yield slice(start, min(start + _ROWS, c))
+def _decays(g: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The decay of keys at queries, from log gates g [N, c]: blocks of query rows i, and of each
+    [N, 1, i, j] for the keys up to the last of them; 0 where j > i.
 
-
-def _scores(q: Tensor, k: Tensor, L: Tensor | None, i: slice) -> tuple[Tensor, Tensor | None]:
-    """Scores of the query rows i against keys up to the last of them, and their decay.
-
-    q [N, r, c, d], k [N, c, d], L [N, c] -> a [N, r, i, j], decay [N, 1, i, j]. Both are 0
-    where j > i.
+    A key before the block decays until its first row, and from there on with the rows.
     """
+    N, c = g.shape
+    size = max(1, min(c, _ROWS))
+    for start in range(0, c, _BLOCKS_AT_ONCE * size):
+        blocks = g[:, start : start + _BLOCKS_AT_ONCE * size]
+        blocks = F.pad(blocks, (0, -blocks.shape[1] % size)).unflatten(1, (-1, size))
+        within, since = sums_between(blocks), blocks.cumsum(-1)
+        for index in range(blocks.shape[1]):
+            first = start + index * size
+            rows = min(size, c - first)
+            decay = g.new_empty(N, rows, first + rows)
+            if first > 0:
+                until = sums_after(g[:, :first])[:, None]
+                torch.add(since[:, index, :rows, None], until, out=decay[..., :first])
+            decay[..., first:] = within[:, index, :rows, :rows]
+            yield slice(first, first + rows), decay.exp_()[:, None]
+
+
+def _row_blocks(x: _Chunk) -> Iterator[tuple[slice, Tensor | None]]:
+    """Blocks of query rows, and their decays where there are gates."""
+    if x.g is not None:
+        yield from _decays(x.g)
+        return
+    c = x.k.shape[1]
+    for start in range(0, c, _ROWS):
+        yield slice(start, min(start + _ROWS, c)), None
+
+
+def _scores(x: _Chunk, i: slice) -> Tensor:
+    """Scores of query rows i and the keys up to the last of them, [N, r, i, j]; 0 where j > i."""
     rows = i.stop - i.start
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
-    a = torch.matmul(q[:, :, i].flatten(1, 2), k[:, : i.stop].mT).unflatten(1, (q.shape[1], rows))
+    future = torch.ones(rows, rows, dtype=torch.bool, device=x.q.device).triu(1)
+    a = torch.matmul(x.q[:, :, i].flatten(1, 2), x.k[:, : i.stop].mT)
+    a = a.unflatten(1, (x.q.shape[1], rows))
     a[..., i].masked_fill_(future, 0)
-    if L is None:
-        return a, None
-    # Masked before the exponential: a positive difference would overflow.
-    decay = L[:, i, None] - L[:, None, : i.stop]
-    decay[..., i].masked_fill_(future, -torch.inf)
-    return a, decay.exp_()[:, None]
+    return a
 
 
-def _intra_forward(y: Tensor, q: Tensor, k: Tensor, v: Tensor, L: Tensor | None, deg: int) -> None:
-    """``y += w v`` in place: y [N, r, c, e], q [N, r, c, d], k [N, c, d], v [N, c, e]."""
-    for i in _row_blocks(k.shape[1]):
-        a, decay = _scores(q, k, L, i)
-        w = integer_power(a, deg)
+def _intra_forward(y: Tensor, x: _Chunk) -> None:
+    """``y += w v`` in place: y [N, r, c, e]."""
+    for i, decay in _row_blocks(x):
+        w = integer_power(_scores(x, i), x.deg)
         if decay is not None:
             w *= decay
-        wv = torch.bmm(w.flatten(1, 2), v[:, : i.stop])
-        y[:, :, i] += wv.unflatten(1, (q.shape[1], -1))
+        wv = torch.bmm(w.flatten(1, 2), x.v[:, : i.stop])
+        y[:, :, i] += wv.unflatten(1, (w.shape[1], -1))
 
 
 def _weight_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    L: Tensor | None,
-    do: Tensor,
-    z: Tensor,
-    i: slice,
-    deg: int,
+    x: _Chunk, do: Tensor, i: slice, decay: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per pair of the query rows i, [N, r, i, j]: w / z, its derivative by the score, and do . v.
 
-    do [N, r, c, dv], z [N, r, c, 1]. Neither quotient overflows where z is small: z >= w.
+    do [N, r, c, dv]. Neither quotient overflows where z is small: z >= w.
     """
-    a, decay = _scores(q, k, L, i)
-    slope = integer_power(a, deg - 1)
+    a = _scores(x, i)
+    slope = integer_power(a, x.deg - 1)
     if decay is not None:
         slope = slope * decay
-    share = (a * slope).div_(z[:, :, i])
-    slope = (slope / z[:, :, i]).mul_(deg)
-    do_v = torch.bmm(do[:, :, i].flatten(1, 2), v[:, : i.stop, :-1].mT)
+    share = (a * slope).div_(x.z[:, :, i])
+    slope = (slope / x.z[:, :, i]).mul_(x.deg)
+    do_v = torch.bmm(do[:, :, i].flatten(1, 2), x.v[:, : i.stop, :-1].mT)
     return share, slope, do_v.view_as(a)
 
 
-def _intra_backward_queries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    L: Tensor | None,
-    do: Tensor,
-    z: Tensor,
-    delta: Tensor,
-    deg: int,
-) -> Tensor:
-    """The gradient of the queries [N, r, c, d]; completes ``delta`` [N, r, c, 1] in place.
+def _intra_backward_queries(x: _Chunk, do: Tensor, delta: Tensor, dq: Tensor | None) -> None:
+    """Completes ``delta`` [N, r, c, 1] and writes the gradient of the queries ``dq`` [N, r, c, d],
+    if wanted.
 
     delta = do . o comes in with the state's share. Taken from the weights rather than from the
     output, it cancels exactly where one weight is all there is.
     """
-    dq = torch.empty_like(q)
-    for i in _row_blocks(k.shape[1]):
-        share, slope, do_v = _weight_gradients(q, k, v, L, do, z, i, deg)
+    for i, decay in _row_blocks(x):
+        share, slope, do_v = _weight_gradients(x, do, i, decay)
         delta[:, :, i] += share.mul_(do_v).sum(-1, keepdim=True)
-        da = do_v.sub_(delta[:, :, i]).mul_(slope).flatten(1, 2)
-        dq[:, :, i] = torch.bmm(da, k[:, : i.stop]).unflatten(1, (q.shape[1], -1))
-    return dq
+        if dq is not None:
+            da = do_v.sub_(delta[:, :, i]).mul_(slope).flatten(1, 2)
+            dq[:, :, i] = torch.bmm(da, x.k[:, : i.stop]).unflatten(1, (x.q.shape[1], -1))
 
 
 def _intra_backward_keys(
-    dk: Tensor,
-    dv: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    L: Tensor | None,
+    x: _Chunk,
     do: Tensor,
-    z: Tensor,
     delta: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
     d_gate: Tensor | None,
-    deg: int,
 ) -> None:
-    """Adds to the gradients dk [N, c, d], dv [N, c, dv] and, if wanted, d_gate [N, c] in place."""
-    for i in _row_blocks(k.shape[1]):
-        share, slope, do_v = _weight_gradients(q, k, v, L, do, z, i, deg)
-        dv[:, : i.stop] += torch.bmm(share.flatten(1, 2).mT, do[:, :, i].flatten(1, 2))
+    """Adds to the gradients dk [N, c, d], dv [N, c, dv] and d_gate [N, c], those that are wanted,
+    in place."""
+    for i, decay in _row_blocks(x):
+        share, slope, do_v = _weight_gradients(x, do, i, decay)
+        if dv is not None:
+            dv[:, : i.stop] += torch.bmm(share.flatten(1, 2).mT, do[:, :, i].flatten(1, 2))
         dw = do_v.sub_(delta[:, :, i])
         if d_gate is not None:
             _add_crossing(d_gate, share.mul_(dw).sum(1), i)
-        da = dw.mul_(slope).flatten(1, 2)
-        dk[:, : i.stop] += torch.bmm(da.mT, q[:, :, i].flatten(1, 2))
+        if dk is not None:
+            da = dw.mul_(slope).flatten(1, 2)
+            dk[:, : i.stop] += torch.bmm(da.mT, x.q[:, :, i].flatten(1, 2))
 
 
 def _add_crossing(d_gate: Tensor, w_dw: Tensor, i: slice) -> None:
@@ -216,48 +277,6 @@ def _sums_before(x: Tensor) -> Tensor:
 
 
 # ---- one sequence (a batch of equal length) -----------------------------------------------------
-
-
-@dataclass
-class _Chunk:
-    """One chunk of every row, in the compute dtype."""
-
-    tokens: slice
-    q: Tensor  # [N, r, c, d], each row at its own scale
-    k: Tensor  # [N, c, d]
-    v: Tensor  # [N, c, e], last column ones
-    L: Tensor | None  # [N, c], cumulative log gate from the chunk's start
-    exponent: Tensor  # [N, r, c, 1] of the queries' power-of-two scale
-    z: Tensor | None  # [N, r, c, 1], the normaliser at that scale, in backward
-    deg: int
-
-    def _root(self, exponent: Tensor) -> Tensor:
-        return (exponent / self.deg).exp()
-
-    @property
-    def since_start(self) -> Tensor | None:
-        """p-th root of each token's decay since the chunk's start: [N, c]."""
-        return None if self.L is None else self._root(self.L)
-
-    @property
-    def until_end(self) -> Tensor | None:
-        """p-th root of the decay from each token to the chunk's end: [N, c]."""
-        return None if self.L is None else self._root(self.L[:, -1:] - self.L)
-
-    def queries_for_state(self) -> Tensor:
-        """Decayed queries, features first: [N, d, r * c]."""
-        q = self.q if self.L is None else self.q * self.since_start[:, None, :, None]
-        return q.flatten(1, 2).mT.contiguous()
-
-    def keys_for_state(self) -> Tensor:
-        """Decayed keys, features first: [N, d, c]."""
-        k = self.k if self.L is None else self.k * self.until_end[..., None]
-        return k.mT.contiguous()
-
-    def decay_(self, S: Tensor) -> None:
-        """Decays a state over the whole chunk, in place."""
-        if self.L is not None:
-            S *= self.L[:, -1].exp()[:, None, None]
 
 
 class Sequence:
@@ -303,15 +322,15 @@ class Sequence:
             shift = (exponent + shift).clamp(-126, 126) - exponent
             exponent, z = exponent + shift, torch.ldexp(z, -shift * self.deg)
         v = self.by_key_head(self.V, tokens)
-        L = None
+        g = None
         if self.log_G is not None:
-            L = self.by_key_head(self.log_G[..., None], tokens).squeeze(-1).cumsum(-1)
+            g = self.by_key_head(self.log_G[..., None], tokens).squeeze(-1)
         return _Chunk(
             tokens,
             torch.ldexp(q, -exponent),
             self.by_key_head(self.K, tokens),
             torch.cat([v, v.new_ones(*v.shape[:-1], 1)], dim=-1),
-            L,
+            g,
             exponent,
             z,
             self.deg,
@@ -367,7 +386,7 @@ def forward(
     for index, tokens in enumerate(sequence.chunks):
         x = sequence.chunk(tokens)
         y = _state_numerator(x, S)
-        _intra_forward(y, x.q, x.k, x.v, x.L, x.deg)
+        _intra_forward(y, x)
         n, z = y[..., :-1], y[..., -1:]
         o = normalise(n, z)
         sequence.store(out, tokens, o)
@@ -394,12 +413,14 @@ def backward(
     dS: Tensor | None,
     norm: Tensor,
     d_out: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
     d_gate: Tensor | None,
+    initial_wanted: bool,
 ) -> Tensor | None:
-    """Writes the gradients dq, dk, dv, d_gate; returns that of the initial state, [N, e, D].
+    """Writes the gradients dq, dk, dv, d_gate, each unless it is None; returns that of the initial
+    state, [N, e, D], if wanted.
 
     ``S`` and ``dS`` [N, e, D] or None are the initial state and the gradient of the final one; both
     are overwritten. A first pass computes the states before every chunk again and gives dq; a
@@ -421,20 +442,25 @@ def backward(
         y = _state_numerator(x, S)
         state_delta = (y[..., :-1] * do).sum(-1, keepdim=True) / x.z
         delta = state_delta.clone()
-        dq_i = _intra_backward_queries(x.q, x.k, x.v, x.L, do, x.z, delta, deg)
+        dq_i = None if dq is None else torch.empty_like(x.q)
+        _intra_backward_queries(x, do, delta, dq_i)
         if read is not None:
             read[:, tokens] = (state_delta - delta * y[..., -1:] / x.z).sum((1, 3))
-        if S is not None:
-            dy = _numerator_gradient(do, x.z, delta)
-            from_state = contract(x.queries_for_state(), S, dy, deg, "query").mT.reshape(dq_i.shape)
-            dq_i += from_state if x.L is None else from_state * x.since_start[:, None, :, None]
-        sequence.store(dq, tokens, torch.ldexp(dq_i, -x.exponent))
+        if dq is not None:
+            if S is not None:
+                dy = _numerator_gradient(do, x.z, delta)
+                of_state = contract(x.queries_for_state(), S, dy, deg, "query").mT
+                of_state = of_state.reshape(dq_i.shape)
+                dq_i += of_state if x.g is None else of_state * x.since_start[:, None, :, None]
+            sequence.store(dq, tokens, torch.ldexp(dq_i, -x.exponent))
         sequence.store(every_delta[..., None], tokens, delta)
         if index < last or (dS is not None and d_gate is not None):
             if S is None:
                 S = sequence.empty_state()
             _update_state(x, S)
 
+    if dk is None and dv is None and d_gate is None and not initial_wanted:
+        return None
     # <dS, S> after a chunk: all pairs with a key up to there and a query, or final state, beyond.
     crossing = None if dS is None or S is None else (dS * S).sum((1, 2))
 
@@ -442,36 +468,42 @@ def backward(
         x = sequence.chunk(tokens, norm)
         do = sequence.by_query_head(d_out, tokens)
         delta = sequence.by_query_head(every_delta[..., None], tokens)
-        dk_i = torch.zeros_like(x.k)
-        dv_i = torch.zeros_like(x.v[..., :-1])
+        dk_i = None if dk is None else torch.zeros_like(x.k)
+        dv_i = None if dv is None else torch.zeros_like(x.v[..., :-1])
         d_gate_i = None if read is None else _sums_from(read[:, tokens])
         if dS is not None:
             k = x.keys_for_state()
             v = x.v.mT
-            dy = v.new_zeros(v.shape)
-            expand_apply(dy, k, dS, deg, "key")
-            dv_i += dy[:, :-1].mT
-            if d_gate_i is not None:
+            if dv is not None or d_gate is not None:
+                dy = v.new_zeros(v.shape)
+                expand_apply(dy, k, dS, deg, "key")
+                if dv is not None:
+                    dv_i += dy[:, :-1].mT
+            if d_gate is not None:
                 written = (dy * v).sum(1)
                 d_gate_i += _sums_before(written)
                 if index > 0 or starts_with_state:
                     # Through the whole chunk, from the state before it, if anything of it is left.
                     through = crossing - written.sum(-1)
-                    d_gate_i += torch.where(x.L[:, -1].exp() > 0, through, 0)[:, None]
-            from_state = contract(k, dS, v, deg, "key").mT
-            dk_i += from_state if x.L is None else from_state * x.until_end[..., None]
-        _intra_backward_keys(dk_i, dv_i, x.q, x.k, x.v, x.L, do, x.z, delta, d_gate_i, deg)
-        sequence.store(dk, tokens, dk_i)
-        sequence.store(dv, tokens, dv_i)
-        if d_gate_i is not None:
+                    d_gate_i += torch.where(x.whole_decay > 0, through, 0)[:, None]
+            if dk is not None:
+                of_state = contract(k, dS, v, deg, "key").mT
+                dk_i += of_state if x.g is None else of_state * x.until_end[..., None]
+        if dk is not None or dv is not None or d_gate is not None:
+            _intra_backward_keys(x, do, delta, dk_i, dv_i, d_gate_i)
+        if dk is not None:
+            sequence.store(dk, tokens, dk_i)
+        if dv is not None:
+            sequence.store(dv, tokens, dv_i)
+        if d_gate is not None:
             sequence.store(d_gate[..., None], tokens, d_gate_i[..., None])
             crossing = d_gate_i[:, 0]
-        if index > 0 or starts_with_state:
+        if index > 0 or (starts_with_state and initial_wanted):
             if dS is None:
                 dS = sequence.empty_state()
             x.decay_(dS)
             dy = _numerator_gradient(do, x.z, delta)
             expand_reduce(dS, x.queries_for_state(), dy, deg, "query")
-    if not starts_with_state:
+    if not initial_wanted:
         return None
     return sequence.empty_state() if dS is None else dS

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from retention import _checks
 from retention._arguments import cast_for_autocast, check_keys_values, without_autocast
-from retention._numerics import integer_power, normalise, unit_exponent
+from retention._numerics import (
+    integer_power,
+    normalise,
+    sums_after,
+    sums_between,
+    unit_exponent,
+)
 from retention._symmetric_power import Expansion, state_dim
 
 # Elements of phi at one time. Few queries, as a step has, take one product with the state.
@@ -44,8 +50,8 @@ def power_retention_inference(
             state is given: the queries then read the state as it is.
         V: cached values ``[b, tk, h, dv]``, or None with K.
         log_G: log gates of the cached tokens ``[b, tk, h]``, float32 (or float64 with float64
-            inputs): query ``n`` sees the decay up to its own token. Default: no decay. None where K
-            is.
+            inputs), down to -inf: query ``n`` sees the decay up to its own token. Default: no
+            decay. None where K is.
         initial_state: the state before the cache's first token, ``[b, h, D, dv]`` with
             ``D = state_dim(d, deg)``, float32 (float64 for float64 inputs). Default: none.
         sum_of_keys: ``[b, h, D]``: required with ``initial_state``.
@@ -74,18 +80,18 @@ def power_retention_inference(
         q = q * torch.ldexp(q.new_ones(exponent.shape), -exponent)
         q = q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, tq, d]
         n = z = 0
-        L = None
+        g = None
         if K is not None:
-            L, k, v = _cache(K, V, log_G, dtype)
-            n, z = _read_cache(q, k, v, L, deg)
+            g, k, v = _cache(K, V, log_G, dtype)
+            n, z = _read_cache(q, k, v, g, deg)
         if initial_state is not None:
-            n_state, z_state = _read_state(q, L, initial_state, sum_of_keys, deg)
+            n_state, z_state = _read_state(q, g, initial_state, sum_of_keys, deg)
             n, z = n + n_state, z + z_state
         out = normalise(n, z)  # [b, h, r, tq, dv]
         out = out.permute(0, 3, 1, 2, 4).reshape(b, tq, hq, dv).to(Q.dtype)
         if K is None or switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
             return out, initial_state, sum_of_keys
-        return out, *_fold(k, v, L, initial_state, sum_of_keys, deg)
+        return out, *_fold(k, v, g, initial_state, sum_of_keys, deg)
 
 
 def _check(
@@ -132,13 +138,13 @@ def _check(
 def _cache(
     K: Tensor, V: Tensor, log_G: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The cumulative gate [b, h, tk] or None, keys [b, h, tk, d], values [b, h, tk, dv]."""
-    L = None if log_G is None else log_G.to(dtype).cumsum(1).transpose(1, 2)
-    return L, K.transpose(1, 2).to(dtype), V.transpose(1, 2).to(dtype)
+    """Log gates [b, h, tk] or None, keys [b, h, tk, d], values [b, h, tk, dv]."""
+    g = None if log_G is None else log_G.to(dtype).transpose(1, 2)
+    return g, K.transpose(1, 2).to(dtype), V.transpose(1, 2).to(dtype)
 
 
 def _read_cache(
-    q: Tensor, k: Tensor, v: Tensor, L: Tensor | None, deg: int
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, deg: int
 ) -> tuple[Tensor, Tensor]:
     """Numerator [b, h, r, tq, dv] and normaliser [b, h, r, tq, 1] from the cached tokens."""
     (r, tq), tk = q.shape[2:4], k.shape[2]
@@ -146,22 +152,32 @@ def _read_cache(
     if tq > 1:
         future = torch.ones(tq, tk, dtype=torch.bool, device=q.device).triu(tk - tq + 1)
         w = w.masked_fill(future, 0)
-    if L is not None:
-        difference = L[:, :, tk - tq :, None] - L[:, :, None, :]
-        if tq > 1:
-            difference = difference.masked_fill(future, -torch.inf)
-        w = w * difference.exp()[:, :, None]
+    if g is not None:
+        w = w * _decays(g, tq)[:, :, None]
     n = (w.flatten(2, 3) @ v).unflatten(2, (r, tq))
     return n, w.sum(-1, keepdim=True)
 
 
+def _decays(g: Tensor, tq: int) -> Tensor:
+    """Decay of each cached token at the last tq: [b, h, tk] -> [b, h, tq, tk]; 0 after a query.
+
+    Sums of gates, never their differences: see `sums_between`. A token before the first query's
+    decays until that one's, and from there on with the queries.
+    """
+    first = g.shape[-1] - tq
+    before = sums_after(g[..., :first])
+    since = g[..., first:].cumsum(-1)
+    earlier = since[..., None] + before[..., None, :]
+    return torch.cat((earlier, sums_between(g[..., first:])), dim=-1).exp()
+
+
 def _read_state(
-    q: Tensor, L: Tensor | None, state: Tensor, keys: Tensor, deg: int
+    q: Tensor, g: Tensor | None, state: Tensor, keys: Tensor, deg: int
 ) -> tuple[Tensor, Tensor]:
     """Numerator [b, h, r, tq, dv] and normaliser [b, h, r, tq, 1] from the state."""
     r, tq = q.shape[2:4]
-    if L is not None:
-        q = q * (L[:, :, None, L.shape[-1] - tq :, None] / deg).exp()
+    if g is not None:
+        q = q * (g.cumsum(-1)[:, :, None, -tq:, None] / deg).exp()
     most = max(1, _PHI_ELEMENTS // max(1, keys.numel()))
     parts = []
     for rows in q.flatten(2, 3).split(most, dim=2):
@@ -174,17 +190,17 @@ def _read_state(
 def _fold(
     k: Tensor,
     v: Tensor,
-    L: Tensor | None,
+    g: Tensor | None,
     state: Tensor | None,
     keys: Tensor | None,
     deg: int,
 ) -> tuple[Tensor, Tensor]:
     """The state after the cached tokens, [b, h, D, dv] and [b, h, D]."""
-    if L is not None:
-        decay = L[..., -1:]
-        k = k * ((decay - L) / deg).exp()[..., None]
+    if g is not None:
+        k = k * (sums_after(g) / deg).exp()[..., None]
         if state is not None:
-            state, keys = state * decay.exp()[..., None], keys * decay.exp()
+            decay = g.sum(-1, keepdim=True).exp()
+            state, keys = state * decay[..., None], keys * decay
     phi = Expansion(k.mT, deg, "key")  # [b, h, d, tk]
     products = []
     for last, _ in phi.rows():

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Elements summed one by one in `sums_between`; longer rows are sums of sums.
+_SEGMENT = 16
 
 
 def integer_power(x: Tensor, n: int) -> Tensor:
@@ -37,3 +41,34 @@ def normalise(n: Tensor, z: Tensor) -> Tensor:
     """``n / z``, and 0 with zero gradient where there is no weight."""
     weighed = has_weight(z)
     return torch.where(weighed, n / torch.where(weighed, z, 1), 0)
+
+
+def sums_after(x: Tensor) -> Tensor:
+    """Sums over the elements after each: [..., c] -> [..., c]."""
+    return F.pad(x, (0, 1))[..., 1:].flip(-1).cumsum(-1).flip(-1)
+
+
+def sums_between(x: Tensor) -> Tensor:
+    """The sums that decays between tokens are exponentials of: [..., c] -> [..., c, c].
+
+    Element ``[i, j]`` is the sum of x over ``j < m <= i``, and -inf where ``j > i``. Every sum is
+    of its own terms alone: a difference of two cumulative sums has the rounding of both, and no
+    value at all where a gate is -inf.
+    """
+    c = x.shape[-1]
+    if c <= _SEGMENT:
+        # Cumulative sums of a row for each j, with zeros up to j.
+        until = torch.ones(c, c, dtype=torch.bool, device=x.device).tril()
+        sums = x[..., None, :].masked_fill(until, 0).cumsum(-1).mT
+        return sums.masked_fill_(~until, -torch.inf)
+    # In segments: from j to the end of its own, whole ones in between, from the start of i's on.
+    segments = F.pad(x, (0, -c % _SEGMENT)).unflatten(-1, (-1, _SEGMENT))
+    since = segments.cumsum(-1)
+    between = F.pad(sums_between(since[..., :-1, -1]), (0, 1, 1, 0))
+    sums = (since[..., None] + between[..., :, None, :])[..., None]
+    sums = sums + sums_after(segments)[..., None, None, :, :]
+    sums.diagonal(dim1=-4, dim2=-2).copy_(sums_between(segments).movedim(-3, -1))
+    n = segments.shape[-2]
+    later = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
+    sums.masked_fill_(later[:, None, :, None], -torch.inf)
+    return sums.flatten(-4, -3).flatten(-2, -1)[..., :c, :c]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
-from retention import _checks, _chunked, _kernels
+from retention import _checks, _chunked, _kernels, _packed
 from retention._arguments import without_autocast
 from retention._symmetric_power import state_dim
 
@@ -59,35 +59,6 @@ def choose_chunk(
     elif switch_over is None:
         switch_over = chunk_size
     return t if t <= switch_over else chunk_size
-
-
-def _sequences(cu_seqlens: Tensor | None, t: int) -> list[tuple[slice, slice]]:
-    """[(rows of the state, tokens)]: every packed sequence, or the whole batch as one."""
-    if cu_seqlens is None:
-        return [(slice(None), slice(0, t))]
-    bounds = _checks.sequence_bounds(cu_seqlens, t)
-    return [(slice(n, n + 1), slice(*tokens)) for n, tokens in enumerate(bounds)]
-
-
-def _cut(x: Tensor | None, *index: slice) -> Tensor | None:
-    return None if x is None else x[index]
-
-
-def _chunked_sequence(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    log_G: Tensor | None,
-    tokens: slice,
-    deg: int,
-    chunk_size: int | None,
-    switch_over: int | None,
-) -> _chunked.Sequence:
-    t = tokens.stop - tokens.start
-    chunk = choose_chunk(t, Q.shape[3], V.shape[3], deg, chunk_size, switch_over)
-    every = slice(None)
-    q, k, v, g = (_cut(x, every, tokens) for x in (Q, K, V, log_G))
-    return _chunked.Sequence(q, k, v, g, deg, max(1, chunk))
 
 
 def _state_shape(Q: Tensor, V: Tensor, cu_seqlens: Tensor | None, deg: int) -> tuple[int, ...]:
@@ -148,18 +119,43 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     results = _allocate_forward(Q, V, cu_seqlens, deg, return_final_state, save_for_backward, 0)
     out, norm, state, keys, residual, _ = results
+    residual = residual if residual.numel() else None
     with torch.no_grad(), without_autocast(Q.device):
-        for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
-            sequence = _chunked_sequence(
-                Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len
+        for batch in _packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, deg)):
+            chunk = choose_chunk(
+                batch.length, Q.shape[3], V.shape[3], deg, chunk_size, switch_over_seq_len
             )
-            S = sequence.join_state(_cut(initial_state, n), _cut(sum_of_keys, n))
-            rounded_off = residual[:, tokens] if residual.numel() else None
-            targets = (out[:, tokens], norm[:, tokens], rounded_off)
+            operands = (batch.take(x) for x in (Q, K, V, log_G))
+            sequence = _chunked.Sequence(*operands, deg, max(1, chunk))
+            S = sequence.join_state(_rows(initial_state, batch), _rows(sum_of_keys, batch))
+            targets = [batch.room(x) for x in (out, norm, residual)]
             S = _chunked.forward(sequence, S, *targets, return_final_state)
+            for x, written in zip((out, norm, residual), targets, strict=True):
+                batch.put(x, written)
             if return_final_state:
-                state[n], keys[n] = sequence.split_state(S)
+                state[batch.states], keys[batch.states] = sequence.split_state(S)
+        _packed.clear_behind(cu_seqlens, out, norm, residual)
+        if cu_seqlens is not None and return_final_state:
+            empty = _packed.without_tokens(cu_seqlens)
+            _hand_through(empty, (state, keys), (initial_state, sum_of_keys))
     return results
+
+
+def _state_size(Q: Tensor, V: Tensor, deg: int) -> int:
+    """Elements of what a sequence leaves behind."""
+    return V.shape[2] * state_dim(Q.shape[3], deg) * (V.shape[3] + 1)
+
+
+def _rows(x: Tensor | None, batch: _packed.Batch) -> Tensor | None:
+    return None if x is None else x[batch.states]
+
+
+def _hand_through(
+    empty: Tensor, results: tuple[Tensor, Tensor], given: tuple[Tensor | None, Tensor | None]
+) -> None:
+    """Sequences without tokens leave the state as it was, and its gradient."""
+    for result, x in zip(results, given, strict=True):
+        result[empty] = 0 if x is None else x[empty]
 
 
 def _backward(
@@ -183,21 +179,34 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     gradients = _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
     dQ, dK, dV, d_log_G, d_initial_state, d_sum_of_keys = gradients
+    of_tokens = (dQ, dK, dV, None if log_G is None else d_log_G)
+    initial_wanted = initial_state is not None
     with torch.no_grad(), without_autocast(Q.device):
-        for n, tokens in _sequences(cu_seqlens, Q.shape[1]):
-            sequence = _chunked_sequence(
-                Q, K, V, log_G, tokens, deg, chunk_size, switch_over_seq_len
+        for batch in _packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, deg)):
+            chunk = choose_chunk(
+                batch.length, Q.shape[3], V.shape[3], deg, chunk_size, switch_over_seq_len
             )
-            every = slice(None)
+            operands = (batch.take(x) for x in (Q, K, V, log_G))
+            sequence = _chunked.Sequence(*operands, deg, max(1, chunk))
+            targets = [batch.room(x) for x in of_tokens]
             dS = _chunked.backward(
                 sequence,
-                sequence.join_state(_cut(initial_state, n), _cut(sum_of_keys, n)),
-                sequence.join_state(_cut(d_state, n), _cut(d_keys, n)),
-                *(_cut(x, every, tokens) for x in (norm, d_out, dQ, dK, dV)),
-                None if log_G is None else d_log_G[:, tokens],
+                sequence.join_state(_rows(initial_state, batch), _rows(sum_of_keys, batch)),
+                sequence.join_state(_rows(d_state, batch), _rows(d_keys, batch)),
+                batch.take(norm),
+                batch.take(d_out),
+                *targets,
+                initial_wanted,
             )
-            if initial_state is not None:
-                d_initial_state[n], d_sum_of_keys[n] = sequence.split_state(dS)
+            for x, written in zip(of_tokens, targets, strict=True):
+                batch.put(x, written)
+            if initial_wanted:
+                S = sequence.split_state(dS)
+                d_initial_state[batch.states], d_sum_of_keys[batch.states] = S
+        _packed.clear_behind(cu_seqlens, *of_tokens)
+        if cu_seqlens is not None and initial_wanted:
+            empty = _packed.without_tokens(cu_seqlens)
+            _hand_through(empty, (d_initial_state, d_sum_of_keys), (d_state, d_keys))
     return gradients
 
 

@@ -51,9 +51,10 @@ def power_retention(
         K: keys ``[b, t, h, d]`` in Q's dtype, where hq is a multiple of h; query head n reads key
             head ``n // (hq // h)``.
         V: values ``[b, t, h, dv]`` in Q's dtype.
-        log_G: log gates ``[b, t, h]``, at most 0 in practice and finite; float32, or float64 with
-            float64 inputs. A token's gate decays all that came before it, not its own key. Default:
-            no decay.
+        log_G: log gates ``[b, t, h]``, at most 0 in practice; float32, or float64 with float64
+            inputs. A token's gate decays all that came before it, not its own key. One of -inf, or
+            far below 0, resets: nothing from before reaches the token or later ones, nor a gradient
+            back. Default: no decay.
         initial_state: ``[n, h, D, dv]`` with ``D = state_dim(d, deg)``, n the batch or, packed, the
             number of sequences; float32, or float64 with float64 inputs. Default: nothing came
             before.
@@ -69,7 +70,9 @@ def power_retention(
         sum_of_keys: ``[n, h, D]``, in the dtype of ``initial_state``: required with it.
         cu_seqlens: int32 ``[n + 1]``: b is 1 and sequence i is tokens ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]``, each with a state of its own. A sequence of length 0 hands its
-            initial state through. Values on a CUDA device are not checked by the kernels, which
+            initial state through, and costs next to nothing where there are no states. Tokens
+            behind the last sequence are nobody's: their outputs and gradients are 0, and nothing of
+            what they hold is read. Values on a CUDA device are not checked by the kernels, which
             would have to wait for them: they are clamped to [0, t].
         keep_states: keep the states before each chunk for backward, where kernels take the call:
             n h D dv elements of Q's dtype for every chunk of c tokens. Default False: backward

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from retention import _checks
 from retention._arguments import check_arguments
+from retention._numerics import sums_after, sums_between
 from retention._symmetric_power import expand
 
 
@@ -43,7 +46,8 @@ def reference(
         out, state, keys = _sequence(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale)
     else:
         parts = []
-        for n, (start, stop) in enumerate(_checks.sequence_bounds(cu_seqlens, Q.shape[1])):
+        bounds = _checks.sequence_bounds(cu_seqlens, Q.shape[1])
+        for n, (start, stop) in enumerate(pairwise(bounds)):
             gate = None if log_G is None else log_G[:, start:stop]
             initial = (None, None)
             if initial_state is not None:
@@ -51,7 +55,8 @@ def reference(
             tokens = (x[:, start:stop] for x in (Q, K, V))
             parts.append(_sequence(*tokens, gate, *initial, deg, scale))
         outs, states, sums = zip(*parts, strict=True)
-        out, state, keys = torch.cat(outs, dim=1), torch.cat(states), torch.cat(sums)
+        nobodys = Q.new_zeros(1, Q.shape[1] - bounds[-1], Q.shape[2], V.shape[3])
+        out, state, keys = torch.cat((*outs, nobodys), dim=1), torch.cat(states), torch.cat(sums)
     return (out, state, keys) if return_final_state else out
 
 
@@ -71,13 +76,11 @@ def _sequence(
     q = Q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, t, d]
     k = K.permute(0, 2, 1, 3).unsqueeze(2)  # [b, h, 1, t, d]
     v = V.permute(0, 2, 1, 3).unsqueeze(2)  # [b, h, 1, t, dv]
-    L = torch.zeros(b, t, h, dtype=dtype, device=Q.device) if log_G is None else log_G.to(dtype)
-    L = L.cumsum(1).permute(0, 2, 1)  # [b, h, t]
-
-    future = torch.ones(t, t, dtype=torch.bool, device=Q.device).triu(1)
-    decay = (
-        (L[..., :, None] - L[..., None, :]).masked_fill(future, -torch.inf).exp()
-    )  # [b, h, t, t]
+    g = torch.zeros(b, t, h, dtype=dtype, device=Q.device) if log_G is None else log_G.to(dtype)
+    g = g.permute(0, 2, 1)  # [b, h, t]
+    L = g.cumsum(-1)
+    # L_i - L_j, as a sum of the gates between: their difference would have the roundings of both.
+    decay = sums_between(g).exp()  # [b, h, t, t]
     w = (scale * (q @ k.mT).to(dtype)) ** deg * decay[:, :, None]  # [b, h, r, t, t]
     z = w.sum(-1, keepdim=True)
     if initial_state is not None:
@@ -91,9 +94,8 @@ def _sequence(
     out = out.permute(0, 3, 1, 2, 4).reshape(b, t, hq, dv).to(Q.dtype)
 
     L_end = L[..., -1:] if t else L.new_zeros(b, h, 1)
-    phi_k = (
-        expand(k.squeeze(2).to(dtype), deg, "key") * (L_end - L).exp()[..., None]
-    )  # [b, h, t, D]
+    phi_k = expand(k.squeeze(2).to(dtype), deg, "key")  # [b, h, t, D]
+    phi_k = phi_k * sums_after(g).exp()[..., None]
     state = phi_k.mT @ v.squeeze(2).to(dtype)
     keys = phi_k.sum(2)
     if initial_state is not None:

@@ -9,12 +9,16 @@ from torch import Tensor
 
 import retention
 
+# Log gates that end a document: from one whose sums lose digits to those that have none.
+RESETS = (-1e4, -1e6, -1e9, torch.finfo(torch.float32).min, -torch.inf)
+
 INPUTS = ("Q", "K", "V", "log_G", "initial_state", "sum_of_keys")
 
 
 @dataclass(frozen=True)
 class Case:
-    """The shape of one call. ``gate`` is the most negative log gate; None: no gates."""
+    """The shape of one call. ``gate`` is the most negative log gate; None: no gates. Where there is
+    a ``reset``, tokens ``every - 1``, ``2 every - 1``, .. have that log gate instead."""
 
     t: int
     b: int = 2
@@ -29,6 +33,8 @@ class Case:
     switch_over: int | None = 0
     magnitude: float = 1.0
     zero_rows: bool = False
+    reset: float | None = None
+    every: int = 1
 
     def __str__(self) -> str:
         changed = [f"{k}{v}" for k, v in vars(self).items() if v != getattr(Case(t=-1), k)]
@@ -56,6 +62,8 @@ def make(case: Case, seed: int = 0, sequences: int | None = None) -> dict[str, T
     log_G = None
     if case.gate is not None:
         log_G = case.gate * torch.rand(b, t, h, generator=generator, dtype=torch.float64)
+        if case.reset is not None:
+            log_G[:, case.every - 1 :: case.every] = case.reset
     state = keys = None
     if case.state:
         # A state that is one: made of keys and values, a few tokens long.

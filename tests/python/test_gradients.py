@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import retention
-from cases import INPUTS, Case, make
+from cases import INPUTS, RESETS, Case, make
 
 gpu = pytest.mark.gpu
 
@@ -65,17 +65,22 @@ def formula(
             states = [None if x is None else x[n : n + 1] for x in (initial_state, sum_of_keys)]
             parts.append(formula(*tokens, *states))
         outs, states, sums = zip(*parts, strict=True)
-        return torch.cat(outs, 1), torch.cat(states), torch.cat(sums)
+        nobodys = V.new_zeros(1, Q.shape[1] - bounds[-1], Q.shape[2], V.shape[3])
+        return torch.cat((*outs, nobodys), 1), torch.cat(states), torch.cat(sums)
 
     t, h, dtype = Q.shape[1], K.shape[2], Q.dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q = Q.unflatten(2, (h, -1)).permute(0, 2, 3, 1, 4)  # [b, h, r, t, d]
     k, v = K.transpose(1, 2), V.transpose(1, 2)  # [b, h, t, d], [b, h, t, dv]
     scale = Q.shape[3] ** -0.5
-    L = K.new_zeros(K.shape[:3], dtype=wide) if log_G is None else log_G
-    L = L.cumsum(1).transpose(1, 2)  # [b, h, t]
-    future = torch.ones(t, t, dtype=torch.bool, device=Q.device).triu(1)
-    decay = (L[..., :, None] - L[..., None, :]).masked_fill(future, -torch.inf).exp()
+    g = K.new_zeros(K.shape[:3], dtype=wide) if log_G is None else log_G
+    g = g.transpose(1, 2)  # [b, h, t]
+    L = g.cumsum(-1)
+    # The sum of the gates of j + 1 to i, term by term: a difference of sums is another number where
+    # gates are huge.
+    until = torch.ones(t, t, dtype=torch.bool, device=Q.device).tril()
+    between = g[..., None, :].masked_fill(until, 0).cumsum(-1).mT  # [b, h, i, j]
+    decay = between.masked_fill(~until, -torch.inf).exp()
     w = (q @ k[:, :, None].mT * scale) ** 2 * decay[:, :, None].to(dtype)
     n, z = w @ v[:, :, None], w.sum(-1, keepdim=True)
     if initial_state is not None:
@@ -85,7 +90,8 @@ def formula(
     out = torch.where(z > 0, n / torch.where(z > 0, z, 1), 0)
 
     last = L[..., -1:] if t else L.new_zeros(*L.shape[:2], 1)
-    phi = pairs(k, key=True) * (last - L).exp().to(dtype)[..., None]
+    until_end = between[..., -1, :] if t else L
+    phi = pairs(k, key=True) * until_end.exp().to(dtype)[..., None]
     state, keys = (phi.mT @ v).to(wide), phi.sum(2).to(wide)
     if initial_state is not None:
         state = state + last.exp()[..., None] * initial_state
@@ -116,6 +122,11 @@ class Call:
     aligned: bool = False  # whether queries resemble the keys of their tokens
 
     @property
+    def end(self) -> int:
+        """Of the last sequence: what lies behind it is nobody's."""
+        return self.case.t if self.bounds is None else self.bounds[-1]
+
+    @property
     def sequences(self) -> int | None:
         return None if self.bounds is None else len(self.bounds) - 1
 
@@ -125,9 +136,9 @@ def case(t: int, **more) -> Case:
     return Case(t=t, **{"b": 1, "d": 32, "dv": 32, "gate": -0.05, "chunk": 64, **more})
 
 
-def packed(bounds: tuple[int, ...], **more) -> Call:
+def packed(bounds: tuple[int, ...], tail: int = 0, **more) -> Call:
     options = {name: more.pop(name) for name in ("used", "aligned") if name in more}
-    return Call(case(bounds[-1], **more), bounds, **options)
+    return Call(case(bounds[-1] + tail, **more), bounds, **options)
 
 
 BOTH, ALONE = (True, True), (False, True)
@@ -163,6 +174,29 @@ GRID = {
     "packed, empty ones": packed((0, 0, 1, 64, 64, 150, 150)),
     "packed, states": packed((0, 0, 70, 70, 71, 150), state=True, used=BOTH),
     "packed, final state alone": packed((0, 70, 70, 150), used=ALONE),
+    "packed, many empty ones": packed((0,) * 90 + (65,) * 90 + (130,) * 90 + (131,) * 9),
+    "packed, a tail": packed((0, 65, 130), tail=70),
+    "packed, a tail of one, states": packed((0, 0, 64, 64), tail=1, state=True, used=BOTH),
+    "packed, a tail alone": packed((0, 0), tail=70, state=True, used=BOTH),
+    "packed, a tail, no gates": packed((0, 64, 150), tail=64, gate=None),
+    "packed, a tail, resets": packed(
+        (0, 30, 150), tail=50, reset=-math.inf, every=31, state=True, used=BOTH
+    ),
+    **{f"resets of {reset}": Call(case(200, reset=reset, every=71)) for reset in RESETS},
+    **{
+        f"resets of {reset}, states": Call(
+            case(150, hq=2, h=1, reset=reset, every=50, state=True), used=BOTH
+        )
+        for reset in RESETS
+    },
+    **{
+        f"resets of {reset} at every token of {every}": Call(
+            case(150, b=2, reset=reset, every=every, state=True), used=BOTH
+        )
+        for reset in (-1e4, -math.inf)
+        for every in (1, 2, 3, 16)
+    },
+    "resets in a long chunk": Call(case(400, hq=1, h=1, chunk=448, reset=-1e6, every=5)),
     "packed, no gates": packed((0, 64, 150), gate=None, state=True, used=BOTH),
     "final state": Call(case(100), used=BOTH),
     "final state alone": Call(case(100, state=True), used=ALONE),
@@ -187,6 +221,11 @@ def make_inputs(call: Call, dtype: torch.dtype, device: str) -> dict[str, Tensor
         name: None if x is None else x.to(device, dtype if name in "QKV" else wide)
         for name, x in make(call.case, sequences=call.sequences).items()
     }
+    if call.end < call.case.t:
+        for name, nobodys in zip(("Q", "K", "V", "log_G"), (*[math.nan] * 3, 3e38), strict=True):
+            if inputs[name] is not None:
+                inputs[name][:, call.end :] = nobodys
+                inputs[name][:, call.end + 1 :: 2] = math.inf
     if call.aligned:
         inputs["Q"] += inputs["K"].repeat_interleave(call.case.hq // call.case.h, 2)
     if call.layout is not None:
@@ -329,6 +368,8 @@ def check(call: Call, device: str, path: str, dtype: torch.dtype, paths) -> None
     assert [x.startswith(path) for x in forward] == [True]
     assert [x.startswith(path) for x in backward] == [True]
     compare(call, inputs, actual, dtype)
+    for name in ("Q", "K", "V", "log_G"):
+        assert name not in actual or not actual[name][:, call.end :].any(), name
 
 
 @pytest.fixture
@@ -375,6 +416,15 @@ LONG = {
             case(1000, d=d, dv=dv, b=2, state=True, chunk=128), used=BOTH, aligned=True
         )
         for d, dv in itertools.product((32, 64, 128), repeat=2)
+    },
+    **{
+        f"resets at every token of {every}, chunk {chunk}": Call(
+            case(2049, d=64, dv=64, chunk=chunk, switch_over=0, reset=reset, every=every),
+            used=BOTH,
+            aligned=True,
+        )
+        for reset, every in ((-1e4, 3), (-math.inf, 100), (RESETS[3], 7))
+        for chunk in (64, 1024, 4096)
     },
     "the library's choice": Call(
         case(3000, d=64, dv=64, chunk=None, switch_over=None), aligned=True

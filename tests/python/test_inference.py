@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import retention
-from cases import Case, error, make
+from cases import RESETS, Case, error, make
 from retention import _inference
 
 # Float64 on both sides; see test_power_retention.
@@ -34,6 +34,24 @@ def test_queries_are_the_last_tokens(tq, tk, state, gate, hq, h):
         else:
             assert new_state is inputs["initial_state"]
             assert new_keys is inputs["sum_of_keys"]
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("tq", [1, 4, 30])
+def test_gates_that_reset(tq, reset, every):
+    """Outputs, the folded state and gradients, as with other gates."""
+    case = Case(t=30, state=True, gate=-0.05, reset=reset, every=every)
+    inputs = {name: x.requires_grad_() for name, x in make(case).items()}
+    expected = list(retention.reference(**inputs, return_final_state=True))
+    expected[0] = expected[0][:, -tq:]
+    actual = retention.power_retention_inference(**tail(inputs, tq), switch_over_seq_len=30)
+    gradients = [
+        torch.autograd.grad(sum(x.square().sum() for x in results), list(inputs.values()))
+        for results in (actual, expected)
+    ]
+    for x, wanted in zip((*actual, *gradients[0]), (*expected, *gradients[1]), strict=True):
+        assert error(x, wanted) < TOLERANCE
 
 
 def test_state_alone():

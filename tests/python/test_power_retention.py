@@ -4,12 +4,14 @@ import pytest
 import torch
 
 import retention
-from cases import Case, assert_close, make, run
+from cases import RESETS, Case, assert_close, make, run
+from retention import _chunked
 
 # Both sides are float64; the chunked form adds the products in another order, over D terms instead
 # of d. The largest condition number in the grid costs about three digits.
 TOLERANCE = 1e-11
 
+WIDE = torch.float64
 LENGTHS = [0, 1, 2, 7, 8, 9, 16, 17, 37]
 
 
@@ -61,8 +63,6 @@ def test_chunks_wider_than_a_block_of_query_rows():
 
 
 def test_many_rows_are_worked_on_in_groups(monkeypatch):
-    from retention import _chunked
-
     monkeypatch.setattr(_chunked, "_CPU_BLOCK", 2000)
     assert len(list(_chunked._groups(torch.empty(8, 16, 8), 2))) > 1
     check(Case(t=20, b=4, state=True))
@@ -72,6 +72,60 @@ def test_many_rows_are_worked_on_in_groups(monkeypatch):
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
 def test_strong_gates(gate, state):
     check(Case(t=37, gate=gate, state=state))
+
+
+def token_by_token(Q, K, V, log_G, initial_state, sum_of_keys):
+    """The definition as a recurrence, which has no sum of gates in it."""
+    r = Q.shape[2] // K.shape[2]
+    S, z, outs = initial_state, sum_of_keys, []
+    for i in range(Q.shape[1]):
+        phi, decay = retention.expand(K[:, i]), log_G[:, i].exp()
+        S = decay[..., None, None] * S + phi[..., None] * V[:, i, :, None]
+        z = decay[..., None] * z + phi
+        q = retention.expand(Q[:, i], side="query").unflatten(1, (-1, r))
+        out = (q @ S) / (q @ z[..., None])
+        outs.append(out.flatten(1, 2))
+    return torch.stack(outs, 1), S, z
+
+
+@pytest.mark.parametrize("every", [1, 3, 17])
+@pytest.mark.parametrize("reset", RESETS)
+def test_gates_that_reset(reset, every):
+    case = Case(t=50, gate=-0.05, reset=reset, every=every, state=True, chunk=20)
+    inputs = make(case)
+    # Every query sees few keys: one orthogonal to them all is noise where a state is read.
+    inputs["Q"] += inputs["K"].repeat_interleave(case.hq // case.h, 2)
+    expected = run(lambda *, deg, return_final_state, **x: token_by_token(**x), inputs, case, WIDE)
+    assert_close(run(retention.reference, inputs, case, WIDE), expected, TOLERANCE)
+    assert_close(run(retention.power_retention, inputs, case, WIDE), expected, TOLERANCE)
+
+
+def test_thousands_of_packed_sequences_are_not_thousands_of_calls(monkeypatch):
+    calls = []
+    for name in ("forward", "backward"):
+        function = getattr(_chunked, name)
+        monkeypatch.setattr(
+            _chunked, name, lambda *x, function=function: calls.append(0) or function(*x)
+        )
+    lengths = [0, 5, 1, 0, 0, 16, 33] * 600
+    case = Case(t=sum(lengths) + 9, b=1, hq=1, h=1, d=8, dv=8, chunk=None, switch_over=None)
+    inputs, cu_seqlens = packed(case, lengths)
+    leaves = {name: None if x is None else x.requires_grad_() for name, x in inputs.items()}
+    out = retention.power_retention(**leaves, cu_seqlens=cu_seqlens)
+    out.square().sum().backward()
+    assert len(calls) <= 40
+
+    # The last seven, one by one.
+    last = slice(case.t - 9 - 55, case.t - 9)
+    few = {n: None if x is None else x.detach()[:, last].clone() for n, x in inputs.items()}
+    few = {n: None if x is None else x.requires_grad_() for n, x in few.items()}
+    bounds = torch.tensor([0, *lengths[:7]], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    wanted = retention.reference(**few, cu_seqlens=bounds)
+    wanted.square().sum().backward()
+    torch.testing.assert_close(out[:, last], wanted)
+    for name in ("Q", "K", "V", "log_G"):
+        torch.testing.assert_close(leaves[name].grad[:, last], few[name].grad)
+        assert not leaves[name].grad[:, case.t - 9 :].any()
 
 
 def test_rows_without_weight():

@@ -1,11 +1,13 @@
 """What must hold for any sequence, whatever Hypothesis makes of it."""
 
+import dataclasses
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retention
-from cases import Case, error, make
+from cases import RESETS, Case, assert_close, error, make, run
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-10
@@ -26,6 +28,8 @@ def cases(draw):
         dv=draw(st.integers(1, 9)),
         deg=draw(st.sampled_from([2, 2, 2, 4])),
         gate=draw(st.sampled_from([None, -0.01, -1.0, -20.0])),
+        reset=draw(st.sampled_from([None, None, *RESETS])),
+        every=draw(st.integers(1, 12)),
         state=draw(st.booleans()),
         chunk=draw(st.integers(1, 50)),
     )
@@ -98,21 +102,39 @@ def test_quadratic_chunked_and_token_by_token_agree(case, seed, switch_over):
         assert error(keys, quadratic[2]) < TOLERANCE
 
 
-@given(cases(), st.integers(0, 2**31))
-def test_packing_is_calling_one_by_one(case, seed):
-    inputs = make(Case(**{**vars(case), "b": 1}), seed, sequences=2)
-    cut = case.t // 3
-    bounds = torch.tensor([0, cut, case.t], dtype=torch.int32)
-    options = {"return_final_state": True, "deg": case.deg, "chunk_size": case.chunk}
-    out, state, _ = retention.power_retention(**inputs, **options, cu_seqlens=bounds)
-    for n, tokens in enumerate((slice(0, cut), slice(cut, case.t))):
+@given(
+    cases(),
+    st.integers(0, 2**31),
+    st.lists(st.integers(0, 12) | st.just(0), min_size=1, max_size=9),
+    st.integers(0, 5),
+)
+def test_packed_sequences_know_nothing_of_each_other_nor_of_what_lies_behind(
+    case, seed, lengths, tail
+):
+    end = sum(lengths)
+    case = dataclasses.replace(case, t=end + tail, b=1)
+    inputs = make(case, seed, sequences=len(lengths))
+    for name in ("Q", "K", "V", "log_G"):
+        if inputs[name] is not None:
+            inputs[name][:, end:] = torch.nan
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    actual = run(retention.power_retention, inputs, case, torch.float64, cu_seqlens=bounds)
+    expected = run(retention.reference, inputs, case, torch.float64, cu_seqlens=bounds)
+    assert_close(actual, expected, TOLERANCE)
+    for name in ("out", "d_Q", "d_K", "d_V", "d_log_G"):
+        assert name not in actual or not actual[name][:, end:].any()
+    # Cut by the test, not by what it tests.
+    for n, start in enumerate(bounds[:-1].tolist()):
+        tokens = slice(start, start + lengths[n])
         alone = {
             name: x if x is None else (x[n : n + 1] if "s" in name else x[:, tokens])
             for name, x in inputs.items()
         }
-        out_alone, state_alone, _ = retention.power_retention(**alone, **options)
-        assert error(out[:, tokens], out_alone) < TOLERANCE
-        assert error(state[n : n + 1], state_alone) < TOLERANCE
+        out, state, _ = retention.power_retention(
+            **alone, return_final_state=True, deg=case.deg, chunk_size=case.chunk
+        )
+        assert error(actual["out"][:, tokens], out) < TOLERANCE
+        assert error(actual["state"][n : n + 1], state) < TOLERANCE
 
 
 @given(cases(), st.integers(0, 2**31))
