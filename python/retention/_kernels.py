@@ -12,7 +12,7 @@ import contextvars
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -195,6 +195,8 @@ class Plan:
     residual: Layout | None = None
     workspace: Layout | None = None  # None: not needed
     kept: Layout | None = None  # None: the workspace is
+    # Shapes, dtypes and devices that backward was found to fit: see of_results.
+    checked: set[tuple[Any, ...]] = field(default_factory=set)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -277,6 +279,37 @@ def chunk_taken(
 
 def _signature(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()
+
+
+def of_results(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    d_keys: Tensor | None,
+    out: Tensor,
+    residual: Tensor,
+    kept: Tensor,
+    norm: Tensor,
+) -> tuple[Any, ...]:
+    """What of gradients and results has to fit the inputs, but for the number of kept bytes."""
+    return (
+        d_out.shape,
+        d_out.dtype,
+        d_out.get_device(),
+        d_state is not None and (d_state.shape, d_state.dtype, d_state.get_device()),
+        d_keys is not None and (d_keys.shape, d_keys.dtype, d_keys.get_device()),
+        out.shape,
+        out.dtype,
+        out.get_device(),
+        residual.shape,
+        residual.dtype,
+        residual.get_device(),
+        kept.dim(),
+        kept.dtype,
+        kept.get_device(),
+        norm.shape,
+        norm.dtype,
+        norm.get_device(),
+    )
 
 
 def _make_plan(
