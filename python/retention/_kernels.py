@@ -266,15 +266,24 @@ def plan_forward(
 
 
 def chunk_taken(
-    Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int, chunk_size: int | None
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> int | None:
     """Tokens of a chunk, as the kernels round or choose it, in a call of such tensors: from t up,
     the quadratic form. None where the PyTorch path is taken."""
-    tensors = (Q, K, V, log_G, None, None, None)
-    plan = plan_forward(*tensors, deg, chunk_size, None, False, False, False)
+    tensors = (Q, K, V, log_G, None, None, cu_seqlens)
+    plan = plan_forward(*tensors, deg, chunk_size, switch_over, False, False, False)
     if plan.reason is not None:
         return None
-    return _C.forward_chunk_size(plan.sizes, (0,) * len(_C.FORWARD_POINTERS))
+    packed = cu_seqlens is not None
+    pointers = tuple(256 * (packed and name == "cu_seqlens") for name in _C.FORWARD_POINTERS)
+    return _C.forward_chunk_size(plan.sizes, pointers)
 
 
 def _signature(x: Tensor) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from retention import _checks, _chunked, _kernels
 from retention._arguments import check_arguments, check_backward_arguments, without_autocast
+from retention._on_import import when_imported
 from retention._symmetric_power import state_dim
 
 _logger = logging.getLogger("retention")
@@ -462,3 +463,12 @@ def _refuse_double_backward(ctx, *gradients):
 
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd("retention::backward", _refuse_double_backward, lib=_library)
+
+
+def _register_flops() -> None:
+    from retention import _flops
+
+    _flops.register()
+
+
+when_imported("torch.utils.flop_counter", _register_flops)
