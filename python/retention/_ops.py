@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -399,7 +400,14 @@ def _forward_autograd(
         raise RuntimeError(
             "retention: torch.func does not differentiate power retention; use torch.autograd"
         )
+    if keep_states and _is_sharded(Q):
+        keep_states = False  # bytes of each rank's own, for which a DTensor has no shape
     return _Forward.apply(keys, *arguments, differentiable, keep_states)
+
+
+def _is_sharded(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _forward_below_autograd(keys, *arguments):
@@ -471,4 +479,11 @@ def _register_flops() -> None:
     _flops.register()
 
 
+def _register_sharding() -> None:
+    from retention import _sharding
+
+    _sharding.register()
+
+
 when_imported("torch.utils.flop_counter", _register_flops)
+when_imported("torch.distributed.tensor", _register_sharding)
