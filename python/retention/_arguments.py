@@ -64,6 +64,53 @@ def check_arguments(
     _checks.check_state(initial_state, sum_of_keys, Q, state_shape)
 
 
+def check_backward_arguments(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    d_keys: Tensor | None,
+    Q: Tensor,
+    V: Tensor,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    residual: Tensor,
+    kept: Tensor,
+    norm: Tensor,
+    deg: int,
+    saves_output: bool,
+) -> None:
+    """Raises TypeError or ValueError unless gradients and results are those of a checked call.
+
+    Without ``saves_output``, ``out`` and ``residual`` are not read, and may be empty.
+    """
+    b, t, hq, d = Q.shape
+    h, dv = V.shape[2:]
+    outputs, empty = (b, t, hq, dv), (0, 0, 0, 0)
+    dtype = _checks.state_dtype(Q.dtype)
+    unread = () if saves_output else (empty,)
+    expected = [
+        ("d_out", d_out, outputs, Q.dtype, "[b, t, hq, dv]", ()),
+        ("out", out, outputs, Q.dtype, "[b, t, hq, dv]", unread),
+        ("residual", residual, outputs, Q.dtype, "[b, t, hq, dv]", unread),
+        ("kept", kept, (kept.numel(),), torch.uint8, "[bytes]", ()),
+        ("norm", norm, (b, t, hq), dtype, "[b, t, hq]", ()),
+    ]
+    if d_state is not None and d_keys is not None:
+        sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = (sequences, h, state_dim(d, deg), dv)
+        expected.append(("d_state", d_state, state, dtype, "[n, h, D, dv]", ()))
+        expected.append(("d_keys", d_keys, state[:3], dtype, "[n, h, D]", ()))
+    elif d_state is not None or d_keys is not None:
+        missing = "d_state" if d_state is None else "d_keys"
+        raise ValueError(f"{missing}: expected a tensor beside the other of d_state and d_keys")
+    for name, x, shape, x_dtype, layout, others in expected:
+        if x.dtype != x_dtype:
+            raise TypeError(f"{name}: expected {x_dtype} with {Q.dtype} inputs, got {x.dtype}")
+        if x.shape != shape and x.shape not in others:
+            _checks.check_shape(name, x, shape, layout, "Q, K, V and deg")
+        if x.device != Q.device:
+            raise ValueError(f"{name}: expected device {Q.device} as Q, got {x.device}")
+
+
 def check_keys_values(Q: Tensor, K: Tensor, V: Tensor, queries: int | None) -> None:
     """K [b, t, h, d] and V [b, t, h, dv] against Q [b, ., hq, d]; ``queries`` None: any t."""
     _checks.check_tensor("K", K, "[b, t, h, d]")

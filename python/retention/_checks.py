@@ -45,6 +45,13 @@ def check_head_dim(head_dim: Any, name: str = "head_dim") -> None:
         raise ValueError(f"{name}: expected a positive multiple of 8, got {head_dim}")
 
 
+def check_chunks(chunk_size: Any, switch_over_seq_len: Any) -> None:
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size, 1)
+    if switch_over_seq_len is not None:
+        check_integer("switch_over_seq_len", switch_over_seq_len, 0)
+
+
 def check_scale(scale: Any) -> None:
     if scale is None:
         return
@@ -61,6 +68,8 @@ def check_tensor(name: str, x: Any, layout: str) -> None:
     if x.dtype not in DTYPES:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise TypeError(f"{name}: expected one of {accepted}, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of {x.layout}")
     if x.dim() != layout.count(",") + 1:
         raise ValueError(f"{name}: expected {layout}, got {list(x.shape)}")
 

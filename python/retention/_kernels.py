@@ -8,10 +8,11 @@ allocate the results and to pass addresses on. Nothing synchronises.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +20,12 @@ from torch import Tensor
 
 from retention import _C
 from retention._arguments import check_arguments
+from retention._checks import check_chunks
 from retention._symmetric_power import state_dim
 
 _ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}
+_DEVICE_TYPES = {"cuda"}
+_MOST_FEATURES = 128  # of keys and of values
 _TOKEN_MULTIPLE = 64  # of chunks
 _LEAST_CAPABILITY = (8, 0)
 
@@ -44,9 +48,37 @@ _allocate = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strid
 # ---- which calls the kernels take ---------------------------------------------------------------
 
 
-@functools.cache
+# Of this thread or task, unlike a global, which others would see change under their feet.
+_turned_off: contextvars.ContextVar[bool] = contextvars.ContextVar("turned off", default=False)
+_TURNED_OFF = "kernels are turned off"
+
+
+def is_turned_off() -> bool:
+    """Whether :func:`turned_off` is in force here."""
+    return _turned_off.get()
+
+
+@contextlib.contextmanager
+def turned_off(off: bool = True) -> Iterator[None]:
+    """Within, every call of this thread or task takes the PyTorch path: to compare with it.
+
+    The backward pass of a call follows its forward pass, wherever it runs. In a graph of
+    ``torch.compile`` it does not, but follows the thread that runs it.
+    """
+    token = _turned_off.set(off)
+    try:
+        yield
+    finally:
+        _turned_off.reset(token)
+
+
 def device_reason(kind: str, index: int | None) -> str | None:
     """Why no call on this device takes the kernels; None where calls may."""
+    return _TURNED_OFF if is_turned_off() else _reason_of_device(kind, index)
+
+
+@functools.cache
+def _reason_of_device(kind: str, index: int | None) -> str | None:
     if kind != "cuda":
         return f"no kernels for {kind} devices"
     if torch.version.hip:
@@ -95,16 +127,19 @@ def cover(Q: Tensor, V: Tensor, deg: int) -> bool:
     )
 
 
-@contextlib.contextmanager
-def turned_off() -> Iterator[None]:
-    """Within, every call of this process takes the PyTorch path: to compare with it."""
-    global _plans, device_reason
-    saved = _plans, device_reason
-    _plans, device_reason = {}, lambda kind, index: "kernels are turned off"
-    try:
-        yield
-    finally:
-        _plans, device_reason = saved
+def saves_output(Q: Tensor, V: Tensor, deg: int) -> bool:
+    """Whether forward saves the output and its residual for backward: on every path, where there
+    are kernels for such tensors on some device and in some build.
+
+    The arguments alone decide, so that a graph compiled or exported elsewhere knows the shapes.
+    """
+    return (
+        Q.device.type in _DEVICE_TYPES
+        and Q.dtype in _ELEMENTS
+        and deg == 2
+        and Q.shape[3] <= _MOST_FEATURES
+        and V.shape[3] <= _MOST_FEATURES
+    )
 
 
 # ---- from tensors to the kernels ----------------------------------------------------------------
@@ -160,9 +195,8 @@ class Plan:
     residual: Layout | None = None
     workspace: Layout | None = None  # None: not needed
     kept: Layout | None = None  # None: the workspace is
-    # State, sum of keys, residual and what is kept, where none of them is wanted: empty, and the
-    # same for all calls. Allocating them would take as long as all that has a use.
-    nothing: tuple[Tensor, ...] | None = None
+    # Shapes, dtypes and devices that backward was found to fit: see of_results.
+    checked: set[tuple[Any, ...]] = field(default_factory=set)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -216,6 +250,7 @@ def plan_forward(
         return_final_state,
         save_for_backward,
         keep_states,
+        _turned_off.get(),
     )
     plan = _plans.get(key)
     if plan is None:
@@ -223,6 +258,7 @@ def plan_forward(
             _plans.clear()
         tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
         check_arguments(*tensors, deg, None)
+        check_chunks(chunk_size, switch_over)
         options = (deg, chunk_size, switch_over, return_final_state)
         plan = _make_plan(*tensors, *options, save_for_backward, keep_states)
         _plans[key] = plan
@@ -230,19 +266,59 @@ def plan_forward(
 
 
 def chunk_taken(
-    Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, deg: int, chunk_size: int | None
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> int | None:
     """Tokens of a chunk, as the kernels round or choose it, in a call of such tensors: from t up,
     the quadratic form. None where the PyTorch path is taken."""
-    tensors = (Q, K, V, log_G, None, None, None)
-    plan = plan_forward(*tensors, deg, chunk_size, None, False, False, False)
+    tensors = (Q, K, V, log_G, None, None, cu_seqlens)
+    plan = plan_forward(*tensors, deg, chunk_size, switch_over, False, False, False)
     if plan.reason is not None:
         return None
-    return _C.forward_chunk_size(plan.sizes, (0,) * len(_C.FORWARD_POINTERS))
+    packed = cu_seqlens is not None
+    pointers = tuple(256 * (packed and name == "cu_seqlens") for name in _C.FORWARD_POINTERS)
+    return _C.forward_chunk_size(plan.sizes, pointers)
 
 
 def _signature(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()
+
+
+def of_results(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    d_keys: Tensor | None,
+    out: Tensor,
+    residual: Tensor,
+    kept: Tensor,
+    norm: Tensor,
+) -> tuple[Any, ...]:
+    """What of gradients and results has to fit the inputs, but for the number of kept bytes."""
+    return (
+        d_out.shape,
+        d_out.dtype,
+        d_out.get_device(),
+        d_state is not None and (d_state.shape, d_state.dtype, d_state.get_device()),
+        d_keys is not None and (d_keys.shape, d_keys.dtype, d_keys.get_device()),
+        out.shape,
+        out.dtype,
+        out.get_device(),
+        residual.shape,
+        residual.dtype,
+        residual.get_device(),
+        kept.dim(),
+        kept.dtype,
+        kept.get_device(),
+        norm.shape,
+        norm.dtype,
+        norm.get_device(),
+    )
 
 
 def _make_plan(
@@ -304,12 +380,6 @@ def _make_plan(
     keys_layout = Layout.of(state[:3], torch.float32)
     residual = Layout.of((b, t, hq, dv) if save_for_backward else (0, 0, 0, 0), Q.dtype)
     kept = None if keeps and workspace else Layout.of((0,), torch.uint8)
-    nothing = None
-    # Autograd takes results of its functions as its own.
-    if not save_for_backward and not return_final_state:
-        with torch.cuda.device(Q.get_device()), torch.inference_mode(False):
-            layouts = (state_layout, keys_layout, residual, kept)
-            nothing = tuple(_allocate(*layout) for layout in layouts)
     return Plan(
         None,
         backward_reason,
@@ -325,7 +395,6 @@ def _make_plan(
         residual,
         Layout.of((workspace,), torch.uint8) if workspace else None,
         kept,
-        nothing,
     )
 
 
@@ -352,22 +421,19 @@ def forward(
         with torch.cuda.device(plan.device):
             return forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     q, k, v = Q.data_ptr(), K.data_ptr(), V.data_ptr()
-    state_in = keys_in = state_out = keys_out = residual_out = 0
+    state_in = keys_in = state_out = keys_out = 0
     if initial_state is not None:
         state_in, keys_in = initial_state.data_ptr(), sum_of_keys.data_ptr()
     if plan.copies or (q | k | v | state_in | keys_in) & 15:
         return _forward_copies(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
 
     out, norm = _allocate(*plan.out), _allocate(*plan.norm)
-    if plan.nothing is not None:
-        state, keys, residual, kept = plan.nothing
-    else:
-        state, keys = _allocate(*plan.state), _allocate(*plan.keys)
-        if plan.has_state:
-            state_out, keys_out = state.data_ptr(), keys.data_ptr()
-        residual = _allocate(*plan.residual)
-        residual_out = residual.data_ptr()  # 0 for one that is empty
-        kept = None if plan.kept is None else _allocate(*plan.kept)
+    state, keys = _allocate(*plan.state), _allocate(*plan.keys)
+    if plan.has_state:
+        state_out, keys_out = state.data_ptr(), keys.data_ptr()
+    residual = _allocate(*plan.residual)
+    residual_out = residual.data_ptr()  # 0 for one that is empty
+    kept = None if plan.kept is None else _allocate(*plan.kept)
     # Freed when this returns, before the work is done: reused by later work on this stream only.
     workspace = None if plan.workspace is None else _allocate(*plan.workspace)
     pointers = (
@@ -457,6 +523,7 @@ def backward(
         d_out = _copy(d_out)
     out, residual, norm = _whole(out), _whole(residual), _whole(norm)
     d_state, d_keys = (None if x is None else _whole(x) for x in (d_state, d_keys))
+    kept = _whole(kept)
     states = kept if plan.workspace and kept.numel() >= plan.workspace.shape[0] else None
 
     sizes = (*plan.sizes, *_row_strides(d_out))

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
 from retention import _checks, _chunked, _kernels, _packed
-from retention._arguments import without_autocast
+from retention._arguments import check_arguments, check_backward_arguments, without_autocast
+from retention._on_import import when_imported
 from retention._symmetric_power import state_dim
 
 _logger = logging.getLogger("retention")
@@ -78,7 +80,7 @@ def _allocate_forward(
     dtype = _checks.state_dtype(Q.dtype)
     state_shape = _state_shape(Q, V, cu_seqlens, deg) if return_final_state else (0, 0, 0, 0)
     out_shape = (*Q.shape[:3], V.shape[3])
-    has_residual = save_for_backward and _kernels.cover(Q, V, deg)
+    has_residual = save_for_backward and _kernels.saves_output(Q, V, deg)
     return (
         Q.new_empty(out_shape),
         Q.new_empty(Q.shape[:3], dtype=dtype),
@@ -218,6 +220,11 @@ def _log(what: str, Q: Tensor, V: Tensor, reason: str | None) -> None:
     )
 
 
+def _check(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, chunk, switch_over):
+    check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, None)
+    _checks.check_chunks(chunk, switch_over)
+
+
 def _forward_cuda(
     Q,
     K,
@@ -257,7 +264,16 @@ def _forward_cuda(
     return _forward(*tensors, *options, return_final_state, save_for_backward, keep_states)
 
 
+def _check_backward(d_out, d_state, d_keys, Q, K, V, *rest):
+    cu_seqlens, *results = rest[3:8]
+    deg = rest[8]
+    saves_output = _kernels.saves_output(Q, V, deg)
+    gradients = (d_out, d_state, d_keys)
+    check_backward_arguments(*gradients, Q, V, cu_seqlens, *results, deg, saves_output)
+
+
 def _forward_elsewhere(Q, K, V, *rest):
+    _check(Q, K, V, *rest[:7])
     if _logger.isEnabledFor(logging.DEBUG):
         _log("forward", Q, V, _kernels.device_reason(Q.device.type, Q.device.index))
     return _forward(Q, K, V, *rest)
@@ -267,6 +283,10 @@ def _backward_cuda(d_out, d_state, d_keys, *arguments):
     tensors, results, options = arguments[:7], arguments[7:11], arguments[11:]
     Q, V = tensors[0], tensors[2]
     plan = _kernels.plan_backward(*tensors, *options)
+    signature = _kernels.of_results(d_out, d_state, d_keys, *results)
+    if signature not in plan.checked:
+        _check_backward(d_out, d_state, d_keys, *arguments)
+        plan.checked.add(signature)
     reason = plan.reason or plan.backward_reason
     if _logger.isEnabledFor(logging.DEBUG):
         _log("backward", Q, V, reason)
@@ -278,6 +298,8 @@ def _backward_cuda(d_out, d_state, d_keys, *arguments):
 
 
 def _backward_elsewhere(d_out, d_state, d_keys, Q, K, V, *rest):
+    _check(Q, K, V, *rest[:4], *rest[8:11])
+    _check_backward(d_out, d_state, d_keys, Q, K, V, *rest)
     if _logger.isEnabledFor(logging.DEBUG):
         _log("backward", Q, V, _kernels.device_reason(Q.device.type, Q.device.index))
     return _backward(d_out, d_state, d_keys, Q, K, V, *rest)
@@ -305,8 +327,10 @@ def _forward_fake(
     save_for_backward,
     keep_states,
 ):
+    tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    _check(*tensors, deg, chunk_size, switch_over_seq_len)
     kept_bytes = 0
-    if save_for_backward and keep_states and _kernels.cover(Q, V, deg):
+    if save_for_backward and keep_states and _kernels.saves_output(Q, V, deg):
         kept_bytes = torch.library.get_ctx().new_dynamic_size()  # the device decides
     options = (return_final_state, save_for_backward, kept_bytes)
     return _allocate_forward(Q, V, cu_seqlens, deg, *options)
@@ -314,6 +338,9 @@ def _forward_fake(
 
 @torch.library.register_fake("retention::backward", lib=_library)
 def _backward_fake(d_out, d_state, d_keys, Q, K, V, log_G, initial_state, sum_of_keys, *rest):
+    tensors = (Q, K, V, log_G, initial_state, sum_of_keys)
+    _check(*tensors, rest[0], *rest[5:8])
+    _check_backward(d_out, d_state, d_keys, *tensors, *rest)
     return _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
 
 
@@ -382,7 +409,14 @@ def _forward_autograd(
         raise RuntimeError(
             "retention: torch.func does not differentiate power retention; use torch.autograd"
         )
+    if keep_states and _is_sharded(Q):
+        keep_states = False  # bytes of each rank's own, for which a DTensor has no shape
     return _Forward.apply(keys, *arguments, differentiable, keep_states)
+
+
+def _is_sharded(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _forward_below_autograd(keys, *arguments):
@@ -400,7 +434,8 @@ class _Forward(torch.autograd.Function):
         ctx.has_state = arguments[10]
         out, norm, _, _, residual, kept = results
         # The PyTorch path has its own way to what the output is for, and keeps only the normaliser.
-        ctx.has_out = residual.numel() > 0
+        ctx.has_out = _kernels.saves_output(tensors[0], tensors[2], ctx.deg)
+        ctx.turned_off = _kernels.is_turned_off()
         ctx.save_for_backward(*tensors, out if ctx.has_out else None, residual, kept, norm)
         ctx.mark_non_differentiable(norm, residual, kept)
         ctx.set_materialize_grads(False)
@@ -424,9 +459,10 @@ class _Forward(torch.autograd.Function):
                 d_keys = norm.new_zeros(shape[:3])
         results = (out, residual, kept, norm)
         options = (ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len)
-        gradients = torch.ops.retention.backward(
-            d_out, d_state, d_keys, *inputs, *results, *options
-        )
+        with _kernels.turned_off(ctx.turned_off):  # autograd has threads of its own
+            gradients = torch.ops.retention.backward(
+                d_out, d_state, d_keys, *inputs, *results, *options
+            )
         needed = ctx.needs_input_grad[1:]
         gradients = [g if n else None for g, n in zip(gradients, needed, strict=False)]
         return (None, *gradients, *(None,) * 7)  # of the keys; of cu_seqlens and the options
@@ -444,3 +480,19 @@ def _refuse_double_backward(ctx, *gradients):
 
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd("retention::backward", _refuse_double_backward, lib=_library)
+
+
+def _register_flops() -> None:
+    from retention import _flops
+
+    _flops.register()
+
+
+def _register_sharding() -> None:
+    from retention import _sharding
+
+    _sharding.register()
+
+
+when_imported("torch.utils.flop_counter", _register_flops)
+when_imported("torch.distributed.tensor", _register_sharding)

@@ -89,10 +89,7 @@ def power_retention(
     """
     Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
     check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, scale)
-    if chunk_size is not None:
-        _checks.check_integer("chunk_size", chunk_size, 1)
-    if switch_over_seq_len is not None:
-        _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 0)
+    _checks.check_chunks(chunk_size, switch_over_seq_len)
     out, _, state, keys, _, _ = torch.ops.retention.forward(
         Q,
         K,

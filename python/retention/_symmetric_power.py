@@ -60,42 +60,53 @@ def state_dim(head_dim: int, deg: int = 2) -> int:
     return _multisets(head_dim // width, deg) * width**deg
 
 
-@torch.compiler.assume_constant_result
-def _multiplicities(blocks: int, deg: int) -> tuple[int, ...]:
-    """The multiplicity of every block tuple, in colexicographic order."""
+def _multiplicities(blocks: int, deg: int, x: Tensor) -> Tensor:
+    """The multiplicity of every block tuple, in colexicographic order: int64 on x's device.
 
-    def tuples(size: int, last: int) -> Iterator[tuple[int, ...]]:
-        if size == 0:
-            yield ()
-            return
-        for block in range(last + 1):
-            for rest in tuples(size - 1, block):
-                yield (*rest, block)
-
-    def multiplicity(blocks_of_row: tuple[int, ...]) -> int:
-        count = math.factorial(deg)
-        for block in set(blocks_of_row):
-            count //= math.factorial(blocks_of_row.count(block))
-        return count
-
-    return tuple(multiplicity(row) for row in tuples(deg, blocks - 1))
+    Made of ones by products and slices alone: nothing is copied from the host, which a CUDA graph
+    could not capture. The tuples of size n that hold their last block J c times are those of size
+    n - c over the blocks before J, each with C(n, c) places for the others.
+    """
+    sizes = [x.new_ones(1, dtype=torch.int64)]
+    for n in range(1, deg + 1):
+        choices = [math.comb(n, c) * sizes[n - c] for c in range(1, n + 1)]
+        counts = [[_multisets(last, n - c) for c in range(1, n + 1)] for last in range(blocks)]
+        sizes.append(
+            torch.cat(
+                [part[:m] for row in counts for part, m in zip(choices, row, strict=True) if m]
+            )
+        )
+    return sizes[deg]
 
 
-_weights_of: dict[tuple[int, int, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
+def _make_weights(blocks: int, deg: int, x: Tensor) -> tuple[Tensor, ...]:
+    repeat = block_width(deg) ** (deg - 1)
+    if deg == 2:  # pairs count twice but for that of the last block with itself: ends of one column
+        rows = [x.new_full(((blocks - 1) * repeat, 1), 2), x.new_ones(repeat, 1)]
+        column = torch.cat(rows)
+        return tuple(column[(blocks - 1 - last) * repeat :] for last in range(blocks))
+    every = _multiplicities(blocks, deg, x).to(x.dtype)
+    every = every[:, None].expand(-1, repeat).reshape(-1, 1)
+    return every.split([_multisets(last + 1, deg - 1) * repeat for last in range(blocks)])
+
+
+# On the CPU alone: on a device, another stream might read them before they are filled, and those
+# made while a CUDA graph is captured are filled at its replays only.
+_weights_on_cpu: dict[tuple[int, int, torch.dtype], tuple[Tensor, ...]] = {}
 
 
 def _weights(blocks: int, deg: int, x: Tensor) -> tuple[Tensor, ...]:
     """Per last block J: the multiplicity of each row prefix, ``[n_J, 1]``, in the dtype of x."""
-    key = (blocks, deg, x.dtype, x.device)
-    if not torch.compiler.is_compiling() and key in _weights_of:
-        return _weights_of[key]
-    repeat = block_width(deg) ** (deg - 1)
-    every = torch.tensor(_multiplicities(blocks, deg), dtype=x.dtype, device=x.device)
-    counts = [_multisets(last + 1, deg - 1) for last in range(blocks)]
-    weights = tuple(part.repeat_interleave(repeat)[:, None] for part in every.split(counts))
-    # Kept only where it is an ordinary tensor: not while tracing, not under inference_mode.
-    if not torch.compiler.is_compiling() and type(every) is Tensor and not every.is_inference():
-        _weights_of[key] = weights
+    ordinary = type(x) is Tensor and x.device.type == "cpu"
+    if not ordinary or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _make_weights(blocks, deg, x)
+    key = (blocks, deg, x.dtype)
+    weights = _weights_on_cpu.get(key)
+    if weights is None:
+        with torch.inference_mode(False):  # whose tensors could not be used outside it
+            weights = _make_weights(blocks, deg, x)
+        if type(weights[0]) is Tensor:  # no mode has made something else of them
+            _weights_on_cpu[key] = weights
     return weights
 
 

@@ -61,7 +61,8 @@ def emulator(monkeypatch, request):
     monkeypatch.setattr(_kernels, "_C", module)
     monkeypatch.setattr(_kernels, "_compiled", functools.cache(_kernels._compiled.__wrapped__))
     monkeypatch.setattr(_kernels, "_plans", {})
-    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu", "meta"})
     monkeypatch.setattr(_kernels, "_current_device", lambda: torch.empty(0).get_device())
     monkeypatch.setattr(_kernels, "_allocate", aligned)
     # In the stream's place: the seed of the schedule in which a kernel's threads run.

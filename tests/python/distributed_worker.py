@@ -1,6 +1,7 @@
 """One of several processes that train models together: `distributed_worker.py RANK FOLDER`.
 
-For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `train` returns.
+For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `train` returns; and
+`FOLDER/DTensor-<RANK>.pt`: by name of `SHARDED`, whole results and gradients, and placements.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import retention
+from cases import Case, make
 from retention.lm.config import ModelConfig
 from retention.lm.model import Block, LanguageModel
 from retention.lm.training import make_model
@@ -196,6 +199,88 @@ def fully_sharded_by_parameter(rank: int) -> dict:
     }
 
 
+# ---- calls on sharded tensors -------------------------------------------------------------------
+
+# By name: the inputs, what they are sharded by (None: not), lengths of packed sequences, and what
+# the results are sharded by.
+SHARDED = {
+    "batch": (Case(t=9, state=True), ["batch"] * 6, None, "batch"),
+    "more rows than parts": (Case(t=9, b=3, gate=None), ["batch"] * 6, None, "batch"),
+    "heads": (Case(t=9, state=True), ["heads"] * 6, None, "heads"),
+    "heads, fresh": (Case(t=9, b=1, hq=6, h=2), ["heads"] * 6, None, "heads"),
+    "keys and values by heads": (
+        Case(t=9, b=1, state=True),
+        [None, "heads", "heads", None, None, "heads"],
+        None,
+        "heads",
+    ),
+    "each in its way": (
+        Case(t=9, state=True),
+        ["heads", "batch", None, "tokens", "heads", None],
+        None,
+        None,
+    ),
+    "heads that cannot be cut": (
+        Case(t=9, b=1, hq=6, h=3),
+        ["heads"] * 6,
+        None,
+        "not at all",
+    ),
+    "one key head": (Case(t=9, b=1, hq=2, h=1), ["heads", None, None, None], None, "not at all"),
+    "packed, by heads": (Case(t=9, b=1, state=True), ["heads"] * 6, [0, 4, 4, 9], "heads"),
+    "packed, as a batch": (Case(t=9, b=1), ["batch"] * 6, [0, 4, 9], None),
+}
+
+
+def whole_call(
+    call: Callable[..., tuple[Tensor, ...]], tensors: dict[str, Tensor], **options
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Results, and gradients of a sum of them in which every element has another weight."""
+    results = call(**tensors, return_final_state=True, **options)
+    total = sum((x * torch.cos(3 * x.detach())).sum() for x in results)
+    leaves = [x for x in tensors.values() if x is not None]
+    return results, torch.autograd.grad(total, leaves)
+
+
+def inputs_of(name: str) -> tuple[dict[str, Tensor | None], Tensor | None]:
+    case, _, bounds, _ = SHARDED[name]
+    sequences = None if bounds is None else len(bounds) - 1
+    tensors = make(case, sequences=sequences)
+    leaves = {n: x if x is None else x.requires_grad_() for n, x in tensors.items()}
+    return leaves, None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+
+
+def sharded(rank: int) -> dict[str, tuple[list[Tensor], list[str]]]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+
+    def cut(name: str, x: Tensor, by: str | None) -> Tensor:
+        heads = Shard(1 if name in ("initial_state", "sum_of_keys") else 2)
+        ways = {"batch": Shard(0), "heads": heads, "tokens": Shard(1), None: Replicate()}
+        return distribute_tensor(x.detach(), mesh, [ways[by]]).requires_grad_()
+
+    done = {}
+    for name, (_, ways, _, _) in SHARDED.items():
+        tensors, cu_seqlens = inputs_of(name)
+        for (n, x), by in zip(tensors.items(), ways, strict=False):
+            tensors[n] = None if x is None else cut(n, x, by)
+        if cu_seqlens is not None:
+            cu_seqlens = distribute_tensor(cu_seqlens, mesh, [Replicate()])
+        results, gradients = whole_call(
+            retention.power_retention,
+            tensors,
+            cu_seqlens=cu_seqlens,
+            chunk_size=4,
+            switch_over_seq_len=0,
+            keep_states=True,
+        )
+        placements = [str(*x.placements) for x in results]
+        done[name] = ([x.full_tensor().detach() for x in (*results, *gradients)], placements)
+    return done
+
+
 WAYS = {"DDP": data_parallel, "FSDP": fully_sharded, "fully_shard": fully_sharded_by_parameter}
 
 
@@ -210,6 +295,7 @@ def main(rank: int, folder: Path) -> None:
     )
     for way, trained in WAYS.items():
         torch.save(trained(rank), folder / f"{way}-{rank}.pt")
+    torch.save(sharded(rank), folder / f"DTensor-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

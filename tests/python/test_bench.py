@@ -90,7 +90,7 @@ def kernels(monkeypatch):
     )
     monkeypatch.setattr(_kernels, "_C", binding)
     monkeypatch.setattr(_kernels, "_plans", {})
-    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
     monkeypatch.setattr(_kernels, "_compiled", lambda *configuration: True)
     monkeypatch.setattr(
         _kernels,
@@ -342,16 +342,6 @@ def test_upstream_ends_with_its_children(slow_upstream):
     while is_running(child) and time.monotonic() - start < 60:
         time.sleep(0.01)
     assert not is_running(child)
-
-
-def test_the_kernels_can_be_turned_off(monkeypatch):
-    monkeypatch.setattr(_kernels, "_plans", {"some": "plan"})
-    reason = _kernels.device_reason
-    with _kernels.turned_off():
-        assert _kernels.device_reason("cuda", 0) == "kernels are turned off"
-        assert not _kernels._plans
-    assert _kernels.device_reason is reason
-    assert _kernels._plans == {"some": "plan"}
 
 
 @pytest.mark.parametrize("backward", [False, True])

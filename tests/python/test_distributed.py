@@ -1,4 +1,4 @@
-"""Training shared by two processes: the gradients are those of one process on the whole batch."""
+"""Work shared by two processes: gradients and results are those of one process on the whole."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import distributed_worker as worker
+import retention
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 # Both sides are float64, and differ in the order of a few sums.
 TOLERANCE = 1e-12
 
-SECONDS = 120  # far more than it takes: a process that hangs is killed
+SECONDS = 240  # far more than it takes: a process that hangs is killed
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +64,16 @@ def alone():
     }
 
 
-@pytest.mark.parametrize("way", worker.WAYS)
-def test_two_processes_train_as_one(way: str, folder: Path, alone):
+def left_by_both(folder: Path, way: str) -> list:
     paths = [folder / f"{way}-{rank}.pt" for rank in range(worker.PROCESSES)]
     if not all(path.exists() for path in paths):
         pytest.fail("\n----\n".join(log.read_text()[-5000:] for log in folder.glob("*.log")))
-    results = [torch.load(path) for path in paths]
+    return [torch.load(path) for path in paths]
+
+
+@pytest.mark.parametrize("way", worker.WAYS)
+def test_two_processes_train_as_one(way: str, folder: Path, alone):
+    results = left_by_both(folder, way)
     assert results[0].keys() == results[1].keys() >= {"language model", "packed"}
     for variant in results[0]:
         expected = alone["packed" if "packed" in variant else "language model"]
@@ -81,3 +86,39 @@ def test_two_processes_train_as_one(way: str, folder: Path, alone):
                 assert wanted.abs().max() > 1e-5, where
                 difference = (first[name] - wanted).abs().max().item()
                 assert difference <= TOLERANCE, f"{where}: off by {difference:.1e}"
+
+
+@pytest.mark.parametrize("name", worker.SHARDED)
+def test_calls_on_sharded_tensors(name: str, folder: Path):
+    """Against the definition on the whole, in float64 as they are."""
+    tensors, cu_seqlens = worker.inputs_of(name)
+    results, gradients = worker.whole_call(retention.reference, tensors, cu_seqlens=cu_seqlens)
+    *_, way = worker.SHARDED[name]
+    expected = {
+        "batch": ["S(0)"] * 3,
+        "heads": ["S(2)", "S(1)", "S(1)"],
+        "not at all": ["R"] * 3,
+    }
+    for actual, placements in (left[name] for left in left_by_both(folder, "DTensor")):
+        assert way is None or placements == expected[way]
+        for x, wanted in zip(actual, (*results, *gradients), strict=True):
+            torch.testing.assert_close(x, wanted.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("heads", "mesh", "expected"),
+    [
+        (4, (2,), True),
+        (3, (2,), False),
+        (1, (2,), True),  # no part for all: DTensor does not cut it
+        (4, (2, 2), True),
+        (2, (2, 2), True),  # along one of both
+        (6, (2, 2), False),
+        (6, (2, 3), True),
+        (6, (4, 2), False),
+    ],
+)
+def test_heads_that_can_be_cut(heads: int, mesh: tuple[int, ...], expected: bool):
+    from retention import _sharding
+
+    assert _sharding._can_be_cut(heads, mesh) is expected

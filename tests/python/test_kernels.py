@@ -319,7 +319,7 @@ def test_reasons_against_a_device(monkeypatch, kind, build, capability, hip, exp
     monkeypatch.setattr(_kernels, "_C", SimpleNamespace(build_info=lambda: build))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    reason = _kernels.device_reason.__wrapped__(kind, 0)
+    reason = _kernels._reason_of_device.__wrapped__(kind, 0)
     assert reason is None if expected is None else expected in reason
 
 
@@ -358,7 +358,8 @@ def device(monkeypatch):
     )
     monkeypatch.setattr(_kernels, "_C", binding)
     monkeypatch.setattr(_kernels, "_plans", {})
-    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
+    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu", "meta"})
     monkeypatch.setattr(
         _kernels,
         "_compiled",
@@ -485,18 +486,15 @@ def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate,
     assert allocated.shape == (_C.forward_workspace_size(sizes, pointers),)
 
 
-def test_what_nobody_wants_is_allocated_once(device):
-    """And never where autograd marks results as its own."""
+@pytest.mark.parametrize("options", [{}, {"save": True}, {"final": True}], ids=str)
+def test_every_call_has_results_of_its_own(device, options):
+    """Those that nobody wants as well: a caller may resize or write them."""
     inputs = lowered(FULL)
-    first, second = (_ops._forward_cuda(*operands(inputs)) for _ in range(2))
-    assert [x is y for x, y in zip(first, second, strict=True)] == [False] * 2 + [True] * 4
-    assert [x.numel() for x in first[2:]] == [0] * 4
-    _kernels._plans.clear()
-    with torch.inference_mode():  # whose tensors other calls could not use
-        assert not any(x.is_inference() for x in _ops._forward_cuda(*operands(inputs))[2:])
-    for options in ({"save": True}, {"final": True}):
-        first, second = (_ops._forward_cuda(*operands(inputs, **options)) for _ in range(2))
-        assert not any(x is y for x, y in zip(first, second, strict=True))
+    first, second = (_ops._forward_cuda(*operands(inputs, **options)) for _ in range(2))
+    assert not any(x is y for x in first for y in second)
+    memory = [{x.untyped_storage()._cdata for x in results} for results in (first, second)]
+    assert len(memory[0]) == len(memory[1]) == 6
+    assert not memory[0] & memory[1]
 
 
 @pytest.mark.parametrize("save", [False, True])
@@ -671,6 +669,17 @@ def test_arguments_that_do_not_fit_never_reach_the_kernels(device, name):
     assert not device.calls
 
 
+def test_kernels_that_are_turned_off_are_not_called(device):
+    arguments = operands(lowered(FULL))
+    _ops._forward_cuda(*arguments)
+    with _kernels.turned_off():
+        assert _kernels.plan_forward(*arguments).reason == "kernels are turned off"
+        _ops._forward_cuda(*arguments)
+    assert len(device.calls) == 1
+    _ops._forward_cuda(*arguments)
+    assert len(device.calls) == 2
+
+
 def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
     monkeypatch.setattr(_kernels, "_MOST_PLANS", 3)
     made = []
@@ -747,6 +756,27 @@ def test_backward_copies_only_what_it_must(device, name, layout):
     assert pointers[number] % 16 == 0
     wanted = expected if fits else expected.contiguous()
     assert sizes[first : first + 3] == wanted.stride()[:3]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 10, 11, 12, 13])
+def test_results_of_other_calls_never_reach_the_kernels(device, number):
+    arguments = list(saved(lowered(FULL), final=True))
+    right = arguments[number]
+    for wrong in (right[None], right[..., None, :], right.to(torch.float64), right.to("meta")):
+        arguments[number] = wrong
+        with pytest.raises((TypeError, ValueError), match=r"^\w+: expected .* got "):
+            _ops._backward_cuda(*arguments)
+    assert not device.backward_calls
+
+
+def test_kept_states_that_do_not_lie_as_they_did_are_copied(device):
+    arguments = list(saved(lowered(FULL), chunk=64, keep=True))
+    whole = arguments[12]
+    arguments[12] = whole.repeat_interleave(2)[::2]
+    _ops._backward_cuda(*arguments)
+    ((_, pointers, *_),) = device.backward_calls
+    address = pointers[_C.BACKWARD_POINTERS.index("forward_workspace")]
+    assert address not in (0, arguments[12].data_ptr(), whole.data_ptr())
 
 
 def test_expanded_gradients_are_copied(device):

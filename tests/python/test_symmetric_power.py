@@ -1,9 +1,11 @@
 """phi: its dimension, its order, and that it is the symmetric power."""
 
+import gc
 import itertools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import retention
 
@@ -67,3 +69,40 @@ def test_expand_first_used_in_inference_mode_can_train_later():
     x = torch.randn(40, dtype=torch.float64, requires_grad=True)
     retention.expand(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("deg", [2, 4])
+def test_nothing_is_kept_on_a_device(deg):
+    """Other streams could read it before it is filled."""
+
+    def on_a_device():
+        gc.collect()
+        tensors = (x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+        return sum(x.is_meta for x in tensors)
+
+    before = on_a_device()
+    phi = retention.expand(torch.empty(3, 24, device="meta"), deg)
+    assert phi.shape == (3, retention.state_dim(24, deg))
+    del phi
+    assert on_a_device() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deg", [2, 4])
+def test_a_first_call_may_be_captured(deg):
+    x = torch.randn(5, 40, dtype=torch.float64, device="cuda")  # no other test has this head dim
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        phi = retention.expand(x, deg)
+    graph.replay()
+    torch.testing.assert_close(phi.cpu(), retention.expand(x.cpu(), deg))
+
+
+@pytest.mark.parametrize("deg", [2, 4])
+def test_fakes_of_tensors_that_were_expanded_before(deg):
+    x = torch.randn(3, 24)
+    real = retention.expand(x, deg)
+    with FakeTensorMode() as mode:
+        fake = retention.expand(mode.from_tensor(x), deg)
+    assert isinstance(fake, FakeTensor)
+    assert fake.shape == real.shape

@@ -1,6 +1,8 @@
 """power_retention as a citizen of PyTorch."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,18 @@ OPTIONS = {"chunk_size": 4, "switch_over_seq_len": 0}
 
 def leaves(case, dtype=torch.float64):
     return cast(make(case), dtype)
+
+
+def test_import_brings_in_nothing_slow():
+    """Beside what comes with torch itself: torch._dynamo alone takes a second."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import retention
+print(*sorted(name for name in set(sys.modules) - before if name.startswith("torch.")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
 @pytest.mark.parametrize("gate", [None, -0.5])

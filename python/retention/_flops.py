@@ -1,0 +1,131 @@
+"""The operators' work, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+Counted are the products of the definition in the form that is chosen, each once and two operations
+for a multiplication and its addition; D rows of state, of ``state_dim``:
+
+    2 D dv        a token and query head, to read the state; not in the first chunk of a sequence
+                  without an initial state
+    2 D dv        a token and key head, to update it; not in the last chunk without a final state
+    2 (d + dv)    a query, query head and key of its chunk, the query's own or an earlier one
+
+The quadratic form is one chunk. Backward has twice the first (for dq and dS), twice the second (for
+dk and dv) and once again for the states, unless they were kept; and 2 (3 d + 2 dv) for every pair.
+Elementwise work, the sums of weights and what kernels compute more than once are left out. Packed
+sequences count as one sequence of all tokens: their lengths are not read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retention import _kernels, _ops
+from retention._symmetric_power import state_dim
+
+
+def register() -> None:
+    """For counters made from now on."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.retention.forward, get_raw=True)(_forward)
+    register_flop_formula(torch.ops.retention.backward, get_raw=True)(_backward)
+
+
+def flops(
+    *,
+    b: int,
+    t: int,
+    hq: int,
+    h: int,
+    d: int,
+    dv: int,
+    deg: int,
+    chunk: int,
+    before: bool,
+    after: bool,
+    backward: bool = False,
+    kept: bool = False,
+) -> int:
+    """Of one pass, by the formula above: with a state ``before`` the tokens, and one (in backward
+    its gradient) ``after`` them."""
+    chunk = min(chunk, t)
+    if chunk == 0:
+        return 0
+    whole, rest = divmod(t, chunk)
+    pairs = whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2
+    all_but_last = t - (rest or chunk)
+    reading = hq * (t if before else t - chunk)
+    updating = h * (t if after else all_but_last)
+    inside = d + dv
+    if backward:
+        reading, updating, inside = 2 * reading, 2 * updating, 3 * d + 2 * dv
+        updating += 0 if kept else h * all_but_last
+    return 2 * b * (state_dim(d, deg) * dv * (reading + updating) + inside * pairs * hq)
+
+
+def _call(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+) -> dict[str, int]:
+    b, t, hq, d = Q.shape
+    h, dv = V.shape[2:]
+    chunk = None
+    if type(Q) in (Tensor, torch.nn.Parameter) and Q.device.type in _kernels._DEVICE_TYPES:
+        options = (deg, chunk_size, switch_over)  # not of a fake, whose device may not be there
+        chunk = _kernels.chunk_taken(Q, K, V, log_G, *options, cu_seqlens=cu_seqlens)
+    if chunk is None:
+        chunk = _ops.choose_chunk(t, d, dv, deg, chunk_size, switch_over)
+    sizes = {"b": b, "t": t, "hq": hq, "h": h, "d": d, "dv": dv, "deg": deg, "chunk": chunk}
+    return sizes | {"before": initial_state is not None}
+
+
+def _forward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+    return_final_state: bool,
+    *_: bool,
+    out_val: tuple[Tensor, ...],
+) -> int:
+    tensors = (Q, K, V, log_G, initial_state, cu_seqlens)
+    return flops(**_call(*tensors, deg, chunk_size, switch_over), after=return_final_state)
+
+
+def _backward(
+    d_out: Tensor,
+    d_state: Tensor | None,
+    d_keys: Tensor | None,
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    residual: Tensor,
+    kept: Tensor,
+    norm: Tensor,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+    *,
+    out_val: tuple[Tensor, ...],
+) -> int:
+    tensors = (Q, K, V, log_G, initial_state, cu_seqlens)
+    call = _call(*tensors, deg, chunk_size, switch_over)
+    return flops(**call, after=d_state is not None, backward=True, kept=kept.numel() > 0)

@@ -1,0 +1,101 @@
+"""How the operators take DTensors: sharded by batch, by heads, or not at all.
+
+Every tensor of a call is cut as the others are, and a key head stays with its query heads. What is
+sharded otherwise, DTensor redistributes first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+from retention import _kernels
+
+# [n, h, D, dv] and [n, h, D]; in all others but these and those that have neither, heads are third.
+_STATES = {"initial_state", "sum_of_keys", "state", "d_state", "d_keys", "d_initial_state"}
+_WITHOUT = {"cu_seqlens", "kept"}
+
+
+def register() -> None:
+    """For all DTensors."""
+    for op, missing in (("forward", _missing_of_forward), ("backward", _missing_of_backward)):
+        overload = getattr(torch.ops.retention, op).default
+        register_sharding(overload)(_strategy(overload, missing))
+
+
+def _strategy(overload: torch._ops.OpOverload, missing: Any) -> Any:
+    """What ``register_sharding`` asks for: a function from the operator's arguments, with specs in
+    the tensors' places, to pairs of placements of results and of arguments."""
+    names = [argument.name for argument in overload._schema.arguments]
+    results = [result.name for result in overload._schema.returns]
+
+    def shardings(*arguments: Any, **named: Any) -> list[tuple[list[Any], list[Any]]]:
+        given = dict(zip(names, arguments, strict=False)) | named
+        ways = ["not at all"]
+        if given["cu_seqlens"] is None:
+            ways.append("batch")
+        if _can_be_cut(given["K"].shape[2], given["K"].mesh.shape):
+            ways.append("heads")
+        empty = missing(given)
+        return [
+            (
+                [_placement(name, way, name in empty) for name in results],
+                [
+                    _placement(name, way, given[name].shape.numel() == 0)
+                    if hasattr(given[name], "placements")
+                    else None
+                    for name in names
+                ],
+            )
+            for way in ways
+        ]
+
+    return shardings
+
+
+def _placement(name: str, way: str, empty: bool) -> Replicate | Shard:
+    if empty or way == "not at all" or name in _WITHOUT:
+        return Replicate()
+    if way == "batch":
+        return Shard(0)
+    return Shard(1 if name in _STATES else 2)
+
+
+def _can_be_cut(heads: int, mesh_shape: tuple[int, ...]) -> bool:
+    """Into parts of as many key heads, along any dimensions of the mesh that have parts for all.
+
+    Parts of different sizes would not have the query heads of their key heads.
+    """
+    sizes = itertools.chain.from_iterable(
+        itertools.combinations(mesh_shape, n) for n in range(1, len(mesh_shape) + 1)
+    )
+    return all(heads % n == 0 for n in map(math.prod, sizes) if n <= heads)
+
+
+def _missing_of_forward(given: dict[str, Any]) -> set[str]:
+    """Results that are empty."""
+    Q, V = (
+        SimpleNamespace(
+            device=torch.device(x.mesh.device_type), dtype=x.tensor_meta.dtype, shape=x.shape
+        )
+        for x in (given["Q"], given["V"])
+    )
+    missing = set() if given["return_final_state"] else {"state", "sum_of_keys"}
+    if not (given["save_for_backward"] and _kernels.saves_output(Q, V, given["deg"])):
+        missing.add("residual")
+    return missing
+
+
+def _missing_of_backward(given: dict[str, Any]) -> set[str]:
+    """Gradients that are empty: those of inputs that are None."""
+    gradients = {
+        "log_G": ["d_log_G"],
+        "initial_state": ["d_initial_state", "d_keys"],
+    }
+    return {name for of, names in gradients.items() if given[of] is None for name in names}
