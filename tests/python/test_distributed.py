@@ -63,12 +63,17 @@ def alone():
     }
 
 
-@pytest.mark.parametrize("way", worker.WAYS)
-def test_two_processes_train_as_one(way: str, folder: Path, alone):
-    paths = [folder / f"{way}-{rank}.pt" for rank in range(worker.PROCESSES)]
+def results_of(name: str, folder: Path) -> list[dict]:
+    """What each process has left under that name."""
+    paths = [folder / f"{name}-{rank}.pt" for rank in range(worker.PROCESSES)]
     if not all(path.exists() for path in paths):
         pytest.fail("\n----\n".join(log.read_text()[-5000:] for log in folder.glob("*.log")))
-    results = [torch.load(path) for path in paths]
+    return [torch.load(path) for path in paths]
+
+
+@pytest.mark.parametrize("way", worker.WAYS)
+def test_two_processes_train_as_one(way: str, folder: Path, alone):
+    results = results_of(way, folder)
     assert results[0].keys() == results[1].keys() >= {"language model", "packed"}
     for variant in results[0]:
         expected = alone["packed" if "packed" in variant else "language model"]
@@ -81,3 +86,17 @@ def test_two_processes_train_as_one(way: str, folder: Path, alone):
                 assert wanted.abs().max() > 1e-5, where
                 difference = (first[name] - wanted).abs().max().item()
                 assert difference <= TOLERANCE, f"{where}: off by {difference:.1e}"
+
+
+@pytest.mark.parametrize("way", ["fully_shard", "FSDP"])
+def test_sharded_parameters_start_as_whole_ones(way: str, folder: Path):
+    fresh = worker.wide_layer()
+    first, second = (result[way] for result in results_of("drawn", folder))
+    assert first.keys() == second.keys() == dict(fresh.named_parameters()).keys()
+    for name, wanted in fresh.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        if name == "g_proj.bias":
+            assert torch.equal(first[name], wanted.detach())
+        else:  # uniform
+            assert first[name].abs().max() <= 96**-0.5, name
+            assert first[name].abs().max() > 0.5 * 96**-0.5, name
