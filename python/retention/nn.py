@@ -369,10 +369,10 @@ class PowerRetention(nn.Module):
     def _log_gate(self, x: Tensor) -> Tensor | None:
         if self.g_proj is None:
             return None
-        # What a wrapper adds to the logits is as exact as they are, unless it is of fewer bits
-        # itself: then autocast may have to bring x to its dtype.
-        wide = (torch.float32, torch.float64)
-        if all(parameter.dtype in wide for parameter in self.g_proj.parameters()):
+        # What a wrapper adds is computed as the logits are, unless its parameters have fewer bits:
+        # then autocast may have to bring x to their dtype.
+        dtypes = {parameter.dtype for parameter in self.g_proj.parameters()}
+        if dtypes and dtypes <= {torch.float32, torch.float64}:
             with without_autocast(x.device):
                 logits = self.g_proj(x.to(torch.promote_types(x.dtype, torch.float32)))
         else:
@@ -436,7 +436,8 @@ class PowerRetention(nn.Module):
                 Default: the layer's, or 512.
             device: default: the parameters'.
             dtype: of the ring. Default: autocast's where it is on, else that of `k_proj`'s first
-                parameter in which keys can be, or, where it has none (quantised), of the layer's.
+                parameter of a dtype that keys can have, else (quantised) of the layer's first, else
+                torch's default.
 
         Raises:
             TypeError, ValueError: for sizes that are not positive integers.

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 # Both sides are float64, and differ in the order of a few sums.
 TOLERANCE = 1e-12
 
-SECONDS = 120  # far more than it takes: a process that hangs is killed
+SECONDS = 300  # far more than it takes: a process that hangs is killed
 
 
 @pytest.fixture(scope="module")
