@@ -264,6 +264,9 @@ class PowerRetention(nn.Module):
 
     with `log_G = logsigmoid(g_proj(x))`, always in float32 (float64 for a float64 layer).
 
+    Projections are called as modules, and each initialises itself in its `reset_parameters`: they
+    may be wrapped, replaced and sharded one by one.
+
     Args:
         hidden_size: width of the input and of the output.
         num_heads: query heads.
