@@ -27,7 +27,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_integer(name: str, value: Any, minimum: int) -> None:
     """Raises unless ``value`` is an integer (a bool is not) of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    # A size is a tensor [] to torch.jit.trace.
+    kinds = (int, torch.SymInt, Tensor) if torch.jit.is_tracing() else (int, torch.SymInt)
+    if isinstance(value, bool) or not isinstance(value, kinds):
         raise TypeError(f"{name}: expected an integer, got {describe(value)}")
     if value < minimum:
         raise ValueError(f"{name}: expected an integer of at least {minimum}, got {value}")

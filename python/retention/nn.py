@@ -7,7 +7,10 @@ millionth.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,14 @@ import retention
 from retention import _checks
 from retention._arguments import autocasts, without_autocast
 
-__all__ = ["PowerRetention", "RetentionCache", "apply_rotary", "rotary_angles"]
+__all__ = [
+    "GateProjection",
+    "PowerRetention",
+    "RetentionCache",
+    "all_or_nothing",
+    "apply_rotary",
+    "rotary_angles",
+]
 
 _DEFAULT_RING = 512
 
@@ -37,8 +47,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> T
     Returns:
         `[t, head_dim / 2]` float64, each `position * theta^(-2 i / head_dim)` reduced to one turn.
     """
-    # At long positions a float32 product is off by a good part of a turn. MPS has no float64.
-    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    # At long positions a float32 product is off by a good part of a turn.
+    exact = _widest(positions.device)
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
     angles = positions.to(exact)[:, None] * torch.pow(theta, -exponents)
     return torch.remainder(angles, 2 * math.pi)
@@ -57,6 +67,55 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     first, second = x.to(wide).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class GateProjection(nn.Linear):
+    """Logits of the gates, computed and returned in float32 (float64 for float64 parameters).
+
+    A linear layer `[..., in_features]` to `[..., num_heads]` with a bias, whose parameters may be
+    of any dtype: a log gate near -1/4096 added thousands of times needs more than bfloat16's eight
+    bits. Autocast does not lower it either.
+
+    The biases start such that head 0 remembers 4096 tokens and the last one 16, and those between
+    are spread evenly on a log scale: `sigmoid(bias) = 1 - 1/memory`.
+
+    Args:
+        in_features: width of the input.
+        num_heads: gates a token.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, num_heads, bias=True, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Weights as in `torch.nn.Linear`, biases by the heads' memories."""
+        super().reset_parameters()
+        # Made of the bias itself, not of a plain tensor, which could not be copied to a sharded
+        # one: head [num_heads] is 0, 1, 2, ... wherever the bias is.
+        with torch.no_grad():
+            head = torch.ones_like(self.bias, dtype=torch.int64).cumsum(0) - 1
+            longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
+            step = (shortest - longest) / max(1, self.out_features - 1)
+            memory = torch.exp2(longest + step * head.to(_widest(head.device)))
+            # What a token leaves behind falls to 1/e after `memory` more.
+            self.bias.copy_(torch.log(memory - 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        with without_autocast(x.device):
+            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 class RetentionCache:
@@ -91,13 +150,17 @@ class RetentionCache:
         wide = torch.promote_types(dtype, torch.float32)
         rows = retention.state_dim(head_dim, deg)
         ring = (batch_size, switch_over_seq_len, num_kv_heads)
-        self.keys = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
-        self.values = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
-        self.log_gates = torch.zeros(ring, device=device, dtype=wide) if gating else None
-        self.state = torch.zeros(
-            batch_size, num_kv_heads, rows, head_dim, device=device, dtype=wide
-        )
-        self.sum_of_keys = torch.zeros(batch_size, num_kv_heads, rows, device=device, dtype=wide)
+        # Tensors made in inference mode could never be written to outside of it.
+        with torch.inference_mode(False):
+            self.keys = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
+            self.values = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
+            self.log_gates = torch.zeros(ring, device=device, dtype=wide) if gating else None
+            self.state = torch.zeros(
+                batch_size, num_kv_heads, rows, head_dim, device=device, dtype=wide
+            )
+            self.sum_of_keys = torch.zeros(
+                batch_size, num_kv_heads, rows, device=device, dtype=wide
+            )
         self.length = 0
         self.position = 0
 
@@ -115,10 +178,10 @@ class RetentionCache:
 
     def reset(self) -> None:
         """Forget everything, in place."""
-        self.state.zero_()
-        self.sum_of_keys.zero_()
         self.length = 0
         self.position = 0
+        self.state.zero_()
+        self.sum_of_keys.zero_()
 
     def append(self, key: Tensor, value: Tensor, log_gate: Tensor | None) -> None:
         """Write `m <= capacity - length` tokens (`[b, m, h, d]`, gates `[b, m, h]`) to the ring."""
@@ -142,11 +205,52 @@ class RetentionCache:
             return None, None
         return self.state, self.sum_of_keys
 
-    def fold(self, state: Tensor, sum_of_keys: Tensor) -> None:
-        """Take a new state that covers every token seen, and empty the ring."""
+    def fold(self, state: Tensor, sum_of_keys: Tensor, beyond: int = 0) -> None:
+        """Take a new state that covers every token seen and `beyond` more, and empty the ring."""
+        position = self.position + beyond
+        self.length = self.position = 0  # until all of it is there: half a state is none
         self.state.copy_(state)
         self.sum_of_keys.copy_(sum_of_keys)
-        self.length = 0
+        self.position = position
+
+    def _rewind(self, length: int, position: int) -> bool:
+        """Back to earlier counters, or False where the state has changed since."""
+        if position == 0:
+            self.reset()
+        elif self.position < position or self.position - self.length != position - length:
+            return False
+        self.length, self.position = length, position
+        return True
+
+
+@contextlib.contextmanager
+def all_or_nothing(caches: Sequence[RetentionCache]) -> Iterator[None]:
+    """What raises inside leaves caches as they were, so that it may be tried again.
+
+    For layers that step together: where the third one runs out of memory, the first two have
+    taken the tokens already, and would count them twice. Tokens in a ring are taken back. A state
+    that has changed since cannot be: then all the caches are reset, and a note on the exception
+    says so. Those that were empty before are empty again, without a note.
+
+    Args:
+        caches: all that is stepped inside.
+
+    Raises:
+        BaseException: what is raised inside, an interruption too.
+    """
+    before = [(cache.length, cache.position) for cache in caches]
+    try:
+        yield
+    except BaseException as error:
+        rewound = [c._rewind(*counters) for c, counters in zip(caches, before, strict=True)]
+        if not all(rewound):
+            for cache in caches:
+                cache.reset()
+            error.add_note(
+                "cache: reset, since a state had changed before this was raised; expected its "
+                "sequences to begin again, at their first token"
+            )
+        raise
 
 
 class PowerRetention(nn.Module):
@@ -159,6 +263,9 @@ class PowerRetention(nn.Module):
         w_ij = (q_i . k_j / sqrt(head_dim))^deg exp(L_i - L_j),   L = cumsum(log_G)
 
     with `log_G = logsigmoid(g_proj(x))`, always in float32 (float64 for a float64 layer).
+
+    Projections are called as modules, and each initialises itself in its `reset_parameters`: they
+    may be wrapped, replaced and sharded one by one.
 
     Args:
         hidden_size: width of the input and of the output.
@@ -237,26 +344,8 @@ class PowerRetention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **where)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
-        self.g_proj = nn.Linear(hidden_size, num_kv_heads, bias=True, **where) if gating else None
+        self.g_proj = GateProjection(hidden_size, num_kv_heads, **where) if gating else None
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias, **where)
-        self._reset_gate()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            projection.reset_parameters()
-        if self.g_proj is not None:
-            self.g_proj.reset_parameters()
-        self._reset_gate()
-
-    def _reset_gate(self) -> None:
-        if self.g_proj is None:
-            return
-        longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
-        memory = torch.linspace(longest, shortest, self.num_kv_heads, dtype=torch.float64).exp2()
-        # sigmoid(bias) = 1 - 1/memory: what a token leaves behind falls to 1/e after `memory` more.
-        with torch.no_grad():
-            self.g_proj.bias.copy_(torch.log(memory - 1))
 
     def extra_repr(self) -> str:
         parts = [f"num_heads={self.num_heads}", f"num_kv_heads={self.num_kv_heads}"]
@@ -283,12 +372,15 @@ class PowerRetention(nn.Module):
     def _log_gate(self, x: Tensor) -> Tensor | None:
         if self.g_proj is None:
             return None
-        wide = torch.promote_types(self.g_proj.weight.dtype, torch.float32)
-
-        # A log gate near -1/4096 added thousands of times needs more than bfloat16's eight bits.
-        with without_autocast(x.device):
-            weight, bias = self.g_proj.weight.to(wide), self.g_proj.bias.to(wide)
-            return F.logsigmoid(F.linear(x.to(wide), weight, bias))
+        # What a wrapper adds is computed as the logits are, unless its parameters have fewer bits:
+        # then autocast may have to bring x to their dtype.
+        dtypes = {parameter.dtype for parameter in self.g_proj.parameters()}
+        if dtypes and dtypes <= {torch.float32, torch.float64}:
+            with without_autocast(x.device):
+                logits = self.g_proj(x.to(torch.promote_types(x.dtype, torch.float32)))
+        else:
+            logits = self.g_proj(x)
+        return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Retention over whole sequences.
@@ -346,16 +438,25 @@ class PowerRetention(nn.Module):
             switch_over_seq_len: tokens the ring holds before they are folded into the state.
                 Default: the layer's, or 512.
             device: default: the parameters'.
-            dtype: of the ring. Default: the parameters', or autocast's where it is on.
+            dtype: of the ring. Default: autocast's where it is on, else that of `k_proj`'s first
+                parameter of a dtype that keys can have, else (quantised) of the layer's first, else
+                torch's default.
 
         Raises:
             TypeError, ValueError: for sizes that are not positive integers.
         """
-        weight = self.k_proj.weight
-        device = weight.device if device is None else torch.device(device)
+        # Wrapped or quantised, a projection has no weight, or one of a dtype that no key has.
+        tensors = [
+            *itertools.chain(self.k_proj.parameters(), self.k_proj.buffers()),
+            *itertools.chain(self.parameters(), self.buffers()),
+        ]
+        if device is None:
+            device = tensors[0].device if tensors else torch.get_default_device()
+        device = torch.device(device)
+        if dtype is None and autocasts(device):
+            dtype = torch.get_autocast_dtype(device.type)
         if dtype is None:
-            cast = autocasts(device)
-            dtype = torch.get_autocast_dtype(device.type) if cast else weight.dtype
+            dtype = next((x.dtype for x in tensors if x.dtype in _checks.DTYPES), None)
         if switch_over_seq_len is None:
             switch_over_seq_len = self.switch_over_seq_len or _DEFAULT_RING
         return RetentionCache(
@@ -377,9 +478,13 @@ class PowerRetention(nn.Module):
         Tokens that fit the ring are answered from the ring and the state; tokens that would fill an
         empty ring (a long prompt) go straight into the state, chunk by chunk.
 
+        A call that raises, whatever it is, leaves the cache as it was. Only where a new state was
+        being written into it at that moment it is reset, and a note on the exception says so. For
+        several layers at once see `all_or_nothing`.
+
         Args:
             x: `[b, t, hidden_size]`, t >= 1.
-            cache: of the call before. Changed in place. Default: a new one, `init_cache(b)`.
+            cache: of the call before. Changed in place. Default: a new one, as of `init_cache(b)`.
 
         Returns:
             `[b, t, hidden_size]` and the cache.
@@ -392,28 +497,50 @@ class PowerRetention(nn.Module):
         b, t, _ = x.shape
         if t < 1:
             raise ValueError(f"x: expected at least one token, got {list(x.shape)}")
-        if cache is None:
-            cache = self.init_cache(b, device=x.device)
-        self._check_cache(b, cache)
+        seen = 0
+        if cache is not None:
+            self._check_cache(b, cache)
+            seen = cache.position
 
         positions = None
         if self.rope_theta is not None:
-            positions = torch.arange(cache.position, cache.position + t, device=x.device)
+            positions = torch.arange(seen, seen + t, device=x.device)
         query, key, value, log_gate = self._project(x, positions)
+        projected = query.dtype
+        if cache is None:
+            cache = self.init_cache(b, device=key.device, dtype=key.dtype)
         kept = cache.keys.dtype
         query, key, value = query.to(kept), key.to(kept), value.to(kept)
+        if log_gate is not None:
+            log_gate = log_gate.to(cache.log_gates.dtype)
 
-        outs = []
-        start = 0
-        while start < t:
+        def tokens(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+            return key[:, part], value[:, part], None if log_gate is None else log_gate[:, part]
+
+        with all_or_nothing([cache]):
+            # The ring is filled up, unless it is empty and there is enough to fill it anyway.
+            filling = min(t, cache.capacity - cache.length)
+            if cache.length == 0 and filling == cache.capacity:
+                filling = 0
+            rest = slice(filling, t)  # what finds an empty ring
+            straight = t - filling >= cache.capacity
             state, sum_of_keys = cache.folded()
-            if cache.length == 0 and t - start >= cache.capacity:
-                stop = t
+            outs = []
+            if filling:
+                cache.append(*tokens(slice(0, filling)))
+                out, state, sum_of_keys = retention.power_retention_inference(
+                    query[:, :filling],
+                    *cache.recent(),
+                    initial_state=state,
+                    sum_of_keys=sum_of_keys,
+                    deg=self.deg,
+                    switch_over_seq_len=cache.capacity,
+                )
+                outs.append(out)
+            if straight:
                 out, state, sum_of_keys = retention.power_retention(
-                    query[:, start:],
-                    key[:, start:],
-                    value[:, start:],
-                    None if log_gate is None else log_gate[:, start:],
+                    query[:, rest],
+                    *tokens(rest),
                     initial_state=state,
                     sum_of_keys=sum_of_keys,
                     return_final_state=True,
@@ -421,26 +548,27 @@ class PowerRetention(nn.Module):
                     chunk_size=self.chunk_size,
                     switch_over_seq_len=self.switch_over_seq_len,
                 )
-                cache.position += stop - start
-                cache.fold(state, sum_of_keys)
-            else:
-                stop = min(t, start + cache.capacity - cache.length)
-                gates = None if log_gate is None else log_gate[:, start:stop]
-                cache.append(key[:, start:stop], value[:, start:stop], gates)
-                out, state, sum_of_keys = retention.power_retention_inference(
-                    query[:, start:stop],
-                    *cache.recent(),
+                outs.append(out)
+            elif filling < t:
+                out, _, _ = retention.power_retention_inference(
+                    query[:, rest],
+                    *tokens(rest),
                     initial_state=state,
                     sum_of_keys=sum_of_keys,
                     deg=self.deg,
-                    switch_over_seq_len=cache.capacity,
+                    switch_over_seq_len=None,
                 )
-                if cache.length == cache.capacity:
-                    cache.fold(state, sum_of_keys)
-            outs.append(out)
-            start = stop
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
-        return self.o_proj(out.flatten(2).to(self.o_proj.weight.dtype)), cache
+                outs.append(out)
+            out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+            out = self.o_proj(out.flatten(2).to(projected))
+
+            # Last of all: until here the counters alone have changed.
+            if straight:
+                cache.fold(state, sum_of_keys, beyond=t - filling)
+            elif cache.length == cache.capacity:
+                cache.fold(state, sum_of_keys)
+                cache.append(*tokens(rest))
+        return out, cache
 
     def _check_cache(self, b: int, cache: RetentionCache) -> None:
         expected = [b, cache.capacity, self.num_kv_heads, self.head_dim]

@@ -1,7 +1,8 @@
 """One of several processes that train models together: `distributed_worker.py RANK FOLDER`.
 
-For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `train` returns; and
-`FOLDER/DTensor-<RANK>.pt`: by name of `SHARDED`, whole results and gradients, and placements.
+For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `train` returns. And
+`FOLDER/DTensor-<RANK>.pt`: by name of `SHARDED`, whole results and gradients, and placements;
+`FOLDER/drawn-<RANK>.pt`: by way, the whole parameters of `wide_layer`, drawn after it was sharded.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ MODEL = ModelConfig(layers=2, hidden_size=32, heads=4, kv_heads=2, chunk_size=8)
 # Lengths of the packed sequences, for each process: not as many tokens in one as in the other.
 LENGTHS = ([5, 0, 17], [9])
 
+# What has parameters, besides norms: each may be sharded for itself.
+LEAVES = (nn.Linear, nn.Embedding)
+
 Forward = Callable[[nn.Module, int], Tensor]  # the loss of part of the batch
 
 
@@ -42,6 +46,11 @@ def layer() -> PowerRetention:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return PowerRetention(32, 4, 2, chunk_size=4, switch_over_seq_len=4, dtype=torch.float64)
+
+
+def wide_layer() -> PowerRetention:
+    """Its gates are not as many in one shard as in the other."""
+    return PowerRetention(96, 6, 3, bias=True, dtype=torch.float64)
 
 
 def next_byte_loss(model: nn.Module, part: int, micro: slice = slice(None)) -> Tensor:
@@ -164,10 +173,13 @@ def fully_sharded(rank: int) -> dict:
     whole = summoned(whole_gradients, with_grads=True), summoned(whole_parameters)
     wrap = partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))
     blocks = {"auto_wrap_policy": ModuleWrapPolicy({Block})}
+    leaves = {"auto_wrap_policy": ModuleWrapPolicy(LEAVES)}
     return {
         "language model": train(wrap(language_model(), **blocks), one, *whole),
         "checkpointed": train(wrap(checkpointed(language_model()), **blocks), one, *whole),
         "packed": train(wrap(layer()), packed, *whole),
+        "language model, by leaf": train(wrap(language_model(), **leaves), one, *whole),
+        "packed, by leaf": train(wrap(layer(), **leaves), packed, *whole),
     }
 
 
@@ -183,10 +195,16 @@ def fully_sharded_by_parameter(rank: int) -> dict:
     def packed(model: nn.Module) -> None:
         packed_loss(model, rank).backward()
 
-    def sharded(model: nn.Module) -> nn.Module:
-        for block in getattr(model, "blocks", ()):
-            fully_shard(block, mesh=mesh)
+    def sharded(model: nn.Module, kinds: tuple[type, ...] = (Block,)) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, kinds):
+                fully_shard(module, mesh=mesh)
         return fully_shard(model, mesh=mesh)
+
+    def leaves_alone(model: nn.Module) -> nn.Module:
+        for module in model.children():
+            fully_shard(module, mesh=mesh)
+        return model
 
     whole = (
         lambda model: {n: p.grad.full_tensor() for n, p in model.named_parameters()},
@@ -196,6 +214,9 @@ def fully_sharded_by_parameter(rank: int) -> dict:
         "language model": train(sharded(language_model()), one, *whole),
         "checkpointed": train(sharded(checkpointed(language_model())), one, *whole),
         "packed": train(sharded(layer()), packed, *whole),
+        "language model, by leaf": train(sharded(language_model(), LEAVES), one, *whole),
+        "packed, by leaf": train(sharded(layer(), LEAVES), packed, *whole),
+        "packed, leaves alone": train(leaves_alone(layer()), packed, *whole),
     }
 
 
@@ -284,6 +305,31 @@ def sharded(rank: int) -> dict[str, tuple[list[Tensor], list[str]]]:
 WAYS = {"DDP": data_parallel, "FSDP": fully_sharded, "fully_shard": fully_sharded_by_parameter}
 
 
+def drawn() -> dict[str, dict[str, Tensor]]:
+    """By way: parameters of a layer made on the meta device, sharded, and drawn then."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def on_meta() -> PowerRetention:
+        with torch.device("meta"):
+            return wide_layer()
+
+    by_parameter = fully_shard(on_meta(), mesh=init_device_mesh("cpu", (PROCESSES,)))
+    by_parameter.to_empty(device="cpu")
+    for module in by_parameter.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    # FSDP calls `reset_parameters` of all modules that have parameters themselves.
+    flat = FullyShardedDataParallel(on_meta(), use_orig_params=True, device_id=torch.device("cpu"))
+    with FullyShardedDataParallel.summon_full_params(flat):
+        whole = whole_parameters(flat)
+    return {
+        "fully_shard": {n: p.detach().full_tensor() for n, p in by_parameter.named_parameters()},
+        "FSDP": whole,
+    }
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -296,6 +342,8 @@ def main(rank: int, folder: Path) -> None:
     for way, trained in WAYS.items():
         torch.save(trained(rank), folder / f"{way}-{rank}.pt")
     torch.save(sharded(rank), folder / f"DTensor-{rank}.pt")
+    torch.manual_seed(0)
+    torch.save(drawn(), folder / f"drawn-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 # Both sides are float64, and differ in the order of a few sums.
 TOLERANCE = 1e-12
 
-SECONDS = 240  # far more than it takes: a process that hangs is killed
+SECONDS = 300  # far more than it takes: a process that hangs is killed
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,9 @@ def alone():
     }
 
 
-def left_by_both(folder: Path, way: str) -> list:
-    paths = [folder / f"{way}-{rank}.pt" for rank in range(worker.PROCESSES)]
+def results_of(name: str, folder: Path) -> list[dict]:
+    """What each process has left under that name."""
+    paths = [folder / f"{name}-{rank}.pt" for rank in range(worker.PROCESSES)]
     if not all(path.exists() for path in paths):
         pytest.fail("\n----\n".join(log.read_text()[-5000:] for log in folder.glob("*.log")))
     return [torch.load(path) for path in paths]
@@ -73,7 +74,7 @@ def left_by_both(folder: Path, way: str) -> list:
 
 @pytest.mark.parametrize("way", worker.WAYS)
 def test_two_processes_train_as_one(way: str, folder: Path, alone):
-    results = left_by_both(folder, way)
+    results = results_of(way, folder)
     assert results[0].keys() == results[1].keys() >= {"language model", "packed"}
     for variant in results[0]:
         expected = alone["packed" if "packed" in variant else "language model"]
@@ -99,7 +100,7 @@ def test_calls_on_sharded_tensors(name: str, folder: Path):
         "heads": ["S(2)", "S(1)", "S(1)"],
         "not at all": ["R"] * 3,
     }
-    for actual, placements in (left[name] for left in left_by_both(folder, "DTensor")):
+    for actual, placements in (left[name] for left in results_of("DTensor", folder)):
         assert way is None or placements == expected[way]
         for x, wanted in zip(actual, (*results, *gradients), strict=True):
             torch.testing.assert_close(x, wanted.detach(), rtol=1e-9, atol=1e-9)
@@ -122,3 +123,17 @@ def test_heads_that_can_be_cut(heads: int, mesh: tuple[int, ...], expected: bool
     from retention import _sharding
 
     assert _sharding._can_be_cut(heads, mesh) is expected
+
+
+@pytest.mark.parametrize("way", ["fully_shard", "FSDP"])
+def test_sharded_parameters_start_as_whole_ones(way: str, folder: Path):
+    fresh = worker.wide_layer()
+    first, second = (result[way] for result in results_of("drawn", folder))
+    assert first.keys() == second.keys() == dict(fresh.named_parameters()).keys()
+    for name, wanted in fresh.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        if name == "g_proj.bias":
+            assert torch.equal(first[name], wanted.detach())
+        else:  # uniform
+            assert first[name].abs().max() <= 96**-0.5, name
+            assert first[name].abs().max() > 0.5 * 96**-0.5, name

@@ -93,6 +93,54 @@ def test_step_gives_the_logits_of_forward(model: LanguageModel, ring: int):
     assert start == 60
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["blocks.0.retention.q_proj", "blocks.1.mlp.down", "norm"])
+def test_a_step_that_fails_in_a_layer_is_taken_by_none(
+    model: LanguageModel,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    kind: type[BaseException],
+):
+    exact = LanguageModel(MODEL).double()
+    exact.load_state_dict(model.state_dict())
+    tokens = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
+    wanted = exact(tokens)
+    caches = exact.init_caches(1, 8)
+
+    def fail(start: int, stop: int) -> BaseException:
+        def raising(*_):
+            raise kind("no memory")
+
+        with monkeypatch.context() as patches:
+            patches.setattr(exact.get_submodule(where), "forward", raising)
+            with pytest.raises(kind) as caught:
+                exact.step(tokens[:, start:stop], caches)
+        return caught.value
+
+    for start, stop in ((0, 10), (10, 11), (11, 14)):  # a prompt, then what rings hold
+        assert not hasattr(fail(start, stop), "__notes__")
+        got = exact.step(tokens[:, start:stop], caches)
+        torch.testing.assert_close(got, wanted[:, stop - 1], rtol=1e-8, atol=1e-8)
+    error = fail(14, 20)
+    if where != "blocks.0.retention.q_proj":  # the first layer has folded its ring
+        assert [note[:12] for note in error.__notes__] == ["cache: reset"]
+        assert [cache.position for cache in caches] == [0, 0]
+        exact.step(tokens[:, :14], caches)
+    got = exact.step(tokens[:, 14:], caches)
+    torch.testing.assert_close(got, wanted[:, -1], rtol=1e-8, atol=1e-8)
+
+
+def test_hooks_of_the_embedding_act_on_both_layers(model: LanguageModel):
+    calls = []
+    handle = model.embedding.register_forward_pre_hook(lambda _, x: calls.append(x[0].dtype))
+    try:
+        model(torch.zeros(1, 3, dtype=torch.int64))
+        model.step(torch.zeros(1, 3, dtype=torch.int64), model.init_caches(1, 8))
+    finally:
+        handle.remove()
+    assert calls == [torch.int64, torch.float32] * 2
+
+
 def test_state_has_as_many_bytes_at_token_10000_as_at_100(model: LanguageModel):
     sizes = set()
     for length in (1, 90, 9_990):

@@ -130,6 +130,34 @@ def test_model_is_a_function_of_its_seed_and_leaves_the_callers_alone():
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
 
 
+def test_modules_that_reset_themselves_make_a_new_model():
+    """Any order of modules, on a device where there was nothing to draw at first."""
+    config = ModelConfig(layers=3, hidden_size=64, heads=4, kv_heads=2)
+    models = [training.make_model(config, 0, torch.device("cpu"))]
+    for order in (list, lambda modules: reversed(list(modules))):
+        with torch.device("meta"):
+            model = training.make_model(config, 0, torch.device("meta"))
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, math.nan)
+        for module in order(model.modules()):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        models.append(model)
+    for name, fresh in models[0].named_parameters():
+        for model in models:
+            parameter = model.get_parameter(name)
+            if parameter.dim() == 1 or name.endswith("g_proj.weight"):
+                assert torch.equal(parameter, fresh), name
+                continue
+            wanted = parameter.shape[1] ** -0.5
+            if name.endswith(("o_proj.weight", "down.weight")):
+                wanted *= 6**-0.5
+            # 2048 draws or more: the deviation is known to within 1 / sqrt(2 * 2048) = 1.6 %.
+            assert parameter.std().item() == pytest.approx(wanted, rel=0.08), name
+            assert abs(parameter.mean().item()) < 0.1 * wanted, name
+
+
 def test_only_matrices_decay():
     model = training.make_model(MODEL, 0, torch.device("cpu"))
     decays, stays = training.make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups

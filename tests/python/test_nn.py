@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retention
-from retention.nn import PowerRetention, apply_rotary, rotary_angles
+from retention.nn import (
+    PowerRetention,
+    RetentionCache,
+    all_or_nothing,
+    apply_rotary,
+    rotary_angles,
+)
 
 # The layer in float64 differs from the formula by the order of sums only.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -303,8 +313,7 @@ def test_checkpointing_functional_call_and_state_dict():
     (got,) = torch.autograd.grad(recomputed.square().sum(), x)
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
-    other = make("gqa")
-    other.reset_parameters()
+    other = PowerRetention(**LAYERS["gqa"], dtype=torch.float64)
     assert (other(x) - layer(x)).abs().max() > 1e-3
     called = torch.func.functional_call(other, dict(layer.named_parameters()), (x,))
     torch.testing.assert_close(called, layer(x), rtol=0, atol=0)
@@ -316,9 +325,404 @@ def test_checkpointing_functional_call_and_state_dict():
     }
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks are of the example's
+@pytest.mark.parametrize("name", ["gqa", "chunked", "degree 4"])
+def test_traced_layer_takes_other_lengths(name: str):
+    layer = make(name)
+    bounds = torch.tensor([0, 5, 20], dtype=torch.int32)
+    x = torch.randn(1, 20, layer.hidden_size, dtype=torch.float64)
+    traced = torch.jit.trace(layer, (x,))
+    packed = torch.jit.trace(layer, (x, bounds))
+    for b, t in ((1, 20), (3, 8), (2, 41)):
+        x = torch.randn(b, t, layer.hidden_size, dtype=torch.float64, requires_grad=True)
+        wanted, got = layer(x), traced(x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        (wanted,) = torch.autograd.grad(wanted.square().sum(), x)
+        (got,) = torch.autograd.grad(got.square().sum(), x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        bounds = torch.tensor([0, 1, 1, t], dtype=torch.int32)
+        torch.testing.assert_close(packed(x[:1], bounds), layer(x[:1], bounds), rtol=0, atol=0)
+
+
 def test_meta_device():
     layer = PowerRetention(32, 2, device="meta")
     assert layer(torch.empty(2, 9, 32, device="meta")).shape == (2, 9, 32)
+
+
+# ---- projections are modules ---------------------------------------------------------------------
+
+PROJECTIONS = [f"{x}_proj" for x in "qkvgo"]
+
+
+class LowRank(nn.Module):
+    """A linear layer and what two small ones add to it."""
+
+    def __init__(self, base: nn.Linear, dtype: torch.dtype | None = None):
+        super().__init__()
+        dtype = base.weight.dtype if dtype is None else dtype
+        self.base = base.requires_grad_(False)
+        self.down = nn.Linear(base.in_features, 3, bias=False, dtype=dtype)
+        self.up = nn.Linear(3, base.out_features, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+class Int8(nn.Module):
+    """A linear layer of integers, and one scale for all of them."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        scale = base.weight.detach().abs().max() / 127
+        self.register_buffer("weight", (base.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if base.bias is None else base.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+class Sealed(nn.Module):
+    """A linear layer whose weight nobody sees, as where it is packed."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        weight, bias = base.weight.detach(), None if base.bias is None else base.bias.detach()
+        self.compute = lambda x: F.linear(x, weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x)
+
+
+def steps(layer: PowerRetention, x: Tensor, ring: int = 6, tokens: int = 4) -> Tensor:
+    cache = layer.init_cache(len(x), ring)
+    return torch.cat([layer.step(part, cache)[0] for part in x.split(tokens, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_wrapped_projection_is_one_with_the_sum_of_weights(name: str):
+    layer = make("gqa")
+    x = torch.randn(2, 20, layer.hidden_size, dtype=torch.float64)
+    merged = copy.deepcopy(layer)
+    wrapper = LowRank(getattr(layer, name))
+    with torch.no_grad():
+        getattr(merged, name).weight += wrapper.up.weight @ wrapper.down.weight
+    before = layer(x)
+    setattr(layer, name, wrapper)
+    assert (layer(x) - before).abs().max() > 1e-3
+    torch.testing.assert_close(layer(x), formula(merged, x), **EXACT)
+    torch.testing.assert_close(steps(layer, x), formula(merged, x), **EXACT)
+
+    small = [wrapper.up.weight, wrapper.down.weight]
+    for got, wanted in zip(
+        torch.autograd.grad(layer(x).square().sum(), small),
+        torch.autograd.grad(formula(layer, x).square().sum(), small),
+        strict=True,
+    ):
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_hooks_of_a_projection_act(name: str):
+    layer = make("gqa")
+    x = torch.randn(2, 20, layer.hidden_size, dtype=torch.float64)
+    calls = []
+    getattr(layer, name).register_forward_pre_hook(lambda *_: calls.append("before"))
+    getattr(layer, name).register_forward_hook(lambda *_: calls.append("after"))
+    layer(x)
+    assert calls == ["before", "after"]
+    layer.step(x[:, :4])
+    assert calls == ["before", "after"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wrapped_gate_is_computed_in_float32(dtype: torch.dtype):
+    layer = make("gqa", torch.float32).to(dtype)
+    layer.g_proj = LowRank(layer.g_proj)
+    nn.init.zeros_(layer.g_proj.up.weight)  # as it starts: all bits are those of the base
+    x = torch.randn(2, 40, layer.hidden_size).to(dtype)
+    exact = F.logsigmoid(copy.deepcopy(layer.g_proj.base).double()(x.double()))
+    for cast in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with cast:
+            gate = layer._log_gate(x)
+        assert gate.dtype == torch.float32
+        torch.testing.assert_close(gate.double(), exact.float().double(), **SINGLE)
+
+
+def test_autocast_does_not_lower_what_a_wrapper_adds_to_a_gate():
+    layer = make("gqa", torch.float32)
+    layer.g_proj = LowRank(layer.g_proj)
+    x = torch.randn(2, 40, layer.hidden_size)
+    wanted = copy.deepcopy(layer).double()._log_gate(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer._log_gate(x)
+        assert layer(x).dtype == torch.bfloat16
+        # What came before was lowered, and is taken as it is.
+        layer._log_gate(x.bfloat16())
+    torch.testing.assert_close(got.double(), wanted, **SINGLE)
+
+
+def test_a_gate_of_another_kind_is_widened():
+    layer = make("gqa", torch.float32).to(torch.bfloat16)
+    layer.g_proj = nn.Linear(32, 2, dtype=torch.bfloat16)
+    x = torch.randn(2, 40, 32, dtype=torch.bfloat16)
+    assert layer._log_gate(x).dtype == torch.float32
+    assert layer(x).dtype == steps(layer, x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [LowRank, Int8, Sealed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ring_has_the_dtype_of_keys_whatever_weights_have(kind: type, dtype: torch.dtype):
+    layer = make("gqa", torch.float32).to(dtype)
+    for name in PROJECTIONS:
+        if kind is not Sealed or name != "g_proj":  # which tells the dtype
+            setattr(layer, name, kind(getattr(layer, name)))
+    x = torch.randn(2, 20, layer.hidden_size).to(dtype)
+    wanted = layer(x)
+    assert wanted.dtype == dtype
+    for cache in (layer.init_cache(2, 6), layer.step(x[:, :1])[1]):
+        assert cache.keys.dtype == dtype
+        assert cache.state.dtype == torch.float32
+    got = steps(layer, x)
+    assert got.dtype == dtype
+    # As elsewhere: rounding to bfloat16 between the same products in another order.
+    assert (got - wanted).norm() / wanted.norm() < (0.03 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_ring_of_a_layer_without_any_parameters():
+    layer = make("gqa", torch.float32)
+    x = torch.randn(2, 20, layer.hidden_size)
+    wanted = layer(x)
+    for name in PROJECTIONS:
+        setattr(layer, name, Sealed(getattr(layer, name)))
+    assert layer.init_cache(1).keys.dtype == torch.float32
+    torch.testing.assert_close(steps(layer, x), wanted, **SINGLE)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+def test_ring_of_a_dtype_of_its_own(kept: torch.dtype):
+    for dtype in (torch.float32, torch.float64):
+        layer = make("gqa", dtype)
+        x = torch.randn(1, 20, layer.hidden_size, dtype=dtype)
+        for tokens in (3, 20):
+            cache = layer.init_cache(1, 8, dtype=kept)
+            outs = [layer.step(part, cache)[0] for part in x.split(tokens, dim=1)]
+            assert (cache.state.dtype, outs[0].dtype) == (kept, dtype)
+            torch.testing.assert_close(torch.cat(outs, 1), layer(x), **SINGLE)
+
+
+# ---- modules start on their own -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_modules_that_reset_themselves_make_a_new_layer(backwards: bool, dtype: torch.dtype):
+    with torch.device("meta"):
+        layer = PowerRetention(64, 8, 4, dtype=dtype, bias=True)
+    layer.to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, math.nan)
+    modules = list(layer.modules())
+    for module in reversed(modules) if backwards else modules:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = PowerRetention(64, 8, 4, dtype=dtype, bias=True)
+    assert torch.equal(layer.g_proj.bias, fresh.g_proj.bias)
+    wanted = (torch.logspace(12, 4, 4, base=2, dtype=torch.float64) - 1).log()
+    torch.testing.assert_close(layer.g_proj.bias.double(), wanted.to(dtype).double())
+    for name, parameter in layer.named_parameters():
+        if name != "g_proj.bias":  # uniform, as in torch.nn.Linear: inputs are 64 wide everywhere
+            bound = 64**-0.5
+            assert parameter.abs().max() <= bound, name
+            assert parameter.abs().max() > 0.5 * bound, name
+
+
+def test_one_head_remembers_long():
+    bias = PowerRetention(16, 2, 1).g_proj.bias
+    torch.testing.assert_close(bias, torch.tensor([4095.0]).log())
+
+
+# ---- steps that fail ----------------------------------------------------------------------------
+
+
+class BrokenError(Exception):
+    pass
+
+
+class Unwritable(Tensor):
+    """A tensor that nothing can be copied to."""
+
+    error: BaseException
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types, arguments=(), options=None):
+        if function is Tensor.copy_:
+            raise cls.error
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def fails(error: BaseException) -> Callable:
+    def raising(*_, **__):
+        raise error
+
+    return raising
+
+
+def break_at(stage: str, layer: PowerRetention, error: BaseException, monkeypatch) -> None:
+    """Have `step` raise, for as long as the patches hold."""
+    if stage.endswith("_proj"):
+        monkeypatch.setattr(getattr(layer, stage), "forward", fails(error))
+    elif stage == "fold":  # of the tokens in the ring, before the cache takes the result
+        monkeypatch.setattr(retention._inference, "_fold", fails(error))
+    elif stage in ("append", "recent", "cache.fold"):
+        monkeypatch.setattr(RetentionCache, stage.removeprefix("cache."), fails(error))
+    else:
+        monkeypatch.setattr(retention, stage, fails(error))
+
+
+RING = 6
+# Tokens seen before the step that fails, and its own.
+MOMENTS = {
+    "first token": (0, 1),
+    "first prompt": (0, 20),
+    "a prompt as long as the ring": (0, RING),
+    "in the ring": (3, 2),
+    "in the ring, with a state": (RING + 2, 1),
+    "fills the ring": (4, 2),
+    "over the ring": (4, 5),
+    "over the ring, with a state": (RING + 4, 5),
+    "over the ring and straight on": (4, 15),
+    "straight into a state": (RING, 13),
+}
+FOLDING = [moment for moment, (seen, new) in MOMENTS.items() if seen % RING + new >= RING]
+STAGES = {
+    "q_proj": MOMENTS,
+    "g_proj": MOMENTS,
+    "o_proj": MOMENTS,
+    "power_retention": ("first prompt", "over the ring and straight on", "straight into a state"),
+    "power_retention_inference": ("first token", "in the ring", "over the ring", "fills the ring"),
+    "fold": ("fills the ring", "over the ring", "over the ring, with a state"),
+    "append": ("first token", "in the ring", "fills the ring", "over the ring, with a state"),
+    "recent": ("first token", "in the ring", "fills the ring", "over the ring, with a state"),
+    "cache.fold": ("first prompt", "fills the ring", "over the ring", "straight into a state"),
+}
+
+
+@pytest.mark.parametrize("kind", [BrokenError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("stage", "moment"), [(stage, moment) for stage, of in STAGES.items() for moment in of]
+)
+def test_a_failed_step_was_never_taken(
+    stage: str, moment: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+):
+    layer = make("gqa")
+    before, tokens = MOMENTS[moment]
+    x = torch.randn(2, before + tokens + 9, layer.hidden_size, dtype=torch.float64)
+    cache = layer.init_cache(2, RING)
+    parts = [*x[:, :before].split(1, dim=1)] if before else []
+    outs = [layer.step(part, cache)[0] for part in parts]
+    state, counters = cache.state.clone(), (cache.length, cache.position)
+    with monkeypatch.context() as patches:
+        error = kind("no memory")
+        break_at(stage, layer, error, patches)
+        with pytest.raises(kind) as caught:
+            layer.step(x[:, before : before + tokens], cache)
+    assert caught.value is error
+    assert not hasattr(error, "__notes__")
+    assert (cache.length, cache.position) == counters
+    assert torch.equal(cache.state, state)
+    for part in x[:, before:].split([tokens, *[3] * 3], dim=1):
+        outs.append(layer.step(part, cache)[0])
+    torch.testing.assert_close(torch.cat(outs, 1), layer(x), **EXACT)
+
+
+@pytest.mark.parametrize("kind", [BrokenError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", FOLDING)
+@pytest.mark.parametrize("half", ["state", "sum_of_keys"])
+def test_a_cache_with_half_a_state_is_reset(
+    moment: str, half: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+):
+    layer = make("gqa")
+    before, tokens = MOMENTS[moment]
+    x = torch.randn(2, before + tokens, layer.hidden_size, dtype=torch.float64)
+    cache = layer.init_cache(2, RING)
+    for part in x[:, :before].split(1, dim=1) if before else ():
+        layer.step(part, cache)
+    with monkeypatch.context() as patches:
+        patches.setattr(Unwritable, "error", kind("no memory"), raising=False)
+        patches.setattr(cache, half, getattr(cache, half).as_subclass(Unwritable))
+        with pytest.raises(kind) as caught:
+            layer.step(x[:, before:], cache)
+    assert (cache.length, cache.position) == (0, 0)
+    # A cache that was empty is as it was; of another, the error says what became of it.
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == (before > 0)
+    assert all(note.startswith("cache: reset, since a state had changed") for note in notes)
+    out, _ = layer.step(x, cache)
+    torch.testing.assert_close(out, layer(x), **EXACT)
+
+
+def test_layers_step_together_or_not_at_all():
+    first, second = make("gqa"), make("gqa")
+    x = torch.randn(1, 14, 32, dtype=torch.float64)
+    caches = [layer.init_cache(1, RING) for layer in (first, second)]
+
+    def both(part: slice, error: BaseException | None = None) -> Tensor:
+        with all_or_nothing(caches):
+            out, _ = first.step(x[:, part], caches[0])
+            if error is not None:
+                raise error
+            return second.step(out, caches[1])[0]
+
+    def position() -> list[int]:
+        return [cache.position for cache in caches]
+
+    wanted = second(first(x))
+    outs = []
+    for part in (slice(0, 8), slice(8, 12)):  # a prompt; tokens for the ring
+        before, error = position(), BrokenError()
+        with pytest.raises(BrokenError):
+            both(part, error)
+        assert position() == before
+        assert not hasattr(error, "__notes__")
+        outs.append(both(part))
+    error = BrokenError()
+    with pytest.raises(BrokenError):
+        both(slice(12, 14), error)  # the first cache has folded its ring
+    assert position() == [0, 0]
+    assert [note.split(",")[0] for note in error.__notes__] == ["cache: reset"]
+    torch.testing.assert_close(torch.cat(outs, 1), wanted[:, :12], **EXACT)
+    torch.testing.assert_close(both(slice(0, 14)), wanted, **EXACT)
+
+
+# ---- caches in and out of inference mode --------------------------------------------------------
+
+MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+
+
+@pytest.mark.parametrize("made", MODES)
+@pytest.mark.parametrize("used", MODES)
+@pytest.mark.parametrize("default", [False, True])
+def test_a_cache_goes_from_mode_to_mode(made: str, used: str, default: bool):
+    layer = make("gqa")
+    x = torch.randn(2, 30, layer.hidden_size, dtype=torch.float64)
+    with MODES[made]():
+        cache = None if default else layer.init_cache(2, RING)
+        out, cache = layer.step(x[:, :2], cache)
+    outs = [out.clone()]
+    for i, part in enumerate(x[:, 2:].split([1, 5, 1, 13, 8], dim=1)):
+        with MODES[used if i % 2 else made]():
+            outs.append(layer.step(part, cache)[0].clone())
+    torch.testing.assert_close(torch.cat(outs, 1), layer(x).detach(), **EXACT)
+    cache.reset()
+    with MODES[used]():
+        cache.reset()
+        torch.testing.assert_close(layer.step(x, cache)[0].clone(), layer(x), **EXACT)
+    assert not cache.state.is_inference()
+
+
+# ---- arguments ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,11 @@ class ModelConfig:
         """Inner width of the gated MLP: 8/3 of the hidden size, a multiple of 32."""
         return -(-self.hidden_size * 8 // 3 // 32) * 32
 
+    @property
+    def residual_gain(self) -> float:
+        """Gain of what is added to the residual stream: its 2 * layers sums have unit variance."""
+        return (2 * self.layers) ** -0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:

@@ -7,9 +7,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retention.lm.config import ModelConfig
-from retention.nn import PowerRetention, RetentionCache
+from retention.nn import GateProjection, PowerRetention, RetentionCache, all_or_nothing
 
 VOCABULARY = 256  # a token is a byte
+
+
+# Every module draws its own parameters, so that `reset_parameters` of all `modules()`, in any order
+# and on any device, makes a new model.
+
+
+class Linear(nn.Linear):
+    """Without bias. `gain` is the standard deviation of its output where its input's is 1."""
+
+    def __init__(self, in_features: int, out_features: int, gain: float = 1.0):
+        self.gain = gain
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5)
+
+
+class Gate(GateProjection):
+    """A gate that starts as its bias: the heads' memories."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+
+class ByteEmbedding(nn.Embedding):
+    """Vectors of bytes and, of vectors, the logits of bytes: both layers share their weights.
+
+    `[b, t]` int64 to `[b, t, hidden]`, and `[..., hidden]` to `[..., 256]`.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(VOCABULARY, hidden_size)
+
+    def reset_parameters(self) -> None:
+        # As small as the output layer wants it; the first norm undoes that.
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+class Retention(PowerRetention):
+    """`PowerRetention` that starts as the model's other layers do."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(
+            config.hidden_size,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            deg=config.deg,
+            chunk_size=config.chunk_size,
+            rope_theta=config.rope_theta,
+        )
+        self.q_proj = Linear(config.hidden_size, self.q_proj.out_features)
+        self.k_proj = Linear(config.hidden_size, self.k_proj.out_features)
+        self.v_proj = Linear(config.hidden_size, self.v_proj.out_features)
+        self.g_proj = Gate(config.hidden_size, self.num_kv_heads)
+        self.o_proj = Linear(self.o_proj.in_features, config.hidden_size, config.residual_gain)
 
 
 class GatedMLP(nn.Module):
@@ -17,8 +77,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.mlp_size, bias=False)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.mlp_size)
+        self.down = Linear(config.mlp_size, config.hidden_size, config.residual_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -31,15 +91,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.norm_retention = nn.RMSNorm(config.hidden_size)
-        self.retention = PowerRetention(
-            config.hidden_size,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            deg=config.deg,
-            chunk_size=config.chunk_size,
-            rope_theta=config.rope_theta,
-        )
+        self.retention = Retention(config)
         self.norm_mlp = nn.RMSNorm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
@@ -59,30 +111,17 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        blocks = [Block(config) for _ in range(config.layers)]  # raises for sizes that make none
+        self.embedding = ByteEmbedding(config.hidden_size)
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        # Products start at unit variance; what is added to the residual stream starts small enough
-        # that its sum over all layers does too. The embedding is as small as the output layer it
-        # doubles as wants it; the first norm undoes that.
-        for name, parameter in self.named_parameters():
-            if name.endswith("g_proj.weight"):
-                nn.init.zeros_(parameter)  # the gate starts as its bias: the heads' memories
-            elif parameter.dim() == 2:
-                std = parameter.shape[1] ** -0.5
-                if name.endswith(("o_proj.weight", "down.weight")):
-                    std *= (2 * len(self.blocks)) ** -0.5
-                nn.init.normal_(parameter, std=std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits `[b, t, 256]` of the next byte, from bytes `[b, t]` int64."""
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+        return self.embedding(self.norm(x))
 
     def init_caches(self, batch_size: int, switch_over_seq_len: int) -> list[RetentionCache]:
         """Empty caches for `step`, one a layer, with rings of `switch_over_seq_len` tokens."""
@@ -92,8 +131,12 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, caches: list[RetentionCache]) -> Tensor:
-        """Logits `[b, 256]` after the last of `tokens` `[b, t]`; the caches move on, in place."""
-        x = self.embedding(tokens)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.step(x, cache)
-        return F.linear(self.norm(x[:, -1]), self.embedding.weight)
+        """Logits `[b, 256]` after the last of `tokens` `[b, t]`; the caches move on, in place.
+
+        They move on together, and where one layer raises, none does: see `all_or_nothing`.
+        """
+        with all_or_nothing(caches):
+            x = self.embedding(tokens)
+            for block, cache in zip(self.blocks, caches, strict=True):
+                x = block.step(x, cache)
+            return self.embedding(self.norm(x[:, -1]))
