@@ -316,9 +316,6 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   auto run = [&](Case const& c, std::vector<unsigned> const& parts = {}) {
     run_case(configuration, c, seed++, unchecked, parts);
   };
-#ifdef RETENTION_EMULATOR
-  run_nothing_in_vain(configuration);
-#endif
   // name, lengths, chunk, segment, packed, heads, group, gate, initial, final, strided, magnitudes
   run({"one chunk", {70}, 0, 0, false, 1, 1, -0.1}, {kQuery, kKey, kValue, kGate});
   run({"segments", {70}, 64, 64, false, 1, 2, -0.05, true, true, true},
@@ -355,6 +352,9 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     run({"long, no gates", {1300}, 128, 0, false, 3, 1, 0.0, false, true, true});
     run({"many heads a group", {300}, 128, 0, false, 1, 16, -0.05});
   }
+#ifdef RETENTION_EMULATOR
+  run_nothing_in_vain(configuration);
+#endif
 }
 
 }  // namespace

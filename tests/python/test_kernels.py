@@ -576,8 +576,9 @@ def test_packed_sequences_are_counted_not_read(device):
 @pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
 @pytest.mark.parametrize("hq", [2, 4])
 @pytest.mark.parametrize("gate", [None, -1.0])
-def test_fakes_agree_with_what_is_allocated(device, save, final, bounds, hq, gate):
-    inputs = lowered(Case(t=100, b=1, hq=hq, d=64, dv=32, gate=gate))
+@pytest.mark.parametrize(("d", "dv"), [(64, 32), (40, 12)])
+def test_fakes_agree_with_what_is_allocated(device, save, final, bounds, hq, gate, d, dv):
+    inputs = lowered(Case(t=100, b=1, hq=hq, d=d, dv=dv, gate=gate))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     real = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=final, save=save))
     meta = {name: x if x is None else x.to("meta") for name, x in inputs.items()}
@@ -1035,10 +1036,12 @@ def test_the_memory_of_a_training_step(device):
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
-def test_fakes_of_backward_agree(device, final, bounds):
-    inputs = lowered(Case(t=100, b=1, d=64, dv=32, state=True), sequences=bounds and 3)
+@pytest.mark.parametrize("wanted", [EVERY, (True, False) * 2 + (False,) * 2], ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(64, 32), (40, 12)])
+def test_fakes_of_backward_agree(device, final, bounds, wanted, d, dv):
+    inputs = lowered(Case(t=100, b=1, d=d, dv=dv, state=True), sequences=bounds and 3)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    arguments = saved(inputs, cu_seqlens, final=final)
+    arguments = saved(inputs, cu_seqlens, wanted=wanted, final=final)
     real = _ops._backward_cuda(*arguments)
     meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments)
     for x, wanted in zip(torch.ops.retention.backward(*meta), real, strict=True):
