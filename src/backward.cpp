@@ -19,14 +19,25 @@ Status check_backward(BackwardArguments const& a) {
     char const* name;
     void const* data;
   };
-  for (Pointer const& x : {Pointer{"output_residual", a.forward.output_residual},
-                           {"d_output", a.d_output},
-                           {"d_query", a.d_query},
-                           {"d_key", a.d_key},
-                           {"d_value", a.d_value}}) {
+  for (Pointer const& x :
+       {Pointer{"output_residual", a.forward.output_residual}, {"d_output", a.d_output}}) {
     if (x.data == nullptr || !aligned(x.data)) {
       return Status(std::string(x.name) + ": expected a 16-byte aligned pointer, not null");
     }
+  }
+  bool wanted = a.d_log_gate != nullptr;  // which is written by elements
+  for (Pointer const& x : {Pointer{"d_query", a.d_query},
+                           {"d_key", a.d_key},
+                           {"d_value", a.d_value},
+                           {"d_initial_state", a.d_initial_state},
+                           {"d_initial_key_sum", a.d_initial_key_sum}}) {
+    if (!aligned(x.data)) {
+      return Status(std::string(x.name) + ": expected a 16-byte aligned pointer, or null");
+    }
+    wanted = wanted || x.data != nullptr;
+  }
+  if (!wanted) {
+    return Status("gradients: got null pointers alone, expected one that is wanted");
   }
   constexpr int kElements = 8;
   Strides const& strides = a.d_output_strides;

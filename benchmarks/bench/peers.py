@@ -23,7 +23,7 @@ import retention
 from retention import _kernels, _ops
 from retention._symmetric_power import state_dim
 
-from .problem import Inputs, Problem, Work, attention_work, linear_work, retention_work
+from .problem import DTYPES, Inputs, Problem, Work, attention_work, linear_work, retention_work
 from .timing import Effort, Timing, time_call
 
 NAMES = ("dQ", "dK", "dV", "d_log_G")
@@ -152,9 +152,12 @@ class Retention(Peer):
         return retention_work(self.with_chunk(problem), backward)
 
     def done_work(self, problem: Problem, backward: bool) -> Work:
-        rows = state_dim(problem.d, problem.deg)
+        done = self.with_chunk(problem)
         kernels = self.has_kernels(problem)
-        return retention_work(self.with_chunk(problem), backward, rows, kernels)
+        if kernels:  # narrower heads are padded to theirs
+            d, _ = _kernels.kernel_dims(DTYPES[problem.dtype], problem.d, problem.d, problem.deg)
+            done = dataclasses.replace(done, d=d)
+        return retention_work(done, backward, state_dim(done.d, done.deg), kernels)
 
     def has_kernels(self, problem: Problem) -> bool:
         """Whether the compiled kernels take such a call."""

@@ -9,12 +9,16 @@ for a multiplication and its addition; D rows of state, of ``state_dim``:
     2 (d + dv)    a query, query head and key of its chunk, the query's own or an earlier one
 
 The quadratic form is one chunk. Backward has twice the first (for dq and dS), twice the second (for
-dk and dv) and once again for the states, unless they were kept; and 2 (3 d + 2 dv) for every pair.
-Elementwise work, the sums of weights and what kernels compute more than once are left out. Packed
-sequences count as one sequence of all tokens: their lengths are not read.
+dk and dv) and once again for the states, unless they were kept; and 2 (3 d + 2 dv) for every pair
+(scores, dq and dk; do . v and dv): as much of it as the gradients that are wanted need, those of
+gates as much as dq and dk together. Elementwise work, the sums of weights and what kernels compute
+more than once are left out. Packed sequences count as one sequence of all tokens: their lengths are
+not read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,9 +49,10 @@ def flops(
     after: bool,
     backward: bool = False,
     kept: bool = False,
+    wanted: Sequence[bool] = (True,) * 6,
 ) -> int:
     """Of one pass, by the formula above: with a state ``before`` the tokens, and one (in backward
-    its gradient) ``after`` them."""
+    its gradient) ``after`` them. ``wanted`` gradients are as the operator has them."""
     chunk = min(chunk, t)
     if chunk == 0:
         return 0
@@ -58,8 +63,14 @@ def flops(
     updating = h * (t if after else all_but_last)
     inside = d + dv
     if backward:
-        reading, updating, inside = 2 * reading, 2 * updating, 3 * d + 2 * dv
-        updating += 0 if kept else h * all_but_last
+        dq, dk, values, gates, initial, _ = wanted
+        queries, keys = dq or gates, dk or gates
+        states_after = keys or values or initial
+        updating = updating * (keys + values) + (h * all_but_last if queries and not kept else 0)
+        reading = reading * (queries + states_after)
+        inside = 0
+        if queries or keys or values:  # for which all need the scores, and all but dv do . v
+            inside = d * (1 + queries + keys) + dv * ((queries or keys) + values)
     return 2 * b * (state_dim(d, deg) * dv * (reading + updating) + inside * pairs * hq)
 
 
@@ -123,9 +134,12 @@ def _backward(
     deg: int,
     chunk_size: int | None,
     switch_over: int | None,
+    wanted: Sequence[bool],
     *,
     out_val: tuple[Tensor, ...],
 ) -> int:
     tensors = (Q, K, V, log_G, initial_state, cu_seqlens)
     call = _call(*tensors, deg, chunk_size, switch_over)
-    return flops(**call, after=d_state is not None, backward=True, kept=kept.numel() > 0)
+    return flops(
+        **call, after=d_state is not None, backward=True, kept=kept.numel() > 0, wanted=wanted
+    )

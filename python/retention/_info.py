@@ -30,8 +30,8 @@ def info() -> dict[str, Any]:
           ``device`` (as ``torch.device`` takes it), ``name``, ``memory`` (bytes, or None where
           unknown), ``compute_capability`` (such as "9.0", CUDA devices only, else None),
           ``path`` (what ``power_retention`` runs there: "kernels", the compiled ones, for the calls
-          that they cover, or "pytorch", the chunked algorithm in PyTorch operations) and ``reason``
-          (why that path).
+          that they cover, padded where their heads are wider, or "pytorch", the chunked algorithm
+          in PyTorch operations) and ``reason`` (why that path).
     """
     build = _C.build_info()
     return {
@@ -76,7 +76,8 @@ def _path(kind: str, index: int | None, build: dict[str, Any]) -> dict[str, str]
     count = sum(name.startswith("forward_") for name in build["kernels"])
     return {
         "path": "kernels",
-        "reason": f"{count} configurations for {code}; other calls take the PyTorch path",
+        "reason": f"{count} configurations for {code}, narrower heads padded to the next; other "
+        "calls take the PyTorch path",
     }
 
 

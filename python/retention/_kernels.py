@@ -115,16 +115,29 @@ def code_for(capability: tuple[int, int], architectures: list[str]) -> str | Non
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype, d: int, dv: int, deg: int) -> bool:
+def kernel_dims(dtype: torch.dtype, d: int, dv: int, deg: int) -> tuple[int, int] | None:
+    """Head dims (d, dv) of the cheapest compiled kernels that take tensors of these, with zeros
+    behind their features where those are fewer; None where there are no such kernels.
+
+    Zeros add nothing to a score, and the rows of a state that they have come after all others: the
+    order of rows has pairs of blocks by their larger block.
+    """
     element = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    return f"forward_{element}_d{d}_dv{dv}_p{deg}" in _C.build_info()["kernels"]
+    name = re.compile(rf"forward_{element}_d(\d+)_dv(\d+)_p{deg}")
+    compiled = [
+        tuple(map(int, match.groups()))
+        for match in map(name.fullmatch, _C.build_info()["kernels"])
+        if match
+    ]
+    wide_enough = [dims for dims in compiled if dims[0] >= d and dims[1] >= dv]
+    return min(wide_enough, key=lambda dims: state_dim(dims[0], deg) * dims[1], default=None)
 
 
 def cover(Q: Tensor, V: Tensor, deg: int) -> bool:
     """Whether there are kernels for such tensors. A call may still be too large for them."""
-    return device_reason(Q.device.type, Q.device.index) is None and _compiled(
-        Q.dtype, int(Q.shape[3]), int(V.shape[3]), deg
-    )
+    if device_reason(Q.device.type, Q.device.index) is not None:
+        return False
+    return kernel_dims(Q.dtype, int(Q.shape[3]), int(V.shape[3]), deg) is not None
 
 
 def saves_output(Q: Tensor, V: Tensor, deg: int) -> bool:
@@ -197,6 +210,18 @@ class Plan:
     kept: Layout | None = None  # None: the workspace is
     # Shapes, dtypes and devices that backward was found to fit: see of_results.
     checked: set[tuple[Any, ...]] = field(default_factory=set)
+
+    @property
+    def head_dims(self) -> tuple[int, int] | None:
+        """(d, dv) of the kernels, at least those of the call."""
+        return self.sizes[2:4] or None
+
+    @property
+    def widths(self) -> tuple[tuple[int, ...], ...]:
+        """Last dimensions, for the kernels, of Q, K, V, log_G, a state and a sum of keys."""
+        _, deg, d, dv, *_ = self.sizes
+        D = state_dim(d, deg)
+        return (d,), (d,), (dv,), (), (D, dv), (D,)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -350,10 +375,12 @@ def _make_plan(
         return Plan(reason)
 
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # Where there are none, the library says which there are.
+    head_dims = kernel_dims(Q.dtype, d, dv, deg) or (d, dv)
     strides = [_row_strides(x) for x in (Q, K, V)]
     whole = all(x is None or x.is_contiguous() for x in (initial_state, sum_of_keys, cu_seqlens))
     sizes = (
-        *(_ELEMENTS[Q.dtype], deg, d, dv, sequences, t, h, hq),
+        *(_ELEMENTS[Q.dtype], deg, *head_dims, sequences, t, h, hq),
         *(stride for row in strides for stride in row or (0, 0, 0)),
         *((0, 0, 0) if log_G is None else log_G.stride()),
         chunk_tokens(t, chunk_size, switch_over),
@@ -386,7 +413,7 @@ def _make_plan(
         (deg, chunk_size, switch_over, return_final_state, save_for_backward, keep_states),
         Q.get_device(),
         sizes,
-        None in strides or not whole,
+        None in strides or not whole or head_dims != (d, dv),
         return_final_state,
         Layout.of((b, t, hq, dv), Q.dtype),
         Layout.of((b, t, hq), torch.float32),
@@ -460,17 +487,23 @@ def forward(
 
 
 def _forward_copies(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    tensors = _readable(*tensors)
-    return forward(plan_forward(*tensors, *plan.options), *tensors)
+    tensors = _readable(plan, *tensors)
+    *results, kept = forward(plan_forward(*tensors, *plan.options), *tensors)
+    layouts = (plan.out, plan.norm, plan.state, plan.keys, plan.residual)
+    results = (_narrow(x, layout.shape) for x, layout in zip(results, layouts, strict=True))
+    return (*results, kept)
 
 
-def _readable(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Copies of those operands of forward that do not lie as the kernels read them."""
-    Q, K, V, log_G, *states, cu_seqlens = tensors
-    Q, K, V = (x if _row_strides(x) and not x.data_ptr() & 15 else _copy(x) for x in (Q, K, V))
-    states = [None if x is None else _whole(x) for x in states]
+def _readable(plan: Plan, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copies of those operands of forward that do not lie, or are not as wide, as the kernels read
+    them."""
+    Q, K, V, log_G, state, keys, cu_seqlens = tensors
+    d, _, dv, _, of_state, of_keys = plan.widths
+    Q, K, V = _rows(Q, *d), _rows(K, *d), _rows(V, *dv)
+    if state is not None:
+        state, keys = _whole(state, *of_state), _whole(keys, *of_keys)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    return (Q, K, V, log_G, *states, cu_seqlens)
+    return Q, K, V, log_G, state, keys, cu_seqlens
 
 
 def plan_backward(
@@ -510,36 +543,74 @@ def backward(
 ) -> None:
     """The operator ``retention::backward`` by the kernels, for a plan without a reason against.
 
-    Writes ``gradients``, contiguous tensors like the inputs; those of inputs that are None are
-    empty.
+    Writes ``gradients``, contiguous tensors like the inputs; those that are not wanted are empty.
     """
+    if not any(x.numel() for x in gradients):
+        return
     tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     aligned = not any(x.data_ptr() & 15 for x in tensors[:3])
     aligned &= initial_state is None or not (initial_state.data_ptr() | sum_of_keys.data_ptr()) & 15
     if plan.copies or not aligned:
-        tensors = _readable(*tensors)
+        tensors = _readable(plan, *tensors)
         plan = plan_forward(*tensors, *plan.options)
-    if not _row_strides(d_out) or d_out.data_ptr() & 15:
-        d_out = _copy(d_out)
-    out, residual, norm = _whole(out), _whole(residual), _whole(norm)
-    d_state, d_keys = (None if x is None else _whole(x) for x in (d_state, d_keys))
+    _, _, dv, _, of_state, of_keys = plan.widths
+    d_out = _rows(d_out, *dv)
+    out, residual, norm = _whole(out, *dv), _whole(residual, *dv), _whole(norm)
     kept = _whole(kept)
+    if d_state is not None:
+        d_state, d_keys = _whole(d_state, *of_state), _whole(d_keys, *of_keys)
+    targets = [_widen(x, *widths) for x, widths in zip(gradients, plan.widths, strict=True)]
     states = kept if plan.workspace and kept.numel() >= plan.workspace.shape[0] else None
 
     sizes = (*plan.sizes, *_row_strides(d_out))
-    arguments = (*tensors[:4], cu_seqlens, *tensors[4:6], out, residual, norm, None, None)
-    arguments += (states, d_out, d_state, d_keys, *gradients)
+    arguments = (*tensors[:4], tensors[6], *tensors[4:6], out, residual, norm, None, None)
+    arguments += (states, d_out, d_state, d_keys, *targets)
     pointers = tuple(0 if x is None or not x.numel() else x.data_ptr() for x in arguments)
     with torch.cuda.device(plan.device):
         workspace = _C.backward_workspace_size(sizes, pointers)
         memory = _allocate(*Layout.of((workspace,), torch.uint8))
         _C.backward(sizes, pointers, memory.data_ptr(), _current_stream(plan.device))
+    for x, target in zip(gradients, targets, strict=True):
+        if target is not x:
+            x.copy_(_start(target, x.shape))
 
 
-def _whole(x: Tensor) -> Tensor:
-    """Contiguous and aligned to 16 bytes."""
-    return x if x.is_contiguous() and not x.data_ptr() & 15 else _copy(x)
+def _rows(x: Tensor, width: int) -> Tensor:
+    """Rows that the kernels can read, of this width: with zeros behind what they have."""
+    if x.shape[3] == width and _row_strides(x) and not x.data_ptr() & 15:
+        return x
+    return _copy(x, width)
 
 
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+def _whole(x: Tensor, *widths: int) -> Tensor:
+    """Contiguous and aligned to 16 bytes, the last dimensions of these widths, likewise."""
+    if x.shape[x.dim() - len(widths) :] == widths and x.is_contiguous() and not x.data_ptr() & 15:
+        return x
+    return _copy(x, *widths)
+
+
+def _copy(x: Tensor, *widths: int) -> Tensor:
+    """Contiguous, with zeros behind what the last dimensions have, up to these widths."""
+    widened = _widen(x, *widths)
+    if widened is x:
+        return x.clone(memory_format=torch.contiguous_format)
+    _start(widened.zero_(), x.shape).copy_(x)
+    return widened
+
+
+def _widen(x: Tensor, *widths: int) -> Tensor:
+    """Memory for what is wider than x in its last dimensions; x itself where it is as wide, or
+    empty."""
+    kept = x.dim() - len(widths)
+    if not x.numel() or x.shape[kept:] == widths:
+        return x
+    return x.new_empty((*x.shape[:kept], *widths))
+
+
+def _narrow(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x if x.shape == shape else _copy(_start(x, shape))
+
+
+def _start(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The first elements in every dimension."""
+    return x[tuple(map(slice, shape))]

@@ -3,6 +3,9 @@
 Defined once with fakes and an autograd formula. On CUDA devices the compiled kernels run the calls
 that they cover; the chunked PyTorch path runs all others. The logger ``retention`` says at level
 DEBUG which one each call took, and why.
+
+``wanted`` of backward has a bool for each of its six results, in their order; those of the initial
+state and its sum of keys are wanted both or neither. A result that is not wanted is empty, [0].
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -34,7 +38,7 @@ _library.define(
     "backward(Tensor d_out, Tensor? d_state, Tensor? d_keys, Tensor Q, Tensor K, Tensor V, "
     "Tensor? log_G, Tensor? initial_state, Tensor? sum_of_keys, Tensor? cu_seqlens, "
     "Tensor out, Tensor residual, Tensor kept, Tensor norm, "
-    "int deg, int? chunk_size, int? switch_over_seq_len) "
+    "int deg, int? chunk_size, int? switch_over_seq_len, bool[] wanted) "
     "-> (Tensor dQ, Tensor dK, Tensor dV, Tensor d_log_G, Tensor d_initial_state, Tensor d_keys)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -98,10 +102,20 @@ def _allocate_backward(
     log_G: Tensor | None,
     initial_state: Tensor | None,
     sum_of_keys: Tensor | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """A gradient for every input; an empty tensor for one that is None."""
+    """A gradient for every input that wants one; an empty tensor for one that does not, or is
+    None."""
+    if len(wanted) != 6 or wanted[4] != wanted[5]:
+        raise ValueError(
+            "wanted: expected a bool for each of Q, K, V, log_G, initial_state and sum_of_keys, "
+            f"the last two alike, got {[*wanted]}"
+        )
     inputs = (Q, K, V, log_G, initial_state, sum_of_keys)
-    return tuple(Q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    return tuple(
+        x.new_empty(x.shape) if want and x is not None else Q.new_empty(0)
+        for x, want in zip(inputs, wanted, strict=True)
+    )
 
 
 def _forward(
@@ -178,11 +192,16 @@ def _backward(
     deg: int,
     chunk_size: int | None,
     switch_over_seq_len: int | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    gradients = _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
-    dQ, dK, dV, d_log_G, d_initial_state, d_sum_of_keys = gradients
-    of_tokens = (dQ, dK, dV, None if log_G is None else d_log_G)
-    initial_wanted = initial_state is not None
+    inputs = (Q, K, V, log_G, initial_state, sum_of_keys)
+    gradients = _allocate_backward(*inputs, wanted)
+    dQ, dK, dV, d_log_G, d_initial_state, d_sum_of_keys = (
+        None if x is None or not want else g
+        for x, g, want in zip(inputs, gradients, wanted, strict=True)
+    )
+    of_tokens = (dQ, dK, dV, d_log_G)
+    initial_wanted = d_initial_state is not None
     with torch.no_grad(), without_autocast(Q.device):
         for batch in _packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, deg)):
             chunk = choose_chunk(
@@ -212,8 +231,16 @@ def _backward(
     return gradients
 
 
-def _log(what: str, Q: Tensor, V: Tensor, reason: str | None) -> None:
+def _log(
+    what: str,
+    Q: Tensor,
+    V: Tensor,
+    reason: str | None,
+    head_dims: tuple[int, int] | None = None,  # of the kernels
+) -> None:
     path = "kernels" if reason is None else f"PyTorch path ({reason})"
+    if reason is None and head_dims not in (None, (Q.shape[3], V.shape[3])):
+        path += ", padded to d {}, dv {}".format(*head_dims)
     dtype = str(Q.dtype).removeprefix("torch.")
     _logger.debug(
         "%s on %s: %s; %s, Q %s, V %s", what, Q.device, path, dtype, [*Q.shape], [*V.shape]
@@ -256,7 +283,7 @@ def _forward_cuda(
         keep_states,
     )
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("forward", Q, V, plan.reason)
+        _log("forward", Q, V, plan.reason, plan.head_dims)
     if plan.reason is None:
         return _kernels.forward(plan, Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     tensors = (Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
@@ -280,7 +307,7 @@ def _forward_elsewhere(Q, K, V, *rest):
 
 
 def _backward_cuda(d_out, d_state, d_keys, *arguments):
-    tensors, results, options = arguments[:7], arguments[7:11], arguments[11:]
+    tensors, results, (*options, wanted) = arguments[:7], arguments[7:11], arguments[11:]
     Q, V = tensors[0], tensors[2]
     plan = _kernels.plan_backward(*tensors, *options)
     signature = _kernels.of_results(d_out, d_state, d_keys, *results)
@@ -289,10 +316,10 @@ def _backward_cuda(d_out, d_state, d_keys, *arguments):
         plan.checked.add(signature)
     reason = plan.reason or plan.backward_reason
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("backward", Q, V, reason)
+        _log("backward", Q, V, reason, plan.head_dims)
     if reason is not None:
         return _backward(d_out, d_state, d_keys, *arguments)
-    gradients = _allocate_backward(*tensors[:6])
+    gradients = _allocate_backward(*tensors[:6], wanted)
     _kernels.backward(plan, d_out, d_state, d_keys, *tensors, *results, gradients)
     return gradients
 
@@ -341,7 +368,7 @@ def _backward_fake(d_out, d_state, d_keys, Q, K, V, log_G, initial_state, sum_of
     tensors = (Q, K, V, log_G, initial_state, sum_of_keys)
     _check(*tensors, rest[0], *rest[5:8])
     _check_backward(d_out, d_state, d_keys, *tensors, *rest)
-    return _allocate_backward(Q, K, V, log_G, initial_state, sum_of_keys)
+    return _allocate_backward(*tensors, rest[-1])
 
 
 # The keys of a call at the Autograd key where the CUDA kernel is the next one: tensors of a CUDA
@@ -459,12 +486,13 @@ class _Forward(torch.autograd.Function):
                 d_keys = norm.new_zeros(shape[:3])
         results = (out, residual, kept, norm)
         options = (ctx.deg, ctx.chunk_size, ctx.switch_over_seq_len)
+        needed = ctx.needs_input_grad[1:7]
+        wanted = [*needed[:4], *[any(needed[4:])] * 2]  # of a state and its keys: both or neither
         with _kernels.turned_off(ctx.turned_off):  # autograd has threads of its own
             gradients = torch.ops.retention.backward(
-                d_out, d_state, d_keys, *inputs, *results, *options
+                d_out, d_state, d_keys, *inputs, *results, *options, wanted
             )
-        needed = ctx.needs_input_grad[1:]
-        gradients = [g if n else None for g, n in zip(gradients, needed, strict=False)]
+        gradients = [g if n else None for g, n in zip(gradients, needed, strict=True)]
         return (None, *gradients, *(None,) * 7)  # of the keys; of cu_seqlens and the options
 
     @staticmethod

@@ -42,8 +42,9 @@ def power_retention(
     whose rows are in the order of :func:`retention.expand`. The arithmetic is float32 (float64 for
     float64 inputs) whatever the inputs' dtype. Compiled kernels for CUDA devices, where
     :func:`retention.info` names them, take the products of bfloat16 and float16 inputs on tensor
-    cores, with sums and states in float32; all other calls run as PyTorch operations. The logger
-    ``retention`` says at level DEBUG which, and why.
+    cores, with sums and states in float32; heads narrower than theirs are padded with zeros. All
+    other calls run as PyTorch operations. The logger ``retention`` says at level DEBUG which, and
+    why.
 
     Args:
         Q: queries ``[b, t, hq, d]``, d a multiple of 8; float64, float32, bfloat16 or float16. Any
@@ -81,7 +82,8 @@ def power_retention(
     Returns:
         ``O`` ``[b, t, hq, dv]`` in Q's dtype; with ``return_final_state``,
         ``(O, state [n, h, D, dv], sum_of_keys [n, h, D])``, states in float32 (float64). All are
-        differentiable once in Q, K, V, log_G, initial_state and sum_of_keys.
+        differentiable once in Q, K, V, log_G, initial_state and sum_of_keys. What only serves
+        gradients of inputs that require none is not computed.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. The

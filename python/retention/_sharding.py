@@ -93,9 +93,11 @@ def _missing_of_forward(given: dict[str, Any]) -> set[str]:
 
 
 def _missing_of_backward(given: dict[str, Any]) -> set[str]:
-    """Gradients that are empty: those of inputs that are None."""
-    gradients = {
-        "log_G": ["d_log_G"],
-        "initial_state": ["d_initial_state", "d_keys"],
+    """Gradients that are empty: those of inputs that are None, and those that nobody wants."""
+    names = ("dQ", "dK", "dV", "d_log_G", "d_initial_state", "d_keys")
+    inputs = ("Q", "K", "V", "log_G", "initial_state", "sum_of_keys")
+    return {
+        name
+        for name, of, want in zip(names, inputs, given["wanted"], strict=True)
+        if not want or given[of] is None
     }
-    return {name for of, names in gradients.items() if given[of] is None for name in names}

@@ -5,6 +5,7 @@
 #include "retention/device/backward.hpp"
 
 #include <cmath>
+#include <cstring>
 #include <iostream>
 #include <random>
 #include <string>
@@ -49,8 +50,72 @@ struct Error {
   double of_terms() const { return error == 0.0 ? 0.0 : std::sqrt(error / magnitude); }
 };
 
-void run_case(Configuration const& configuration, Case const& c, std::uint64_t seed,
-              bool unchecked) {
+enum Wanted : unsigned { kQuery = 1, kKey = 2, kValue = 4, kGate = 8, kInitial = 16, kAll = 31 };
+
+/// Where the gradients of a call go.
+struct Results {
+  size_t const tokens, states;
+  Array<std::uint16_t> query, key, value;
+  Array<float> gate, initial_state, initial_key_sum;
+
+  explicit Results(Call const& call)
+      : tokens(call.batch * call.tokens),
+        states(call.c.initial ? call.states() : 0),
+        query("d_query", tokens * call.heads * call.group * call.d),
+        key("d_key", tokens * call.heads * call.d),
+        value("d_value", tokens * call.heads * call.dv),
+        gate("d_log_gate", tokens * call.heads),
+        initial_state("d_initial_state", states * call.D * call.dv + 1),
+        initial_key_sum("d_initial_key_sum", states * call.D + 1) {}
+
+  /// Those of `wanted` that there are.
+  void upload(BackwardArguments& a, unsigned wanted) {
+    a.d_query = (wanted & kQuery) != 0 ? query.upload() : nullptr;
+    a.d_key = (wanted & kKey) != 0 ? key.upload() : nullptr;
+    a.d_value = (wanted & kValue) != 0 ? value.upload() : nullptr;
+    bool const has_gate = (wanted & kGate) != 0 && a.forward.log_gate != nullptr;
+    a.d_log_gate = has_gate ? gate.upload() : nullptr;
+    bool const has_initial = (wanted & kInitial) != 0 && a.forward.initial_state != nullptr;
+    a.d_initial_state = has_initial ? initial_state.upload() : nullptr;
+    a.d_initial_key_sum = has_initial ? initial_key_sum.upload() : nullptr;
+  }
+  void download() {
+    query.download();
+    key.download();
+    value.download();
+    gate.download();
+    initial_state.download();
+    initial_key_sum.download();
+  }
+};
+
+/// Whether `size` elements are the same bits.
+template <class T>
+bool equal(Array<T>& x, Array<T>& y, size_t size) {
+  return std::memcmp(&x[0], &y[0], size * sizeof(T)) == 0;
+}
+
+/// What is wanted of the gradients alone is what all of them together are.
+void run_part(Call const& call, BackwardArguments a, Results& all, unsigned wanted,
+              std::uint64_t seed) {
+  Results part(call);
+  part.upload(a, wanted);
+  std::string const problem = retention::test::run_backward(a, seed % 2 == 1, seed);
+  RETENTION_CHECK_EQUAL(problem, std::string());
+  part.download();
+  size_t const keys = part.tokens * call.heads;
+  RETENTION_CHECK(a.d_query == nullptr || equal(part.query, all.query, keys * call.group * call.d));
+  RETENTION_CHECK(a.d_key == nullptr || equal(part.key, all.key, keys * call.d));
+  RETENTION_CHECK(a.d_value == nullptr || equal(part.value, all.value, keys * call.dv));
+  RETENTION_CHECK(a.d_log_gate == nullptr || equal(part.gate, all.gate, keys));
+  if (a.d_initial_state != nullptr) {
+    RETENTION_CHECK(equal(part.initial_state, all.initial_state, part.states * call.D * call.dv));
+    RETENTION_CHECK(equal(part.initial_key_sum, all.initial_key_sum, part.states * call.D));
+  }
+}
+
+void run_case(Configuration const& configuration, Case const& c, std::uint64_t seed, bool unchecked,
+              std::vector<unsigned> const& parts) {
   Call call(configuration, c, seed);
   size_t const d = call.d, dv = call.dv, D = call.D, heads = call.heads, group = call.group;
   retention::device::ForwardArguments forward = call.upload();
@@ -61,13 +126,9 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   Layout const query_layout(false, call.batch, call.tokens, heads * group, d);
   Layout const key_layout(false, call.batch, call.tokens, heads, d);
   Layout const value_layout(false, call.batch, call.tokens, heads, dv);
-  size_t const initial = c.initial ? call.states() : 0, final = c.final ? call.states() : 0;
+  size_t const final = c.final ? call.states() : 0;
   Array<std::uint16_t> d_output("d_output", call.output_layout.size);
-  Array<std::uint16_t> d_query("d_query", query_layout.size), d_key("d_key", key_layout.size);
-  Array<std::uint16_t> d_value("d_value", value_layout.size);
-  Array<float> d_gate("d_log_gate", gate_layout.size);
-  Array<float> d_initial_state("d_initial_state", initial * D * dv + 1);
-  Array<float> d_initial_key_sum("d_initial_key_sum", initial * D + 1);
+  Results results(call);
   Array<float> d_final_state("d_final_state", final * D * dv + 1);
   Array<float> d_final_key_sum("d_final_key_sum", final * D + 1);
   std::vector<std::vector<float>> d_outputs(call.inputs.size());
@@ -101,23 +162,16 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   a.d_output_strides = call.output_layout.strides;
   a.d_final_state = c.final ? d_final_state.upload() : nullptr;
   a.d_final_key_sum = c.final ? d_final_key_sum.upload() : nullptr;
-  a.d_query = d_query.upload();
-  a.d_key = d_key.upload();
-  a.d_value = d_value.upload();
-  a.d_log_gate = c.gate != 0.0 ? d_gate.upload() : nullptr;
-  a.d_initial_state = c.initial ? d_initial_state.upload() : nullptr;
-  a.d_initial_key_sum = c.initial ? d_initial_key_sum.upload() : nullptr;
+  results.upload(a, kAll);
   std::string const problem = retention::test::run_backward(a, seed % 2 == 1, seed);
   RETENTION_CHECK_EQUAL(problem, std::string());
   if (!problem.empty() || unchecked) {
     return;
   }
-  d_query.download();
-  d_key.download();
-  d_value.download();
-  d_gate.download();
-  d_initial_state.download();
-  d_initial_key_sum.download();
+  results.download();
+  for (unsigned const wanted : parts) {
+    run_part(call, a, results, wanted, seed);
+  }
 
   std::vector<Gradients> expected(call.states());
   retention::test::parallel_for(expected.size(), [&](size_t index) {
@@ -141,20 +195,20 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
     };
     Gradients const& g = expected[index];
     for (size_t n = 0; n < group; ++n) {
-      rows(query, d_query, query_layout, h * group + n, d, g.query[n]);
+      rows(query, results.query, query_layout, h * group + n, d, g.query[n]);
     }
-    rows(key, d_key, key_layout, h, d, g.key);
-    rows(value, d_value, value_layout, h, dv, g.value);
+    rows(key, results.key, key_layout, h, d, g.key);
+    rows(value, results.value, value_layout, h, dv, g.value);
     for (size_t t = 0; c.gate != 0.0 && t < g.gate.value.size(); ++t) {
-      gate.add(d_gate[gate_layout.at(call.row(s), call.first_token(s) + t, h)], g.gate.value[t],
-               g.gate.magnitude[t]);
+      gate.add(results.gate[gate_layout.at(call.row(s), call.first_token(s) + t, h)],
+               g.gate.value[t], g.gate.magnitude[t]);
     }
     for (size_t i = 0; i < g.initial.state.value.size(); ++i) {
-      initial_state.add(d_initial_state[index * D * dv + i], g.initial.state.value[i],
+      initial_state.add(results.initial_state[index * D * dv + i], g.initial.state.value[i],
                         g.initial.state.magnitude[i]);
     }
     for (size_t i = 0; i < g.initial.key_sum.value.size(); ++i) {
-      initial_key_sum.add(d_initial_key_sum[index * D + i], g.initial.key_sum.value[i],
+      initial_key_sum.add(results.initial_key_sum[index * D + i], g.initial.key_sum.value[i],
                           g.initial.key_sum.magnitude[i]);
     }
   }
@@ -185,13 +239,88 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   RETENTION_CHECK(gate.of_terms() <= 0.1 * u);
 }
 
+#ifdef RETENTION_EMULATOR
+
+/// Launches nothing, and notes what would serve a gradient.
+struct Recorder {
+  std::string& kernels;
+
+  template <class Kernel>
+  retention::device::Status launch(typename Kernel::Params const&) const {
+    using All = retention::test::BackwardKernels;
+    auto const note = [&](char letter, bool is) { kernels += is ? std::string(1, letter) : ""; };
+    note('s', std::is_same_v<Kernel, typename All::Forward::ChunkStates>);
+    note('r', std::is_same_v<Kernel, retention::kernel::StateRanges>);
+    note('Q', std::is_same_v<Kernel, typename All::QueryGradient>);
+    note('S', std::is_same_v<Kernel, typename All::StateGradients>);
+    note('c', std::is_same_v<Kernel, typename All::Carry>);
+    note('V', std::is_same_v<Kernel, typename All::ValueGradient>);
+    note('K', std::is_same_v<Kernel, typename All::KeyGradient>);
+    note('p', std::is_same_v<Kernel, typename All::StateProducts>);
+    note('G', std::is_same_v<Kernel, retention::kernel::GateGradient>);
+    return {};
+  }
+};
+
+/// Kernels, and memory, that serve no gradient that is wanted are not taken.
+void run_nothing_in_vain(Configuration const& configuration) {
+  bool const scaled = configuration.element == retention::ElementType::kFloat16;
+  auto const check = [&](Case const& c, unsigned wanted, std::string expected) {
+    Call call(configuration, c, 0);
+    Results results(call);
+    BackwardArguments a;
+    a.forward = call.upload();
+    a.d_final_state = a.forward.final_state;  // read by none of these kernels
+    a.d_final_key_sum = a.forward.final_key_sum;
+    results.upload(a, kAll);
+    auto const all = retention::test::plan(a);
+    results.upload(a, wanted);
+    auto const plan = retention::test::plan(a);
+    std::string kernels;
+    auto const status = retention::test::BackwardKernels::run(plan, nullptr, Recorder{kernels});
+    RETENTION_CHECK(static_cast<bool>(status));
+    if (!scaled && expected.find('r') != std::string::npos) {
+      expected.erase(expected.find('r'), 1);
+    }
+    RETENTION_CHECK_EQUAL(kernels, expected);
+    RETENTION_CHECK(plan.workspace_bytes <= all.workspace_bytes);
+    // Gates alone need both the states and their gradients, and what is summed for them.
+    if (c.gate != 0.0 && (wanted & kGate) == 0) {
+      RETENTION_CHECK(plan.workspace_bytes + all.d_states.bytes < all.workspace_bytes);
+    }
+  };
+  Case const segments{"segments", {140}, 64, 64, false, 1, 2, -0.05, true, true};
+  check(segments, kQuery, "sQ");
+  check(segments, kKey, "rScK");
+  check(segments, kValue, "rScV");
+  check(segments, kGate, "srQScKpG");
+  check(segments, kInitial, "rSc");
+  check(segments, kQuery | kValue, "srQScV");
+  check(segments, kKey | kInitial, "rScK");
+  check(segments, kAll, "srQScVKpG");
+  Case const chunks{"chunks", {140}, 64, 192, false, 1, 1, 0.0};
+  check(chunks, kQuery, "sQ");
+  check(chunks, kValue, "SV");
+  check(chunks, kAll, "sQSVK");
+  Case const one{"one chunk", {40}, 0, 0, false, 1, 1, -0.1};
+  check(one, kQuery, "Q");
+  check(one, kKey, "K");
+  check(one, kValue, "V");
+  check(one, kGate, "QKG");
+}
+
+#endif
+
 void run_configuration(Configuration const& configuration, bool unchecked) {
   std::uint64_t seed = 0;
-  auto run = [&](Case const& c) { run_case(configuration, c, seed++, unchecked); };
+  auto run = [&](Case const& c, std::vector<unsigned> const& parts = {}) {
+    run_case(configuration, c, seed++, unchecked, parts);
+  };
   // name, lengths, chunk, segment, packed, heads, group, gate, initial, final, strided, magnitudes
-  run({"one chunk", {70}, 0, 0, false, 1, 1, -0.1});
-  run({"segments", {70}, 64, 64, false, 1, 2, -0.05, true, true, true});
-  run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0});
+  run({"one chunk", {70}, 0, 0, false, 1, 1, -0.1}, {kQuery, kKey, kValue, kGate});
+  run({"segments", {70}, 64, 64, false, 1, 2, -0.05, true, true, true},
+      {kQuery, kKey, kValue, kGate, kInitial, kAll & ~kGate});
+  run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0}, {kQuery | kValue, kKey});
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
@@ -201,15 +330,17 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     Case small{"small values", {100}, 64, 0, false, 2, 1, -0.2, false, true, false, 1, 1, 1e-3};
     small.aligned = true;
     run(small);
-    run({"packed", {70, 0, 1}, 64, 64, true, 1, 1, -0.1, true, true});
+    run({"packed", {70, 0, 1}, 64, 64, true, 1, 1, -0.1, true, true},
+        {kQuery, kKey, kValue, kGate, kInitial, kQuery | kGate, kKey | kValue});
     Case strong{"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true};
     strong.aligned = true;
     run(strong);
     run({"large keys", {100}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
     run({"one chunk, initial and final states", {40}, 0, 0, false, 1, 1, -0.1, true, true});
     // Gradients take the place of states unless those are kept.
-    run({"no gates", {100}, 64, 0, false, 1, 1, 0.0, true});
-    run({"no gates, kept", {100}, 64, 0, false, 1, 1, 0.0, true});
+    run({"no gates", {100}, 64, 0, false, 1, 1, 0.0, true},
+        {kQuery, kKey, kValue, kInitial, kQuery | kKey, kQuery | kValue, kQuery | kInitial});
+    run({"no gates, kept", {100}, 64, 0, false, 1, 1, 0.0, true}, {kQuery, kKey, kInitial});
   }
   // A host takes long for their references: the size that most models have must do.
   bool const usual = configuration.head_dim == 64 && configuration.value_dim == 64;
@@ -221,6 +352,9 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     run({"long, no gates", {1300}, 128, 0, false, 3, 1, 0.0, false, true, true});
     run({"many heads a group", {300}, 128, 0, false, 1, 16, -0.05});
   }
+#ifdef RETENTION_EMULATOR
+  run_nothing_in_vain(configuration);
+#endif
 }
 
 }  // namespace

@@ -59,7 +59,7 @@ def emulator(monkeypatch, request):
     if module is None:
         pytest.skip(f"needs kernels on the emulator: {EMULATED} is not set (see CONTRIBUTING.md)")
     monkeypatch.setattr(_kernels, "_C", module)
-    monkeypatch.setattr(_kernels, "_compiled", functools.cache(_kernels._compiled.__wrapped__))
+    monkeypatch.setattr(_kernels, "kernel_dims", functools.cache(_kernels.kernel_dims.__wrapped__))
     monkeypatch.setattr(_kernels, "_plans", {})
     monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
     monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu", "meta"})

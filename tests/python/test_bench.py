@@ -91,7 +91,9 @@ def kernels(monkeypatch):
     monkeypatch.setattr(_kernels, "_C", binding)
     monkeypatch.setattr(_kernels, "_plans", {})
     monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
-    monkeypatch.setattr(_kernels, "_compiled", lambda *configuration: True)
+    monkeypatch.setattr(
+        _kernels, "kernel_dims", lambda dtype, d, dv, deg: (max(d, 64), max(dv, 64))
+    )
     monkeypatch.setattr(
         _kernels,
         "_allocate",
@@ -123,6 +125,17 @@ def test_the_chunk_that_kernels_take_is_counted(kernels, t, chunk, taken, change
         assert peer.exact_work(p, backward) == retention_work(counted, backward)
         done = retention_work(counted, backward, rows, kernels=True)
         assert peer.done_work(p, backward) == done
+
+
+def test_padded_heads_are_work_that_is_done(kernels):
+    p = dataclasses.replace(SMALL, t=4096, d=48, chunk=512, dtype="bfloat16")
+    wide = dataclasses.replace(p, d=64)
+    for backward in (False, True):
+        done = retention_work(wide, backward, retention.state_dim(64), kernels=True)
+        assert peers.Retention().done_work(p, backward) == done
+        assert peers.Retention().exact_work(p, backward) == retention_work(p, backward)
+        done = retention_work(p, backward, retention.state_dim(48))
+        assert peers.RetentionPyTorch().done_work(p, backward) == done
 
 
 def test_other_paths_do_not_have_the_kernels_chunk(kernels):

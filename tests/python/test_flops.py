@@ -36,6 +36,31 @@ def products_by_hand(case, chunk, final, backward=False, kept=False):
     return case.b * total
 
 
+@pytest.mark.parametrize(
+    ("wanted", "state_products", "inside"),
+    [
+        # (of queries, of keys), beside the states themselves; (d, dv) of a pair
+        ({0}, (1, 0), (2, 1)),
+        ({1}, (1, 1), (2, 1)),
+        ({2}, (1, 1), (1, 1)),
+        ({3}, (2, 1), (3, 1)),
+        ({4, 5}, (1, 0), (0, 0)),
+        ({0, 2}, (2, 1), (2, 2)),
+    ],
+)
+def test_gradients_that_nobody_wants_are_not_counted(wanted, state_products, inside):
+    case = Case(t=20, b=2)
+    sizes = {"b": 2, "t": 20, "hq": 4, "h": 2, "d": 16, "dv": 12, "deg": 2, "chunk": 8}
+    flags = [n in wanted for n in range(6)]
+    flops = _flops.flops(**sizes, before=True, after=True, backward=True, wanted=flags)
+    state = 2 * retention.state_dim(16) * 12
+    again = 16 * 2 if wanted & {0, 3} else 0  # tokens and heads whose keys make the states again
+    products = state * (state_products[0] * 20 * 4 + state_products[1] * 20 * 2 + again)
+    pairs = 4 * sum(n % 8 + 1 for n in range(20))
+    products += 2 * (inside[0] * case.d + inside[1] * case.dv) * pairs
+    assert flops == 2 * products
+
+
 def counted(function):
     counter = FlopCounterMode(display=False)
     with counter:

@@ -9,7 +9,7 @@ import itertools
 import logging
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -163,6 +163,24 @@ GRID = {
     **{
         f"d {d}, dv {dv}": Call(case(100, hq=2, h=1, d=d, dv=dv, state=d < 128))
         for d, dv in ((32, 64), (64, 32), (64, 64), (32, 128), (128, 32))
+    },
+    # Between the kernels' own, which are padded.
+    **{
+        f"d {d}, dv {dv}": Call(
+            case(100, hq=2, h=1, d=d, dv=dv, state=True), used=BOTH, aligned=True
+        )
+        for d, dv in ((8, 1), (16, 12), (24, 20), (24, 32), (32, 12), (40, 64), (64, 48), (80, 40))
+    },
+    "d 96, dv 96": Call(case(100, d=96, dv=96), used=BOTH),
+    "d 24, dv 12, packed": packed(
+        (0, 0, 70, 70, 71, 150), d=24, dv=12, state=True, used=BOTH, aligned=True
+    ),
+    "d 24, dv 12, one chunk": Call(case(60, d=24, dv=12, gate=None)),
+    **{
+        f"d 16, dv 20, {name}": Call(
+            case(100, b=2, d=16, dv=20, state=True), layout=name, aligned=True
+        )
+        for name in LAYOUTS
     },
     **{f"gate {gate}": Call(case(200, gate=gate)) for gate in (None, 0.0, -1.0, -10.0, -60.0)},
     **{
@@ -388,7 +406,7 @@ def on_path(path, request):
 ROWS_AND_CALLS = [
     pytest.param(*row.values, name, marks=row.marks)
     for row, (name, call) in itertools.product(ROWS, GRID.items())
-    if "emulator" not in row.values or (call.case.d, call.case.dv) == (32, 32)
+    if "emulator" not in row.values or max(call.case.d, call.case.dv) <= 32
 ]
 
 
@@ -396,6 +414,36 @@ ROWS_AND_CALLS = [
 @pytest.mark.usefixtures("on_path")
 def test_gradients(device, path, dtype, name, paths):
     check(GRID[name], device, path, dtype, paths)
+
+
+WANTED = [
+    ("final state alone", ("K",)),
+    ("packed, states", ("Q", "initial_state", "sum_of_keys")),
+    *[("packed, states", (name,)) for name in INPUTS],
+    *[("packed, states", INPUTS[:n]) for n in (2, 3, 4)],
+    *[("t 63", (name,)) for name in INPUTS[:4]],
+    *[("d 24, dv 12, packed", (name,)) for name in INPUTS],
+]
+
+
+@pytest.mark.parametrize(("name", "wanted"), WANTED, ids=str)
+@pytest.mark.parametrize(("device", "path", "dtype"), ROWS, ids=str)
+@pytest.mark.usefixtures("on_path")
+def test_gradients_that_are_wanted_alone_are_the_same_bits(device, path, dtype, name, wanted):
+    call = GRID[name]
+    inputs = make_inputs(call, dtype, device)
+    cu_seqlens = call.bounds and torch.tensor(call.bounds, dtype=torch.int32, device=device)
+
+    def function(**leaves):
+        return retention.power_retention(
+            **leaves, return_final_state=True, chunk_size=64, cu_seqlens=cu_seqlens
+        )
+
+    expected = gradients(call, function, inputs, dtype)
+    actual = gradients(replace(call, wanted=wanted), function, inputs, dtype)
+    assert sorted(actual) == sorted(wanted)
+    for key, x in actual.items():
+        assert torch.equal(x, expected[key]), key
 
 
 # What a CPU would take too long for. Among thousands of random rows are some that have next to no
@@ -415,7 +463,10 @@ LONG = {
         f"d {d}, dv {dv}": Call(
             case(1000, d=d, dv=dv, b=2, state=True, chunk=128), used=BOTH, aligned=True
         )
-        for d, dv in itertools.product((32, 64, 128), repeat=2)
+        for d, dv in [
+            *itertools.product((32, 64, 128), repeat=2),
+            *((40, 40), (80, 48), (96, 96), (96, 48), (64, 80), (120, 100)),
+        ]
     },
     **{
         f"resets at every token of {every}, chunk {chunk}": Call(

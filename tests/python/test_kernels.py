@@ -1,6 +1,8 @@
 """The compiled kernels: which calls reach them and in what form; on a GPU, what they return."""
 
 import contextlib
+import ctypes
+import functools
 import itertools
 import logging
 import math
@@ -242,6 +244,50 @@ def test_workspace_sizes():
     assert _C.forward_workspace_size(*packed(tokens=2**20)) > 2**20
 
 
+@pytest.mark.parametrize("name", ["d_query", "d_key", "d_value", "d_log_gate"])
+def test_the_workspace_of_one_gradient(name):
+    names = ("d_query", "d_key", "d_value", "d_log_gate")
+    shape = {"tokens": 1000, "chunk_size": 128}
+    every = _C.backward_workspace_size(*packed_backward(**shape))
+    unwanted = {n: 0 for n in names if n != name}
+    alone = _C.backward_workspace_size(*packed_backward(**shape, **unwanted))
+    # Those of gates are of states and their gradients, all others of one of them.
+    states = 2 * 8 * 2 * retention.state_dim(64) * (64 + 1) * 2
+    assert states <= alone <= (every if name == "d_log_gate" else every - states)
+    # That of the initial state is of no chunk's state.
+    state = {"initial_state": 16, "initial_key_sum": 16}
+    state |= {"d_initial_state": 16, "d_initial_key_sum": 16}
+    if name == names[0]:
+        initial = _C.backward_workspace_size(
+            *packed_backward(**shape, **state, **unwanted, d_query=0)
+        )
+        assert initial < every - states
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"d_query": 0, "d_value": 0, "d_log_gate": 0}, None),
+        ({"d_query": 0, "d_key": 0, "d_value": 0}, None),
+        ({"d_key": 8}, "d_key: expected a 16-byte aligned pointer, or null"),
+        ({"d_output": 0}, "d_output: expected a 16-byte aligned pointer, not null"),
+        (
+            {"d_query": 0, "d_key": 0, "d_value": 0, "d_log_gate": 0},
+            "gradients: got null pointers alone, expected one that is wanted",
+        ),
+        (
+            {"initial_state": 16, "initial_key_sum": 16, "d_initial_state": 16},
+            "d_initial_state and d_initial_key_sum: expected both or neither",
+        ),
+    ],
+    ids=str,
+)
+def test_can_implement_of_backward_names_the_argument(emulator, changes, message):
+    arguments = packed_backward(head_dim=32, value_dim=32, **changes)
+    assert _kernels._C.backward_can_implement(*arguments) == message
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -330,7 +376,8 @@ def test_info_of_a_device_with_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     assert _info._path("cuda", 0, BUILD) == {
         "path": "kernels",
-        "reason": "12 configurations for sm_80; other calls take the PyTorch path",
+        "reason": "12 configurations for sm_80, narrower heads padded to the next; "
+        "other calls take the PyTorch path",
     }
     monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: "because")
     assert _info._path("cuda", 0, BUILD) == {"path": "pytorch", "reason": "because"}
@@ -346,7 +393,10 @@ def test_info_of_the_cpu():
 def device(monkeypatch):
     """The CPU in place of a CUDA device that has every kernel: calls are recorded, not run."""
     calls, backward_calls = [], []
+    dims = itertools.product(("bf16", "fp16"), (32, 64, 128), (32, 64, 128))
+    names = [f"forward_{element}_d{d}_dv{dv}_p2" for element, d, dv in dims]
     binding = SimpleNamespace(
+        build_info=lambda: {"kernels": names},
         forward_can_implement=lambda sizes, pointers: None,
         forward_workspace_size=_C.forward_workspace_size,
         forward=lambda *arguments: calls.append(arguments),
@@ -360,13 +410,7 @@ def device(monkeypatch):
     monkeypatch.setattr(_kernels, "_plans", {})
     monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
     monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu", "meta"})
-    monkeypatch.setattr(
-        _kernels,
-        "_compiled",
-        lambda dtype, d, dv, deg: (
-            dtype in DTYPES.values() and {d, dv} <= {32, 64, 128} and deg == 2
-        ),
-    )
+    monkeypatch.setattr(_kernels, "kernel_dims", functools.cache(_kernels.kernel_dims.__wrapped__))
     monkeypatch.setattr(_kernels, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(_kernels, "_current_stream", lambda device: 77)
     allocated = []
@@ -530,8 +574,9 @@ def test_packed_sequences_are_counted_not_read(device):
 @pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
 @pytest.mark.parametrize("hq", [2, 4])
 @pytest.mark.parametrize("gate", [None, -1.0])
-def test_fakes_agree_with_what_is_allocated(device, save, final, bounds, hq, gate):
-    inputs = lowered(Case(t=100, b=1, hq=hq, d=64, dv=32, gate=gate))
+@pytest.mark.parametrize(("d", "dv"), [(64, 32), (40, 12)])
+def test_fakes_agree_with_what_is_allocated(device, save, final, bounds, hq, gate, d, dv):
+    inputs = lowered(Case(t=100, b=1, hq=hq, d=d, dv=dv, gate=gate))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     real = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=final, save=save))
     meta = {name: x if x is None else x.to("meta") for name, x in inputs.items()}
@@ -626,8 +671,12 @@ def test_states_are_copied_only_where_they_must_be(device):
         (Case(t=9, d=16, dv=16, deg=4), torch.bfloat16, "no kernel for degree 4: expected 2"),
         (Case(t=0, d=64, dv=64), torch.float16, "no tokens"),
         (Case(t=9, b=0, d=64, dv=64), torch.float16, "no tokens"),
-        (Case(t=9, d=48, dv=64), torch.float16, "no kernel for fp16_d48_dv64_p2: expected degree"),
-        (Case(t=9, d=64, dv=40), torch.bfloat16, "no kernel for bf16_d64_dv40_p2: expected degree"),
+        (
+            Case(t=9, d=136, dv=64),
+            torch.float16,
+            "no kernel for fp16_d136_dv64_p2: expected degree",
+        ),
+        (Case(t=9, d=64, dv=129), torch.bfloat16, "no kernel for bf16_d64_dv129_p2: expected deg"),
     ],
     ids=str,
 )
@@ -692,13 +741,17 @@ def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
     assert [sizes[5] for sizes, *_ in device.calls] == [1, 2, 3, 3, 2, 1, 4, 5]
 
 
-def saved(inputs, *rest, **options):
+EVERY = (True,) * 6  # gradient is wanted
+
+
+def saved(inputs, *rest, wanted=EVERY, **options):
     """Operands of the operator backward, its gradients of the right shapes and of no meaning."""
     arguments = operands(inputs, *rest, save=True, **options)
     out, norm, state, keys, residual, kept = _ops._forward_cuda(*arguments)
     final = (state, keys) if options.get("final") else (None, None)
     d_out = torch.zeros_like(out)
-    return (d_out, *final, *arguments[:7], out, residual, kept, norm, *arguments[7:10])
+    results = (out, residual, kept, norm)
+    return (d_out, *final, *arguments[:7], *results, *arguments[7:10], wanted)
 
 
 def test_what_backward_passes_to_the_kernels(device):
@@ -738,6 +791,34 @@ def test_backward_without_gate_and_states(device):
     named = dict(zip(_C.BACKWARD_POINTERS, pointers, strict=True))
     given = {"query", "key", "value", "output", "output_residual", "normalizer", "d_output"}
     assert {name for name, x in named.items() if x} == given | {"d_query", "d_key", "d_value"}
+
+
+@pytest.mark.parametrize("wanted", [*itertools.product((False, True), repeat=5)], ids=str)
+def test_only_gradients_that_are_wanted_reach_the_kernels(device, wanted):
+    inputs = lowered(FULL)
+    wanted = (*wanted, wanted[-1])
+    gradients = _ops._backward_cuda(*saved(inputs, wanted=wanted))
+    for gradient, x, want in zip(gradients, inputs.values(), wanted, strict=True):
+        assert gradient.shape == (x.shape if want else (0,))
+    assert len(device.backward_calls) == any(wanted)
+    for sizes, pointers, workspace, _ in device.backward_calls:
+        assert pointers[-6:] == tuple(x.data_ptr() for x in gradients)
+        (allocated,) = [x for x in device.allocated if x.data_ptr() == workspace]
+        assert allocated.shape == (_C.backward_workspace_size(sizes, pointers),)
+
+
+@pytest.mark.parametrize("wanted", [(True,) * 5, (True,) * 7, (False,) * 5 + (True,)], ids=str)
+def test_gradients_that_cannot_be_wanted(device, wanted):
+    arguments = saved(lowered(FULL), wanted=wanted)
+    meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
+    for call in (
+        lambda: _ops._backward_cuda(*arguments),
+        lambda: torch.ops.retention.backward(*arguments),  # on a CPU, the PyTorch path
+        lambda: torch.ops.retention.backward(*meta),
+    ):
+        with pytest.raises(ValueError, match=r"^wanted: expected a bool for each of Q, K, V"):
+            call()
+    assert not device.backward_calls
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -787,6 +868,157 @@ def test_expanded_gradients_are_copied(device):
     assert sizes[-3:] == arguments[10].stride()[:3]
 
 
+def test_packed_sequences_of_backward_are_copied_where_they_must_be(device):
+    arguments = list(saved(lowered(Case(t=100, b=1, d=64, dv=32)), torch.tensor([0, 9, 100]).int()))
+    arguments[9] = torch.tensor([0, -1, 9, -1, 100], dtype=torch.int32)[::2]
+    seen = []
+    device.binding.backward = lambda _, pointers, *rest: seen.append(at(pointers[4], arguments[9]))
+    _ops._backward_cuda(*arguments)
+    assert [x.tolist() for x in seen] == [[0, 9, 100]]
+
+
+def at(address, like, shape=None):
+    """A copy of what lies there, contiguous, of the shape and the dtype of a tensor."""
+    shape = like.shape if shape is None else shape
+    memory = ctypes.string_at(address, math.prod(shape) * like.element_size())
+    return torch.frombuffer(bytearray(memory), dtype=like.dtype).view(shape)
+
+
+def padded(x, *widths):
+    result = x.new_zeros((*x.shape[: -len(widths)], *widths))
+    result[tuple(map(slice, x.shape))] = x
+    return result
+
+
+NARROW = {"d 40, dv 12": (40, 12, 64, 32), "d 64, dv 48": (64, 48, 64, 64), "d 8": (8, 32, 32, 32)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "d", "dv", "expected"),
+    [
+        (torch.bfloat16, 64, 64, (64, 64)),
+        (torch.bfloat16, 8, 1, (32, 32)),
+        (torch.float16, 40, 32, (64, 32)),
+        (torch.float16, 32, 33, (32, 64)),
+        (torch.bfloat16, 80, 48, (128, 64)),
+        (torch.bfloat16, 128, 128, (128, 128)),
+        (torch.bfloat16, 136, 64, None),
+        (torch.bfloat16, 64, 129, None),
+        (torch.float32, 64, 64, None),
+    ],
+    ids=str,
+)
+def test_the_next_kernels(device, dtype, d, dv, expected):
+    assert _kernels.kernel_dims(dtype, d, dv, 2) == expected
+    assert _kernels.kernel_dims(dtype, d, dv, 4) is None
+    tensors = [torch.empty(1, 1, 1, n, dtype=dtype) for n in (d, dv)]
+    assert _kernels.cover(*tensors, 2) is (expected is not None)
+
+
+def test_the_next_kernels_of_those_that_are_built(device):
+    names = ["forward_bf16_d64_dv64_p2", "backward_bf16_d32_dv32_p2", "forward_bf16_d32_dv128_p2"]
+    device.binding.build_info = lambda: {"kernels": names}
+    assert _kernels.kernel_dims(torch.bfloat16, 32, 32, 2) == (32, 128)
+    assert _kernels.kernel_dims(torch.bfloat16, 40, 32, 2) == (64, 64)
+    assert _kernels.kernel_dims(torch.bfloat16, 40, 65, 2) is None
+    assert _kernels.kernel_dims(torch.float16, 32, 32, 2) is None
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_narrow_heads_are_padded(device, caplog, name, layout):
+    """With zeros, to those of the next kernels; results are as wide as the call."""
+    d, dv, wide_d, wide_dv = NARROW[name]
+    D, wide_D = retention.state_dim(d), retention.state_dim(wide_d)
+    inputs = lowered(Case(t=20, d=d, dv=dv, state=True))
+    change, _ = LAYOUTS[layout]
+    inputs |= {n: change(inputs[n]) for n in "QKV"}
+    state_shape = (2, 2, wide_D, wide_dv)
+    shapes = {  # of what forward writes
+        "output": ((2, 20, 4, wide_dv), torch.bfloat16),
+        "output_residual": ((2, 20, 4, wide_dv), torch.bfloat16),
+        "normalizer": ((2, 20, 4), torch.float32),
+        "final_state": (state_shape, torch.float32),
+        "final_key_sum": (state_shape[:3], torch.float32),
+    }
+    written = {n: torch.randn(shape).to(dtype) for n, (shape, dtype) in shapes.items()}
+    widths = {"Q": (wide_d,), "K": (wide_d,), "V": (wide_dv,)}
+    widths |= {"initial_state": state_shape[2:], "sum_of_keys": (wide_D,)}
+    operand = {"Q": "query", "K": "key", "V": "value"}
+    operand |= {"initial_state": "initial_state", "sum_of_keys": "initial_key_sum"}
+    seen = []
+
+    def forward(sizes, pointers, *rest):
+        assert sizes[2:4] == (wide_d, wide_dv)
+        named = dict(zip(_C.FORWARD_POINTERS, pointers, strict=True))
+        for n, width in widths.items():
+            x = padded(inputs[n], *width)
+            if not (n in "QKV" and x.shape == inputs[n].shape):  # which is read as it lies
+                assert torch.equal(at(named[operand[n]], x), x)
+        for n, x in written.items():
+            ctypes.memmove(named[n], x.data_ptr(), x.nbytes)
+        seen.append(named)
+
+    device.binding.forward = forward
+    with caplog.at_level(logging.DEBUG, logger="retention"):
+        out, norm, state, keys, residual, kept = _ops._forward_cuda(
+            *operands(inputs, final=True, save=True, keep=True, chunk=64, switch_over=0)
+        )
+    assert caplog.messages == [
+        f"forward on cpu: kernels, padded to d {wide_d}, dv {wide_dv}; bfloat16, "
+        f"Q [2, 20, 4, {d}], V [2, 20, 2, {dv}]"
+    ]
+    assert len(seen) == 1
+    assert kept.numel() > state.numel()
+    assert torch.equal(out, written["output"][..., :dv])
+    assert torch.equal(residual, written["output_residual"][..., :dv])
+    assert torch.equal(norm, written["normalizer"])
+    assert torch.equal(state, written["final_state"][:, :, :D, :dv])
+    assert torch.equal(keys, written["final_key_sum"][:, :, :D])
+    assert all(x.is_contiguous() and x._base is None for x in (out, residual, state, keys))
+
+    d_out, d_state, d_keys = (torch.randn_like(x) for x in (out, state, keys))
+    given = {
+        "d_output": (d_out, wide_dv),
+        "output": (out, wide_dv),
+        "output_residual": (residual, wide_dv),
+        "d_final_state": (d_state, wide_D, wide_dv),
+        "d_final_key_sum": (d_keys, wide_D),
+    }
+    results = [torch.randn(padded(inputs[n], *width).shape) for n, width in widths.items()]
+    results = [x.to(inputs[n].dtype) for x, n in zip(results, widths, strict=True)]
+
+    def backward(sizes, pointers, *rest):
+        assert sizes[2:4] == (wide_d, wide_dv)
+        named = dict(zip(_C.BACKWARD_POINTERS, pointers, strict=True))
+        assert named["forward_workspace"] == kept.data_ptr()
+        for n, (x, *width) in given.items():
+            x = padded(x, *width)
+            assert torch.equal(at(named[n], x), x)
+        targets = ("d_query", "d_key", "d_value", "d_initial_state", "d_initial_key_sum")
+        for n, x in zip(targets, results, strict=True):
+            ctypes.memmove(named[n], x.data_ptr(), x.nbytes)
+        seen.append(named)
+
+    device.binding.backward = backward
+    saved = (out, residual, kept, norm, 2, 64, 0)
+    dQ, dK, dV, d_log_G, *d_initial = _ops._backward_cuda(
+        d_out, d_state, d_keys, *inputs.values(), None, *saved, EVERY
+    )
+    assert len(seen) == 2
+    assert seen[1]["d_log_gate"] == d_log_G.data_ptr()
+    for x, n, wide in zip((dQ, dK, dV, *d_initial), widths, results, strict=True):
+        assert torch.equal(x, wide[tuple(map(slice, inputs[n].shape))])
+        assert x.is_contiguous()
+
+
+def test_nothing_is_narrowed_of_what_nobody_wants(device):
+    inputs = lowered(Case(t=20, d=40, dv=12))
+    results = _ops._forward_cuda(*operands(inputs))
+    assert [x.numel() for x in results[2:]] == [0] * 4
+    assert results[0].shape == (2, 20, 4, 12)
+
+
 def test_states_are_kept_where_asked_for(device):
     inputs = lowered(Case(t=500, d=64, dv=64, state=True))
     for keep in (False, True):
@@ -834,10 +1066,12 @@ def test_the_memory_of_a_training_step(device):
 
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("bounds", [None, [0, 4, 4, 100]])
-def test_fakes_of_backward_agree(device, final, bounds):
-    inputs = lowered(Case(t=100, b=1, d=64, dv=32, state=True), sequences=bounds and 3)
+@pytest.mark.parametrize("wanted", [EVERY, (True, False) * 2 + (False,) * 2], ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(64, 32), (40, 12)])
+def test_fakes_of_backward_agree(device, final, bounds, wanted, d, dv):
+    inputs = lowered(Case(t=100, b=1, d=d, dv=dv, state=True), sequences=bounds and 3)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    arguments = saved(inputs, cu_seqlens, final=final)
+    arguments = saved(inputs, cu_seqlens, wanted=wanted, final=final)
     real = _ops._backward_cuda(*arguments)
     meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments)
     for x, wanted in zip(torch.ops.retention.backward(*meta), real, strict=True):
@@ -846,20 +1080,19 @@ def test_fakes_of_backward_agree(device, final, bounds):
 
 
 def test_backward_where_there_is_no_kernel(device, caplog):
-    inputs = lowered(Case(t=40, d=64, dv=64))
+    inputs = lowered(Case(t=40, d=136, dv=64))
     arguments = saved(inputs)
     device.binding.forward_can_implement = _C.forward_can_implement
     _kernels._plans.clear()
-    wrong = [x[:, :, :, :48] if n in (3, 4) else x for n, x in enumerate(arguments)]
     with caplog.at_level(logging.DEBUG, logger="retention"):
-        gradients = _ops._backward_cuda(*wrong)
+        gradients = _ops._backward_cuda(*arguments)
     assert caplog.messages == [
-        "backward on cpu: PyTorch path (no kernel for bf16_d48_dv64_p2: expected degree 2, "
+        "backward on cpu: PyTorch path (no kernel for bf16_d136_dv64_p2: expected degree 2, "
         "head_dim and value_dim of 32, 64 or 128, and bf16 or fp16); bfloat16, "
-        "Q [2, 40, 4, 48], V [2, 40, 2, 64]"
+        "Q [2, 40, 4, 136], V [2, 40, 2, 64]"
     ]
     assert not device.backward_calls
-    assert gradients[0].shape == (2, 40, 4, 48)
+    assert gradients[0].shape == (2, 40, 4, 136)
 
 
 @pytest.mark.parametrize("name", ["Q", "K", "V", "log_G"])
@@ -975,7 +1208,7 @@ def paths(caplog):
     caplog.set_level(logging.DEBUG, logger="retention")
 
     def asked():
-        lines = [m for m in caplog.messages if m.startswith("forward on cuda")]
+        lines = [m for m in caplog.messages if m.startswith("forward on")]
         caplog.clear()
         return [line.split(": ", 1)[1].split(";")[0] for line in lines]
 
@@ -1021,13 +1254,13 @@ def plain_formula(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens=None):
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def check(inputs, paths, cu_seqlens=None, plain_inputs=None, **options):
+def check(inputs, paths, cu_seqlens=None, plain_inputs=None, path="kernels", **options):
     """Output and final state against float64: at most twice the error of the plain formula in the
     same dtype, and one rounding."""
     out, state, keys = retention.power_retention(
         **inputs, return_final_state=True, cu_seqlens=cu_seqlens, **options
     )
-    assert paths() == ["kernels"]
+    assert paths() == [path]
     assert (out.dtype, state.dtype, keys.dtype) == (inputs["Q"].dtype, *[torch.float32] * 2)
     exact = retention.reference(**doubled(inputs), return_final_state=True, cu_seqlens=cu_seqlens)
     plain = plain_formula(**(plain_inputs or inputs), cu_seqlens=cu_seqlens)
@@ -1050,6 +1283,47 @@ def test_every_configuration(paths, dtype, d, dv, t):
     inputs = lowered(Case(t=t, d=d, dv=dv, gate=-0.05, zero_rows=True), dtype, "cuda")
     check(inputs, paths)
     check(inputs, paths, chunk_size=128, switch_over_seq_len=0)
+
+
+def check_narrow(dtype, device, d, dv, bounds, form, layout, paths, path):
+    case = Case(t=130, b=1, d=d, dv=dv, gate=-0.05, state=form is not None)
+    inputs = lowered(case, dtype, device, sequences=bounds and len(bounds) - 1)
+    inputs |= {n: LAYOUTS[layout][0](inputs[n]) for n in "QKV"}
+    cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32, device=device)
+    chunk, switch_over = form or (None, None)
+    options = {"chunk_size": chunk, "switch_over_seq_len": switch_over, "path": path}
+    out = check(inputs, paths, cu_seqlens, **options)
+    assert out.is_contiguous()
+
+
+NARROW_CALLS = [
+    (None, None, "contiguous"),
+    (None, (64, 0), "heads first"),
+    ([0, 0, 65, 65, 130], (64, 0), "odd rows"),
+    ([0, 70, 130], (None, None), "channels first"),
+]
+
+
+@pytest.mark.parametrize(("bounds", "form", "layout"), NARROW_CALLS, ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(8, 1), (16, 12), (24, 32), (32, 20)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_narrow_heads_on_the_emulator(emulator, paths, dtype, d, dv, bounds, form, layout):
+    path = "kernels, padded to d 32, dv 32"
+    check_narrow(dtype, "cpu", d, dv, bounds, form, layout, paths, path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bounds", "form", "layout"), NARROW_CALLS, ids=str)
+@pytest.mark.parametrize(
+    ("d", "dv"),
+    [(8, 1), (40, 40), (64, 48), (80, 64), (80, 48), (96, 96), (96, 20), (120, 128), (128, 100)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_narrow_heads(paths, dtype, d, dv, bounds, form, layout):
+    wide = _kernels.kernel_dims(dtype, d, dv, 2)
+    path = "kernels, padded to d {}, dv {}".format(*wide)
+    check_narrow(dtype, "cuda", d, dv, bounds, form, layout, paths, path)
 
 
 @pytest.mark.gpu
@@ -1283,7 +1557,8 @@ def test_a_graph_of_a_training_step(bounds):
         results = torch.ops.retention.forward(*tensors, *options, False, True, False)
         out, norm, _, _, residual, kept = results
         return out, torch.ops.retention.backward(
-            out, None, None, *tensors, *options[:3], out, residual, kept, norm, *options[3:]
+            *(out, None, None, *tensors, *options[:3]),
+            *(out, residual, kept, norm, *options[3:], EVERY),
         )
 
     _, expected = step()
@@ -1341,8 +1616,8 @@ def test_gradients_with_the_kernels_normaliser(paths, dtype, gate):
     ("case", "dtype", "expected"),
     [
         (Case(t=70, d=64, dv=64), torch.float32, "no kernel for fp32 inputs"),
-        (Case(t=70, d=48, dv=64), torch.bfloat16, "no kernel for bf16_d48_dv64_p2"),
-        (Case(t=70, d=64, dv=40), torch.float16, "no kernel for fp16_d64_dv40_p2"),
+        (Case(t=70, d=136, dv=64), torch.bfloat16, "no kernel for bf16_d136_dv64_p2"),
+        (Case(t=70, d=64, dv=129), torch.float16, "no kernel for fp16_d64_dv129_p2"),
         (Case(t=70, d=32, dv=32, deg=4), torch.bfloat16, "no kernel for degree 4"),
         (Case(t=0, d=64, dv=64), torch.bfloat16, "no tokens"),
     ],

@@ -39,7 +39,8 @@ def operands(inputs, deg=2, chunk=None, final=False, save=False, keep=False):
 def backward_operands(arguments, results):
     """Of a call of forward with a final state, with its results in the gradients' places."""
     out, norm, state, keys, residual, kept = results
-    return (out, state, keys, *arguments[:7], out, residual, kept, norm, *arguments[7:10])
+    results = (out, residual, kept, norm)
+    return (out, state, keys, *arguments[:7], *results, *arguments[7:10], [True] * 6)
 
 
 # ---- shapes of results, by the arguments alone --------------------------------------------------
@@ -204,7 +205,15 @@ def test_the_operators_check_their_options(options, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         torch.ops.retention.forward(*arguments[:7], *options, False, False, False)
     with pytest.raises(ValueError, match=f"^{message}"):
-        torch.ops.retention.backward(*rest[:14], *options)
+        torch.ops.retention.backward(*rest[:14], *options, [True] * 6)
+
+
+@pytest.mark.parametrize("wanted", [[True] * 5, [True] * 7, [True, True, True, True, True, False]])
+def test_backward_checks_what_is_wanted(wanted):
+    arguments = operands(lowered(FULL), final=True, save=True)
+    *rest, _ = backward_operands(arguments, torch.ops.retention.forward(*arguments))
+    with pytest.raises(ValueError, match=r"^wanted: expected a bool for each of Q, K, V, log_G"):
+        torch.ops.retention.backward(*rest, wanted)
 
 
 def test_sparse_tensors_are_refused():

@@ -94,6 +94,30 @@ def test_no_gradients_are_made_up_for_results_that_are_not_used():
         assert seen.pop() == expected
 
 
+@pytest.mark.parametrize("names", [(name,) for name in INPUTS] + [("Q", "sum_of_keys"), INPUTS])
+def test_gradients_that_nobody_wants_are_not_asked_for(names):
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            results = function(*args, **(kwargs or {}))
+            if function is torch.ops.retention.backward.default:
+                seen.append((args[-1], [x.shape for x in results]))
+            return results
+
+    inputs = {
+        name: x.requires_grad_(name in names) for name, x in leaves(Case(t=9, state=True)).items()
+    }
+    out = retention.power_retention(**inputs, **OPTIONS)
+    with Mode():
+        out.sum().backward()
+    expected = [name in names for name in INPUTS]
+    expected[4:] = [any(expected[4:])] * 2  # a state and its keys: both or neither
+    shapes = [x.shape if w else (0,) for x, w in zip(inputs.values(), expected, strict=True)]
+    assert seen == [(expected, shapes)]
+    assert [x.grad is not None for x in inputs.values()] == [name in names for name in INPUTS]
+
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_forward_mode_is_refused(name):
     inputs = {n: x.detach() for n, x in leaves(Case(t=9, state=True)).items()}
@@ -139,9 +163,9 @@ def test_opcheck(state):
     results = torch.ops.retention.forward(*constants, None, 2, 4, 0, True, True, False)
     out, norm, state, keys, residual, kept = results
     saved = (out, residual, kept, norm)
-    torch.library.opcheck(
-        torch.ops.retention.backward, (out, state, keys, *constants, None, *saved, 2, 4, 0)
-    )
+    for wanted in ([True] * 6, [True, False, False, True, False, False]):
+        arguments = (out, state, keys, *constants, None, *saved, 2, 4, 0, wanted)
+        torch.library.opcheck(torch.ops.retention.backward, arguments)
 
 
 def training_step(inputs, **options):

@@ -29,12 +29,14 @@ struct BackwardArguments {
   float const* d_final_state = nullptr;    // [n, h, D, dv]; null: zero
   float const* d_final_key_sum = nullptr;  // [n, h, D]; with d_final_state
 
-  // Results, contiguous and 16-byte aligned. Those of 16-bit tensors are rounded once.
+  // Results, contiguous and 16-byte aligned; null: not wanted, but not all of them. What serves
+  // none that is wanted is not computed, and takes no workspace; the others are the same bits.
+  // Those of 16-bit tensors are rounded once.
   void* d_query = nullptr;             // [b, t, hq, d]
   void* d_key = nullptr;               // [b, t, h, d]
   void* d_value = nullptr;             // [b, t, h, dv]
-  float* d_log_gate = nullptr;         // [b, t, h]; null: not wanted
-  float* d_initial_state = nullptr;    // [n, h, D, dv]; null: not wanted
+  float* d_log_gate = nullptr;         // [b, t, h]
+  float* d_initial_state = nullptr;    // [n, h, D, dv]
   float* d_initial_key_sum = nullptr;  // [n, h, D]; with d_initial_state
 };
 
@@ -42,7 +44,8 @@ struct BackwardArguments {
 /// do. Wide heads need more shared memory than forward: see docs/cpp.md.
 RETENTION_API Status can_implement(BackwardArguments const& arguments);
 
-/// Bytes of device memory that `run` needs at `workspace`, as for forward.
+/// Bytes of device memory that `run` needs at `workspace`, as for forward. It matters which
+/// gradients are wanted.
 RETENTION_API std::size_t workspace_size(BackwardArguments const& arguments);
 
 /// Enqueues the work on `stream` of the current device, with no allocation and no synchronisation.

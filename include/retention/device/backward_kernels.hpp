@@ -1,5 +1,7 @@
 // The backward pass of one configuration as a sequence of kernels.
 //
+// As far as they serve a gradient that is wanted:
+//
 //     states            those of forward, again, unless they were kept
 //     rows              what every query row needs: rescaled queries, normalisers, delta
 //     exponents         fp16 only: the powers of two that keep gradients in range
@@ -67,7 +69,7 @@ struct BackwardKernels {
       return status;
     }
     if constexpr (kScaled) {
-      if (plan.arguments.d_final_state != nullptr) {
+      if (plan.final_ranges.bytes != 0) {
         if (Status status = launcher.template launch<kernel::StateRanges>(call.final_ranges());
             !status) {
           return status;
@@ -78,8 +80,10 @@ struct BackwardKernels {
         return status;
       }
     }
-    if (Status status = launcher.template launch<QueryGradient>(call.query()); !status) {
-      return status;
+    if (plan.runs_queries) {
+      if (Status status = launcher.template launch<QueryGradient>(call.query()); !status) {
+        return status;
+      }
     }
     if (plan.makes_gradients) {
       if (Status status = launcher.template launch<StateGradients>(call.states()); !status) {
@@ -91,11 +95,15 @@ struct BackwardKernels {
         return status;
       }
     }
-    if (Status status = launcher.template launch<ValueGradient>(call.value()); !status) {
-      return status;
+    if (plan.arguments.d_value != nullptr) {
+      if (Status status = launcher.template launch<ValueGradient>(call.value()); !status) {
+        return status;
+      }
     }
-    if (Status status = launcher.template launch<KeyGradient>(call.key()); !status) {
-      return status;
+    if (plan.runs_keys) {
+      if (Status status = launcher.template launch<KeyGradient>(call.key()); !status) {
+        return status;
+      }
     }
     return plan.arguments.d_log_gate == nullptr ? Status{} : run_gates(call, launcher);
   }

@@ -22,6 +22,8 @@ struct BackwardPlan {
   // in the workspace.
   ForwardPlan forward;
   bool recomputes = true;
+  bool runs_queries = false;     // whether `QueryGradient` runs, for queries or gates; reads states
+  bool runs_keys = false;        // whether `KeyGradient` runs, for keys or gates
   bool reads_gradients = false;  // whether keys and values read the gradient of a state
   bool makes_gradients = false;  // whether such gradients are computed, to be read or the initial
   bool segmented = false;        // whether a sequence is cut and a carry follows
@@ -58,12 +60,17 @@ struct BackwardPlan {
     plan.arguments = arguments;
     bool const has_final = arguments.d_final_state != nullptr;
     plan.recomputes = arguments.forward_workspace == nullptr;
+    plan.runs_queries = arguments.d_query != nullptr || arguments.d_log_gate != nullptr;
+    plan.runs_keys = arguments.d_key != nullptr || arguments.d_log_gate != nullptr;
 
     ForwardArguments forward = arguments.forward;
     forward.final_state = forward.final_key_sum = nullptr;
-    plan.forward = ForwardPlan::make(forward, multiprocessors);
+    // A workspace that was kept is divided as it was.
+    plan.forward =
+        ForwardPlan::make(forward, multiprocessors, !plan.recomputes || plan.runs_queries);
     ForwardArguments const& a = plan.forward.arguments;
-    plan.reads_gradients = a.chunk_size < a.tokens || has_final;
+    plan.reads_gradients =
+        (plan.runs_keys || arguments.d_value != nullptr) && (a.chunk_size < a.tokens || has_final);
     plan.makes_gradients = plan.reads_gradients || arguments.d_initial_state != nullptr;
     plan.gate_of_states =
         plan.reads_gradients && plan.forward.reads_states && arguments.d_log_gate != nullptr;
@@ -118,7 +125,7 @@ struct BackwardPlan {
             &plan.key_sum_exponents, &plan.score_exponents}) {
         *exponents = regions.take(slots * heads, sizeof(int));
       }
-      if (has_final) {
+      if (has_final && plan.makes_gradients) {
         plan.final_ranges =
             regions.take(sequences * heads * ForwardPlan::kStateParts, 2 * sizeof(float));
       }

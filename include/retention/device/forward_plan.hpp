@@ -69,8 +69,10 @@ struct ForwardPlan {
   Region segment_key_sum;    // [items, h, D]
   std::size_t workspace_bytes = 0;
 
-  /// For arguments that can be implemented.
-  static ForwardPlan make(ForwardArguments arguments, int multiprocessors) {
+  /// For arguments that can be implemented. Without states, it is what comes before them in the
+  /// same call, for backward: chunks and segments are those of the call.
+  static ForwardPlan make(ForwardArguments arguments, int multiprocessors,
+                          bool with_states = true) {
     ForwardPlan plan;
     ForwardArguments& a = plan.arguments = arguments;
     std::int64_t const D = state_dim(a.head_dim, a.degree);
@@ -91,6 +93,9 @@ struct ForwardPlan {
       a.segment_tokens = choose_segment(a, plan.makes_states, D, multiprocessors);
     }
     a.segment_tokens = std::min(a.segment_tokens, one_segment);
+    if (!with_states) {
+      plan.reads_states = plan.makes_states = false;
+    }
     plan.segmented = plan.makes_states && a.segment_tokens < a.tokens;
     plan.items = slots_of(a, a.segment_tokens);
 

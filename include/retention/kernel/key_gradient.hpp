@@ -62,7 +62,7 @@ struct KeyGradient {
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     typename Intra::Work work;
     int exponent;     // of da in the accumulators
-    Element* target;  // the first row's gradient
+    Element* target;  // the first row's gradient; null for not wanted
     float* gate_target;
     float* state_gate_target;
     float const* gate_source;
@@ -73,9 +73,9 @@ struct KeyGradient {
   static_assert(collective::kKeepsAlignment<typename Intra::ValueLayout>, "tiles of wgmma follow");
 
   struct Params : KeyRowsParams<Element> {
-    Element* d_key;             // [b, t, h, d]
-    float* d_gate;              // [b, t, h] of the cumulative log gate; null for not wanted
-    float* state_d_gate;        // [b, t, h] k . dk / 2 of the state alone; null for not wanted
+    Element* d_key;             // [b, t, h, d]; null for not wanted, as all of these
+    float* d_gate;              // [b, t, h] of the cumulative log gate
+    float* state_d_gate;        // [b, t, h] k . dk / 2 of the state alone
     float const* query_d_gate;  // [b, t, hq] q . dq / 2, with d_gate
     TokenStride d_key_stride;
     TokenStride d_gate_stride;  // of state_d_gate as well
@@ -97,7 +97,8 @@ struct KeyGradient {
     if (thread == 0) {
       shared.work = work;
       shared.exponent = score_exponent;
-      shared.target = params.d_key + rows.at(params.d_key_stride, head);
+      shared.target =
+          params.d_key == nullptr ? nullptr : params.d_key + rows.at(params.d_key_stride, head);
       auto const gates = [&](float* x) {
         return x == nullptr ? nullptr : x + rows.at(params.d_gate_stride, head);
       };
@@ -160,8 +161,10 @@ struct KeyGradient {
     int const last_thread = Intra::this_thread();
     int const first_row = last_thread / 32 * Tiling::kWarpRows;
     float const unit = detail::power_of_two(1 - shared.exponent);
-    store_rows(shared.target, params.d_key_stride.token, first_row, shared.work.rows, unit,
-               last_thread % 32, gradient);
+    if (shared.target != nullptr) {
+      store_rows(shared.target, params.d_key_stride.token, first_row, shared.work.rows, unit,
+                 last_thread % 32, gradient);
+    }
     if (shared.gate_target != nullptr) {
       store_gates(shared, params.row_stride, params.d_gate_stride.token, first_row, -0.5f * unit,
                   last_thread % 32, products);

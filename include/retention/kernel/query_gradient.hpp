@@ -90,8 +90,8 @@ struct QueryGradient {
     float const* scale;
     Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
     Element const* key_sums;  // [slots, h, D]
-    Element* d_query;         // [b, t, hq, d]
-    float* d_gate;            // [b, t, hq] by row_stride; null for not wanted
+    Element* d_query;         // [b, t, hq, d]; null for not wanted, as d_gate
+    float* d_gate;            // [b, t, hq] by row_stride
     TokenStride query_stride;
     TokenStride key_stride;
     TokenStride value_stride;
@@ -318,6 +318,9 @@ struct QueryGradient {
                                                head * params.group + rows.head(row))] =
                 scale == 0.0f ? 0.0f : detail::power_of_two(-shared.exponent) * sum;
           }
+        }
+        if (params.d_query == nullptr) {
+          continue;
         }
         Element* target = params.d_query +
                           params.d_query_stride.at(sequence, first_token + rows.token(row),
