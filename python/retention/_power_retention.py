@@ -46,6 +46,9 @@ def power_retention(
     other calls run as PyTorch operations. The logger ``retention`` says at level DEBUG which, and
     why.
 
+    DTensors may be sharded by batch or by heads, where every rank gets as many key heads; sharded
+    otherwise, they are redistributed first. ``keep_states`` does nothing for them.
+
     Args:
         Q: queries ``[b, t, hq, d]``, d a multiple of 8; float64, float32, bfloat16 or float16. Any
             t from 0 up, any strides. Under autocast, Q, K and V are cast to the autocast dtype.

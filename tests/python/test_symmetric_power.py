@@ -99,6 +99,19 @@ def test_a_first_call_may_be_captured(deg):
 
 
 @pytest.mark.parametrize("deg", [2, 4])
+def test_transforms_see_the_same(deg):
+    x = torch.randn(3, 24, dtype=torch.float64)
+
+    def phi(x):
+        return retention.expand(x, deg)
+
+    torch.compiler.reset()
+    ways = [torch.compile(phi, fullgraph=True, backend="aot_eager"), torch.vmap(phi)]
+    for way in (*ways, torch.func.functionalize(phi), phi):
+        assert torch.equal(way(x), phi(x))
+
+
+@pytest.mark.parametrize("deg", [2, 4])
 def test_fakes_of_tensors_that_were_expanded_before(deg):
     x = torch.randn(3, 24)
     real = retention.expand(x, deg)
