@@ -200,8 +200,10 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
     rows(key, results.key, key_layout, h, d, g.key);
     rows(value, results.value, value_layout, h, dv, g.value);
     for (size_t t = 0; c.gate != 0.0 && t < g.gate.value.size(); ++t) {
-      gate.add(results.gate[gate_layout.at(call.row(s), call.first_token(s) + t, h)],
-               g.gate.value[t], g.gate.magnitude[t]);
+      double const actual = results.gate[gate_layout.at(call.row(s), call.first_token(s) + t, h)];
+      gate.add(actual, g.gate.value[t], g.gate.magnitude[t]);
+      // Nothing comes through a reset.
+      RETENTION_CHECK(actual == 0.0 || call.inputs[index * group].gate[t] > -1e3f);
     }
     for (size_t i = 0; i < g.initial.state.value.size(); ++i) {
       initial_state.add(results.initial_state[index * D * dv + i], g.initial.state.value[i],
@@ -321,10 +323,18 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"segments", {70}, 64, 64, false, 1, 2, -0.05, true, true, true},
       {kQuery, kKey, kValue, kGate, kInitial, kAll & ~kGate});
   run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0}, {kQuery | kValue, kKey});
+  auto const with_resets = [](int every, Case c) {
+    c.resets = every;
+    return c;
+  };
+  run(with_resets(3, {"resets, one chunk", {150}, 0, 0, false, 1, 2, -0.5}));
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
   if (retention::test::kOnDevice || !large) {
+    run(with_resets(41, {"a few resets", {150}, 64, 64, false, 1, 1, -0.05, true, true}));
+    run(with_resets(2, {"resets", {210}, 192, 192, false, 1, 1, -0.2, true, true}));
+    run(with_resets(3, {"resets, packed", {70, 0, 1}, 64, 64, true, 1, 2, -0.1, true, true}));
     // Odd seeds keep the workspace of forward.
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
     Case small{"small values", {100}, 64, 0, false, 2, 1, -0.2, false, true, false, 1, 1, 1e-3};
@@ -346,6 +356,8 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   bool const usual = configuration.head_dim == 64 && configuration.value_dim == 64;
   if (retention::test::kOnDevice && usual && !unchecked) {
     run({"long", {1700}, 512, 0, false, 2, 2, -0.01, true, true});
+    run(with_resets(3, {"long, resets", {1700}, 512, 0, false, 2, 2, -0.01, true, true}));
+    run(with_resets(2, {"long, one chunk, resets", {1500}, 2048, 0, false, 1, 1, -0.01}));
     run({"long, one chunk", {1500}, 0, 0, false, 1, 1, -0.01});
     run({"long, packed", {1000, 0, 1, 63, 64, 65, 1500}, 256, 512, true, 2, 2, -0.02, true, true});
     run({"many sequences", std::vector<int>(100, 40), 64, 0, true, 2, 1, -0.02, false, true});

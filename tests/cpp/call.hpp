@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "device.hpp"
 #include "element.hpp"
 #include "reference.hpp"
@@ -33,6 +34,7 @@ struct Case {
   double value_magnitude = 1.0;
   double gradient_magnitude = 1.0;
   bool aligned = false;  // queries resemble their tokens' keys: no row is left without weight
+  int resets = 0;        // every so many tokens a gate leaves nothing; 0 for none
 };
 
 /// A [b, t, heads, width] tensor in memory.
@@ -179,7 +181,7 @@ class Call {
       fill(&key[key_layout.at(row(s), first + t, h)], d, c.key_magnitude, in.key);
       fill(&value[value_layout.at(row(s), first + t, h)], dv, c.value_magnitude, in.value);
       if (c.gate != 0.0) {
-        in.gate.push_back(static_cast<float>(c.gate * uniform_(rng)));
+        in.gate.push_back(with_resets(c.resets, t, static_cast<float>(c.gate * uniform_(rng))));
         gate[gate_layout.at(row(s), first + t, h)] = in.gate.back();
       }
     }

@@ -17,6 +17,7 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::kernel::Direction;
 using retention::test::first_slot_of;
 using retention::test::kRoundoff;
@@ -54,7 +55,7 @@ void run(Case const& c, std::uint64_t seed) {
     stride = layout.strides(Order::kHeadsTokens, heads, 2);
     stride.batch += 3;
   }
-  GlobalArray<float> gate("gate", layout.size_of(stride, heads), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(stride, heads), true);
   auto const where = layout.in_chunks(c.chunk_size);
   auto const slots = static_cast<size_t>(where.num_slots());
   int const segment_tokens = c.segment_chunks * c.chunk_size;
@@ -97,7 +98,8 @@ void run(Case const& c, std::uint64_t seed) {
       for (size_t chunk = 0; chunk < chunks; ++chunk) {
         int const last = std::min(static_cast<int>(chunk + 1) * c.chunk_size, c.lengths[s]) - 1;
         float const g = -c.gate * (0.5f + 0.5f * std::abs(normal(rng)));
-        gate[layout.at(stride, s, last, h)] = g;
+        gate[layout.at(stride, s, last, h)] =
+            CumulativeGate::from(retention::detail::kExactLog2E * double{g});
         decay[chunk] = c.gate == 0.0f ? 1.0 : std::exp(double{g});
         for (Part& part : parts) {
           (*part.exponents)[(first_slot + chunk) * heads + h] =

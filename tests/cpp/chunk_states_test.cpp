@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
 #include "reference.hpp"
@@ -14,6 +15,7 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::test::exponent_of;
 using retention::test::first_slot_of;
 using retention::test::Inputs;
@@ -26,6 +28,7 @@ enum class Gates {
   kNone,
   kMild,
   kStrong,    // many of -60, some of -10^4
+  kResets,    // every third token
   kPositive,  // unusual, yet allowed
 };
 
@@ -52,7 +55,6 @@ float draw_gate(Gates gates, std::mt19937& rng) {
   std::normal_distribution<float> normal;
   switch (gates) {
     case Gates::kStrong:
-      // Multiples of 1/64, so that their sums are exact.
       return rng() % 40 == 0  ? -1e4f
              : rng() % 3 == 0 ? -60.0f
                               : -0.015625f * static_cast<float>(rng() % 8);
@@ -78,7 +80,7 @@ void run(Case const& c, std::uint64_t seed) {
   auto const gate_stride = layout.strides(heads, 1, c.strided);
   GlobalArray<Element> key("key", layout.size_of(key_stride, heads, d), true);
   GlobalArray<Element> value("value", layout.size_of(value_stride, heads, dv), true);
-  GlobalArray<float> gate("gate", layout.size_of(gate_stride, heads), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(gate_stride, heads), true);
 
   typename Kernel::Params params{};
   params.sequences = layout.in_chunks(c.chunk_size);
@@ -131,7 +133,7 @@ void run(Case const& c, std::uint64_t seed) {
                            : std::uniform_real_distribution<float>(-magnitude, magnitude)(rng));
       };
       float const key_magnitude = key_magnitude_of(s, h);
-      float cumulative = 0.0f;
+      retention::test::GateSum cumulative;
       for (size_t t = 0; t < length; ++t) {
         for (size_t i = 0; i < d; ++i) {
           Element const x = key[layout.at(key_stride, s, t, h) + i] = draw(key_magnitude);
@@ -142,10 +144,10 @@ void run(Case const& c, std::uint64_t seed) {
           in.value.push_back(float(x));
         }
         if (gated) {
-          in.gate.push_back(draw_gate(c.gates, rng));
-          bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
-          cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
-          gate[layout.at(gate_stride, s, t, h)] = cumulative;
+          in.gate.push_back(retention::test::with_resets(c.gates == Gates::kResets ? 3 : 0, t,
+                                                         draw_gate(c.gates, rng)));
+          gate[layout.at(gate_stride, s, t, h)] =
+              cumulative.add(in.gate.back(), t % static_cast<size_t>(c.chunk_size) == 0);
         }
       }
       if (scaled) {
@@ -371,6 +373,7 @@ void run_all_cases(std::uint64_t seed) {
   test({"packed", 64, {65, 0, 1, 130}, true, 1, G::kMild, true});
   test({"segments", 64, {260}, false, 1, G::kMild, true, 2});
   test({"strong gates", 128, {200}, false, 1, G::kStrong, true});
+  test({"resets", 256, {400}, false, 1, G::kResets, true});
   test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000});
 }
 

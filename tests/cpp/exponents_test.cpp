@@ -17,6 +17,7 @@ namespace {
 
 using cute::half_t;
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::kernel::ChooseExponents;
 using retention::kernel::ChunkRange;
 using retention::kernel::StateRange;
@@ -110,13 +111,13 @@ void run(Case const& c, std::uint64_t seed) {
   bool const gated = c.gates != Gates::kNone;
   GlobalArray<half_t> key("key", layout.size_of(key_stride, heads, d), true);
   GlobalArray<half_t> value("value", layout.size_of(value_stride, heads, dv), true);
-  GlobalArray<float> gate("gate", layout.size_of(gate_stride, heads), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(gate_stride, heads), true);
   // What lies between the rows must not count.
   std::fill(key.begin(), key.end(), half_t(60000.0f));
   std::fill(value.begin(), value.end(), half_t(60000.0f));
   for (size_t s = 0; s < sequences; ++s) {
     for (size_t h = 0; h < heads; ++h) {
-      float cumulative = 0.0f;
+      retention::test::GateSum cumulative;
       for (int t = 0; t < c.lengths[s]; ++t) {
         bool const special = t == c.lengths[s] / 2;
         fill_row(c.key, key.data() + layout.at(key_stride, s, t, h), d, special, rng);
@@ -125,7 +126,7 @@ void run(Case const& c, std::uint64_t seed) {
         if (c.gates == Gates::kSixty) {
           x = -60.0f;
         } else if (c.gates == Gates::kInfinite && rng() % 8 == 0) {
-          x = -200.0f;  // what -inf is clamped to
+          x = -std::numeric_limits<float>::infinity();
         } else if (c.gates == Gates::kPositive) {
           x = -2.0f * x;
         } else if (c.gates == Gates::kTwentySix) {
@@ -135,8 +136,7 @@ void run(Case const& c, std::uint64_t seed) {
         } else if (c.gates == Gates::kNaN && special) {
           x = std::numeric_limits<float>::quiet_NaN();
         }
-        cumulative = t % c.chunk_size == 0 ? x : cumulative + x;
-        gate[layout.at(gate_stride, s, t, h)] = cumulative;
+        gate[layout.at(gate_stride, s, t, h)] = cumulative.add(x, t % c.chunk_size == 0);
       }
     }
   }
@@ -223,6 +223,10 @@ void run(Case const& c, std::uint64_t seed) {
     RETENTION_CHECK(same);
   }
 
+  auto const log2_gate = [&](size_t s, int t, size_t h) {
+    CumulativeGate const& pair = gate[layout.at(gate_stride, s, t, h)];
+    return double{pair.high} + double{pair.low};
+  };
   for (size_t s = 0; s < sequences; ++s) {
     int const chunks = (c.lengths[s] + c.chunk_size - 1) / c.chunk_size;
     size_t const first_slot = first_slot_of(where, s);
@@ -237,7 +241,7 @@ void run(Case const& c, std::uint64_t seed) {
         Expected& e = expected[static_cast<size_t>(chunk)];
         int const begin = chunk * c.chunk_size;
         int const end = std::min(begin + c.chunk_size, c.lengths[s]);
-        e.gate = gated ? double{gate[layout.at(gate_stride, s, end - 1, h)]} : 0.0;
+        e.gate = gated ? log2_gate(s, end - 1, h) : 0.0;
         for (int t = begin; t < end; ++t) {
           double norm = 0.0;
           for (size_t i = 0; i < d; ++i) {
@@ -249,7 +253,7 @@ void run(Case const& c, std::uint64_t seed) {
           for (size_t i = 0; i < dv; ++i) {
             e.value = std::max(e.value, finite(float(value[layout.at(value_stride, s, t, h) + i])));
           }
-          e.count += gated ? std::exp(e.gate - double{gate[layout.at(gate_stride, s, t, h)]}) : 1.0;
+          e.count += gated ? std::exp2(e.gate - log2_gate(s, t, h)) : 1.0;
         }
         key_max = std::max(key_max, e.key);
         norm_max = std::max(norm_max, e.norm);
@@ -261,7 +265,7 @@ void run(Case const& c, std::uint64_t seed) {
         if (std::isnan(e.gate)) {
           continue;
         }
-        RETENTION_CHECK(range.gate == e.gate);
+        RETENTION_CHECK(range.gate == static_cast<float>(e.gate));
         if (e.count < double{std::numeric_limits<float>::max()}) {
           RETENTION_CHECK(range.count >= e.count * (1 - 1e-12));
           // 2^-21 (1 + |G - g|) from exponentials of differences that matter, and a few roundings.
@@ -278,7 +282,7 @@ void run(Case const& c, std::uint64_t seed) {
       if (has_initial) {
         initial_max = initial_sum_max = double{initial_of(s * heads + h)};
       }
-      double count = 0.0, log_decay = 0.0;
+      double count = 0.0, log2_decay = 0.0;
       // The state itself at row (block pair (0, 1), 0, 0), whose multiplicity is 2, and column 0.
       bool const constant = (c.key == Fill::kLargest || c.key == Fill::kSubnormal) &&
                             (c.value == Fill::kLargest || c.value == Fill::kSubnormal);
@@ -288,9 +292,9 @@ void run(Case const& c, std::uint64_t seed) {
         Expected const& e = expected[static_cast<size_t>(chunk)];
         size_t const slot_head = (first_slot + static_cast<size_t>(chunk)) * heads + h;
         double const key_bound =
-            2.0 * count * key_max * key_max + std::exp(log_decay) * initial_sum_max;
+            2.0 * count * key_max * key_max + std::exp2(log2_decay) * initial_sum_max;
         double const state_bound =
-            2.0 * count * key_max * key_max * value_max + std::exp(log_decay) * initial_max;
+            2.0 * count * key_max * key_max * value_max + std::exp2(log2_decay) * initial_max;
         exponents_seen += 2;
         auto check = [&](int actual, double bound, bool& is_lost) {
           // Anything within the limits will do for a state that fp32 lost.
@@ -323,16 +327,15 @@ void run(Case const& c, std::uint64_t seed) {
           for (int t = begin; t < std::min(begin + c.chunk_size, c.lengths[s]); ++t) {
             half_t const* k = key.data() + layout.at(key_stride, s, t, h);
             double const v = float(value[layout.at(value_stride, s, t, h)]);
-            double const decay =
-                gated ? std::exp(e.gate - double{gate[layout.at(gate_stride, s, t, h)]}) : 1.0;
+            double const decay = gated ? std::exp2(e.gate - log2_gate(s, t, h)) : 1.0;
             update += decay * 2.0 * double{float(k[0])} * double{float(k[8])} * v;
           }
-          state = std::exp(e.gate) * state + update;
+          state = std::exp2(e.gate) * state + update;
         }
         // The states' own decay is beyond fp32 then.
-        lost[1] = lost[1] || std::exp(e.gate) > double{std::numeric_limits<float>::max()};
-        count = std::exp(e.gate) * count + e.count;
-        log_decay += e.gate;
+        lost[1] = lost[1] || std::exp2(e.gate) > double{std::numeric_limits<float>::max()};
+        count = std::exp2(e.gate) * count + e.count;
+        log2_decay += e.gate;
       }
     }
   }

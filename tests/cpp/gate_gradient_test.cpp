@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "element.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
@@ -17,9 +18,11 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::kernel::GateGradient;
 using retention::kernel::GateGradientSums;
 using retention::kernel::GatePiece;
+using retention::kernel::GatePieceSum;
 using retention::kernel::StateProducts;
 using retention::test::decode;
 using retention::test::encode;
@@ -49,6 +52,7 @@ struct Case {
   Fill fill = Fill::kNormal;
   Order in = Order::kTokensHeads;
   Order out = Order::kTokensHeads;
+  int resets = 0;  // every so many tokens; 0 for none
   int state_dim = 192;
   int value_dim = 8;
 };
@@ -64,12 +68,16 @@ void run_case(Case const& c, std::uint64_t seed) {
   auto const in_stride = layout.strides(c.in, heads);
   auto const out_stride = layout.strides(c.out, heads);
   GlobalArray<float> d_gate("d_gate", layout.size_of(in_stride, heads), true);
+  GlobalArray<float> log_gate("log_gate", layout.size_of(out_stride, heads), true);
   GlobalArray<float> d_log_gate("d_log_gate", layout.size_of(out_stride, heads));
   for (size_t s = 0; s < sequences; ++s) {
     for (int t = 0; t < c.lengths[s]; ++t) {
       for (size_t h = 0; h < heads; ++h) {
         float& x = d_gate[layout.at(in_stride, s, t, h)];
         x = normal(rng);
+        auto const token = static_cast<size_t>(t) + 17 * h;
+        log_gate[layout.at(out_stride, s, t, h)] =
+            retention::test::with_resets(c.resets, token, -std::abs(normal(rng)));
         if (c.fill == Fill::kCancelling) {
           // Pairs far apart cancel but for a millionth: in fp32 little of the sums would be right.
           bool const late = 2 * t >= c.lengths[s];
@@ -97,7 +105,7 @@ void run_case(Case const& c, std::uint64_t seed) {
   GlobalArray<int> state_exponents("state_exponents", items), d_state_exponents("", items);
   GlobalArray<int> key_sum_exponents("key_sum_exponents", items), d_key_sum_exponents("", items);
   GlobalArray<float> state_d_gate("state_d_gate", d_gate.size());
-  GlobalArray<float> gate("gate", d_gate.size());
+  GlobalArray<CumulativeGate> gate("gate", d_gate.size());
   // What comes from after each chunk, and its terms' absolute values.
   struct After {
     double sum = 0.0, magnitude = 0.0, product = 0.0, product_magnitude = 0.0;
@@ -134,12 +142,12 @@ void run_case(Case const& c, std::uint64_t seed) {
         }
         // Where nothing is left of a state, it need not be finite.
         bool const forgets = rng() % 4 == 0;
-        float& end_gate = gate[layout.at(in_stride, s, end - 1, h)];
-        end_gate = forgets ? -200.0f : -std::abs(normal(rng));
+        double const end_gate = forgets ? -1000.0 : -std::abs(normal(rng));
+        gate[layout.at(in_stride, s, end - 1, h)] = CumulativeGate::from(end_gate);
         if (!has_gradient || !(has_initial || first > 0) || forgets) {
           continue;
         }
-        double const decay = std::exp(double{end_gate});
+        double const decay = std::exp2(end_gate);
         auto const add = [&](std::vector<double> const& y, std::vector<double> const& z) {
           for (size_t i = 0; i < y.size(); ++i) {
             x.product += decay * y[i] * z[i];
@@ -156,7 +164,7 @@ void run_case(Case const& c, std::uint64_t seed) {
 
   auto const pieces = static_cast<size_t>(GatePiece::per_chunk(chunk_size));
   GlobalArray<double> products("products", items * size_t{Products::kParts});
-  GlobalArray<double> sums("sums", pieces > 1 ? items * pieces : 0);
+  GlobalArray<GatePieceSum> sums("sums", pieces > 1 ? items * pieces : 0);
   typename Products::Params product{};
   auto const data = [](GlobalArray<std::uint16_t>& x) {
     return reinterpret_cast<Element const*>(x.data());
@@ -179,11 +187,14 @@ void run_case(Case const& c, std::uint64_t seed) {
   product.value_dim = c.value_dim;
   product.initial_states = has_initial;
   product.final_gradients = has_final;
-  GateGradientSums::Params const first{d_gate.data(), in_stride, sums.data(), where, c.heads};
+  GateGradientSums::Params const first{d_gate.data(), log_gate.data(), in_stride, out_stride,
+                                       sums.data(),   where,           c.heads};
   GateGradient::Params second{};
   second.d_gate = d_gate.data();
+  second.log_gate = log_gate.data();
   second.d_log_gate = d_log_gate.data();
   second.d_gate_stride = in_stride;
+  second.log_gate_stride = out_stride;
   second.d_log_gate_stride = out_stride;
   second.state_d_gate = has_states ? state_d_gate.data() : nullptr;
   second.sums = sums.data();
@@ -215,6 +226,12 @@ void run_case(Case const& c, std::uint64_t seed) {
         sum += x;
         magnitude += std::abs(x);
         float const actual = d_log_gate[layout.at(out_stride, s, t, h)];
+        if (log_gate[layout.at(out_stride, s, t, h)] < -1e3f) {
+          // From here on terms have nothing to do with gates before, and nothing comes through.
+          sum = magnitude = rounding = 0.0;
+          right = right && actual == 0.0f;
+          continue;
+        }
         if (std::isnan(sum)) {
           right = right && std::isnan(actual);
           continue;
@@ -272,6 +289,17 @@ int main() {
     run(c, seed++);
     c.states = States::kAll;
     c.in = Order::kHeadsTokens;
+    run(c, seed++);
+  }
+  for (int const resets : {2, 3, 41, 700, 2300}) {
+    for (int const chunk_size : {64, 2112, 0}) {
+      Case c{"resets", {5200, 5200}, false, 3, chunk_size, States::kAll, Fill::kCancelling};
+      c.resets = resets;
+      run(c, seed++);
+    }
+    Case c{"resets, NaN", {65, 0, 1, 1530}, true, 9, 0, States::kNone, Fill::kNaN};
+    c.resets = resets;
+    c.out = Order::kHeadsTokens;
     run(c, seed++);
   }
   run({"packed, empty ends", {0, 0, 1400, 0}, true, 2, 256, States::kInitial}, seed++);

@@ -2,6 +2,7 @@
 
 #include "retention/kernel/gates.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <iostream>
 #include <limits>
@@ -9,17 +10,19 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::kernel::Gates;
 using retention::test::Order;
 using std::size_t;
 
-enum class Fill { kMild, kSixty, kInfinite, kPositive, kOne, kNaN };
+enum class Fill { kMild, kSixty, kInfinite, kResets, kPositive, kOne, kNaN };
 
 struct Case {
   char const* name;
@@ -37,6 +40,7 @@ float draw(Fill fill, std::mt19937& rng) {
   float const mild = -0.05f * std::abs(normal(rng));
   switch (fill) {
     case Fill::kMild:
+    case Fill::kResets:
     case Fill::kNaN:
       return mild;
     case Fill::kSixty:
@@ -58,11 +62,13 @@ void run(Case const& c, std::uint64_t seed) {
   auto const in_stride = layout.strides(c.in, heads);
   auto const out_stride = layout.strides(c.out, heads);
   GlobalArray<float> log_gate("log_gate", layout.size_of(in_stride, heads), true);
-  GlobalArray<float> gate("gate", layout.size_of(out_stride, heads));
+  // Pairs, as floats: what has not been written reads as NaN.
+  GlobalArray<float> gate("gate", 2 * layout.size_of(out_stride, heads));
   for (size_t s = 0; s < sequences; ++s) {
     for (int t = 0; t < c.lengths[s]; ++t) {
       for (size_t h = 0; h < heads; ++h) {
-        log_gate[layout.at(in_stride, s, t, h)] = draw(c.fill, rng);
+        log_gate[layout.at(in_stride, s, t, h)] = retention::test::with_resets(
+            c.fill == Fill::kResets ? 2 : 0, static_cast<size_t>(t), draw(c.fill, rng));
       }
     }
     if (c.fill == Fill::kNaN) {
@@ -71,8 +77,12 @@ void run(Case const& c, std::uint64_t seed) {
     }
   }
 
-  Gates::Params const params{
-      log_gate.data(), gate.data(), in_stride, out_stride, layout.in_chunks(c.chunk_size), c.heads};
+  Gates::Params const params{log_gate.data(),
+                             reinterpret_cast<CumulativeGate*>(gate.data()),
+                             in_stride,
+                             out_stride,
+                             layout.in_chunks(c.chunk_size),
+                             c.heads};
   if (!retention::test::launch<Gates>(params, seed)) {
     return;
   }
@@ -87,16 +97,19 @@ void run(Case const& c, std::uint64_t seed) {
           sum = magnitude = 0.0;
         }
         double const x = double{log_gate[layout.at(in_stride, s, t, h)]};
-        sum += x < -200.0 ? -200.0 : x;
-        magnitude += std::abs(x < -200.0 ? -200.0 : x);
-        float const actual = gate[layout.at(out_stride, s, t, h)];
+        double const log2_gate = std::max(x, -267.0) / std::log(2.0);
+        sum += std::isnan(x) ? x : log2_gate;
+        magnitude += std::abs(log2_gate);
+        float const* const pair = gate.data() + 2 * layout.at(out_stride, s, t, h);
         if (std::isnan(sum)) {
-          right = right && std::isnan(actual);
+          right = right && std::isnan(pair[0]) && std::isnan(pair[1]);
           continue;
         }
-        // The rounding to fp32, and what two orders of summation in float64 may differ by.
-        double const bound = 0x1p-24 * std::abs(sum) + 1e-12 * magnitude;
-        double const error = std::abs(actual - sum);
+        // The upper part is the sum's rounding to fp32; the lower, half of its last place at most,
+        // is rounded too. Two orders of summation in float64 may differ by a little.
+        right = right && pair[0] == static_cast<float>(double{pair[0]} + pair[1]);
+        double const bound = 0x1p-48 * std::abs(sum) + 1e-12 * magnitude;
+        double const error = std::abs(double{pair[0]} + pair[1] - sum);
         worst = std::max(worst, error == 0.0 ? 0.0 : error / bound);
         right = right && error <= bound;
       }
@@ -105,7 +118,7 @@ void run(Case const& c, std::uint64_t seed) {
   }
   // Nothing but gates has been written: the rest still reads as NaN.
   if (c.fill != Fill::kNaN) {
-    RETENTION_CHECK_EQUAL(retention::test::written(gate), layout.starts.back() * heads);
+    RETENTION_CHECK_EQUAL(retention::test::written(gate), 2 * layout.starts.back() * heads);
   }
   std::cout << c.name << ", seed " << seed << ": worst error " << worst << " of its bound\n";
 }
@@ -137,6 +150,7 @@ int main() {
   run({"packed, empty ends", 192, {0, 0, 400, 0}, true, 2}, seed++);
   run({"-60 each", 64, {150}, false, 3, Fill::kSixty}, seed++);
   run({"-inf", 64, {150}, false, 3, Fill::kInfinite}, seed++);
+  run({"resets", 512, {700}, false, 3, Fill::kResets}, seed++);
   run({"positive", 64, {150}, false, 3, Fill::kPositive}, seed++);
   run({"NaN", 64, {300}, false, 3, Fill::kNaN}, seed++);
   return retention::test::finish();

@@ -24,7 +24,7 @@ using retention::test::exponent_of;
 using retention::test::first_slot_of;
 using std::size_t;
 
-enum class Gates { kNone, kMild, kSixty, kTwoHundred, kPositive, kNaN };
+enum class Gates { kNone, kMild, kSixty, kResets, kPositive, kNaN };
 
 struct Case {
   char const* name;
@@ -85,8 +85,8 @@ void run(Case const& c, std::uint64_t seed) {
           case Gates::kSixty:
             gate = -60.0f;
             break;
-          case Gates::kTwoHundred:
-            gate = -200.0f * static_cast<float>(c.chunk_size);
+          case Gates::kResets:
+            gate = -385.0f * static_cast<float>(c.chunk_size);
             break;
           case Gates::kPositive:
             gate = normal(rng);
@@ -125,7 +125,7 @@ void run(Case const& c, std::uint64_t seed) {
     size_t const first_slot = first_slot_of(where, s);
     for (size_t h = 0; h < heads; ++h) {
       double const given = std::ldexp(double{c.final}, -static_cast<int>(s + h));
-      double state_bound = 0.0, key_sum_bound = 0.0, log_decay = 0.0;
+      double state_bound = 0.0, key_sum_bound = 0.0, log2_decay = 0.0;
       bool lost = false;
       int const chunks = (c.lengths[s] + c.chunk_size - 1) / c.chunk_size;
       for (int chunk = chunks - 1; chunk >= 0; --chunk) {
@@ -141,9 +141,10 @@ void run(Case const& c, std::uint64_t seed) {
           bool const none = bound < 0x1p-125 && actual == 0;
           return none || (actual >= expected(bound) && actual <= expected(bound * (1 + 0x1p-9)));
         };
-        right[0] = right[0] && stored_right(state[slot], state_bound + std::exp(log_decay) * given);
+        right[0] =
+            right[0] && stored_right(state[slot], state_bound + std::exp2(log2_decay) * given);
         right[1] = right[1] &&
-                   stored_right(key_sum[slot], key_sum_bound + std::exp(log_decay) * 0.5 * given);
+                   stored_right(key_sum[slot], key_sum_bound + std::exp2(log2_decay) * 0.5 * given);
         lost = lost || state_bound > kLargest || key_sum_bound > kLargest;
 
         GradientRange sum{};
@@ -175,10 +176,10 @@ void run(Case const& c, std::uint64_t seed) {
                                     : scaled < 0x1p15 && (scaled > 0x1p13 || score[slot] == 120));
 
         double const gate = ranges[slot].gate;
-        double const decay = std::exp(gate);
+        double const decay = std::exp2(gate);
         state_bound = decay * state_bound + state_sum;
         key_sum_bound = decay * key_sum_bound + key_sum_sum;
-        log_decay += gate;
+        log2_decay += gate;
         lost = lost || std::isnan(gate);
       }
     }
@@ -205,8 +206,8 @@ int main() {
   std::uint64_t seed = 0;
   run_case("one chunk", seed++, [](Case& c) { c.lengths = {1}; });
   run_case("one long chunk", seed++, [](Case& c) { c.chunk_size = 1 << 20, c.lengths = {9000}; });
-  for (Gates const gates : {Gates::kNone, Gates::kMild, Gates::kSixty, Gates::kTwoHundred,
-                            Gates::kPositive, Gates::kNaN}) {
+  for (Gates const gates :
+       {Gates::kNone, Gates::kMild, Gates::kSixty, Gates::kResets, Gates::kPositive, Gates::kNaN}) {
     for (float const final : {0.0f, 1e-30f, 1.0f, 1e30f}) {
       run_case("packed", seed++, [&](Case& c) {
         c.chunk_size = 128, c.lengths = {65, 0, 1, 700, 0, 128}, c.packed = true, c.heads = 3;

@@ -11,12 +11,14 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
 
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::kernel::GradientRange;
 using retention::test::exponent_of;
 using retention::test::first_slot_of;
@@ -38,6 +40,7 @@ struct Case {
   bool zeros = false;        // some queries are zero
   bool weightless = false;   // some normalisers are at most FLT_MIN
   bool not_finite = false;   // a d_output and a normaliser
+  int resets = 0;            // every so many tokens; 0 for none
   float normalizer = 1.0f;   // magnitude
   float value_scale = 1.0f;
 };
@@ -75,7 +78,7 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<Element> residual("residual", output_size, true);
   GlobalArray<float> normalizer("normalizer",
                                 layout.size_of(params.normalizer_stride, heads * group, 1), true);
-  GlobalArray<float> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
   GlobalArray<Element> prepared("prepared_query",
                                 layout.size_of(params.prepared_query_stride, heads * group, d));
   size_t const rows = layout.size_of(params.row_stride, heads * group, 1);
@@ -104,10 +107,11 @@ void run(Case const& c, std::uint64_t seed) {
     return float(target);
   };
   for (size_t s = 0; s < sequences; ++s) {
+    std::vector<retention::test::GateSum> cumulative(heads);
     for (size_t t = 0; t < static_cast<size_t>(c.lengths[s]); ++t) {
       for (size_t h = 0; h < heads && c.log_gate != 0.0f; ++h) {
-        float const before = t % 128 == 0 ? 0.0f : gate[layout.at(params.gate_stride, s, t - 1, h)];
-        gate[layout.at(params.gate_stride, s, t, h)] = before + c.log_gate * uniform(rng);
+        float const log_gate = retention::test::with_resets(c.resets, t, c.log_gate * uniform(rng));
+        gate[layout.at(params.gate_stride, s, t, h)] = cumulative[h].add(log_gate, t % 128 == 0);
       }
       for (size_t n = 0; n < heads * group; ++n) {
         float const magnitude =
@@ -189,9 +193,12 @@ void run(Case const& c, std::uint64_t seed) {
                         (largest == 0.0 || double{scale[row]} == std::ldexp(1.0, kExponent - e));
         double const x = has_weight ? std::ldexp(1.0 / z, -2 * kExponent) : 0.0;
         numbers_right = numbers_right && near(inverse[row], x, 0x1p-22 * x + 0x1p-149);
-        double const g =
-            c.log_gate != 0.0f ? gate[layout.at(params.gate_stride, s, t, n / group)] : 0.0;
-        double const w = std::exp(g) * x;
+        double g = 0.0;
+        if (c.log_gate != 0.0f) {
+          CumulativeGate const& pair = gate[layout.at(params.gate_stride, s, t, n / group)];
+          g = double{pair.high} + double{pair.low};
+        }
+        double const w = std::exp2(g) * x;
         // The exponential's argument is rounded; below the normal numbers it may be 0.
         numbers_right = numbers_right &&
                         near(weight[row], w, 0x1p-21 * (1 - g) * w + 0x1p-126 * std::max(1.0, x));
@@ -288,6 +295,7 @@ void run_all_cases(std::uint64_t seed) {
     c.query_scale = kIsHalf ? 3e4f : 1e38f, c.normalizer = 1e12f, c.value_scale = 100.0f;
   });
   run_case("steep gates", [](Case& c) { c.log_gate = -20.0f; });
+  run_case("resets", [](Case& c) { c.resets = 41; });
   run_case("huge normalisers", [](Case& c) { c.normalizer = 0x1p+120f; });
 }
 

@@ -15,6 +15,7 @@
 #include "check.hpp"
 #include "emulator/emulator.hpp"
 #include "emulator_launcher.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::test {
@@ -95,6 +96,19 @@ struct SequenceLayout {
   std::size_t at(kernel::TokenStride const& stride, std::size_t s, int t, std::size_t h) const {
     return at(stride, s, static_cast<std::size_t>(t), h);
   }
+};
+
+/// Cumulative log gates as kernel::Gates leaves them.
+class GateSum {
+ public:
+  detail::CumulativeGate add(float log_gate, bool starts_chunk) {
+    sum_ = (starts_chunk ? 0.0 : sum_) +
+           detail::kExactLog2E * double{detail::limited_log_gate(log_gate)};
+    return detail::CumulativeGate::from(sum_);
+  }
+
+ private:
+  double sum_ = 0.0;
 };
 
 inline std::size_t first_slot_of(kernel::Sequences const& sequences, std::size_t s) {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "element.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
@@ -45,6 +46,7 @@ struct KeyGradientCase {
   float d_output_scale = 1.0f;
   bool zeros = false;  // some rows of queries and of keys are zero
   int keys = 1 << 30;  // keys after so many tokens of a sequence are zero
+  int resets = 0;      // every so many tokens; 0 for none
 };
 
 /// A case with the settings that `set` changes.
@@ -190,8 +192,7 @@ class KeyGradientProblem {
     // Heads differ in their exponents.
     float const key_scale = std::ldexp(c_.key_scale, 3 * static_cast<int>(h));
     float const d_output_scale = std::ldexp(c_.d_output_scale, 10 * static_cast<int>(h));
-    double total = 0.0;
-    float cumulative = 0.0f;
+    GateSum cumulative;
     for (size_t t = 0; t < length; ++t) {
       fill_row(&key_[layout.at(params.key_stride, s, t, h)], kDim,
                (c_.zeros && t % 3 == 1) || t >= static_cast<size_t>(c_.keys) ? 0.0f : key_scale,
@@ -199,11 +200,11 @@ class KeyGradientProblem {
       fill_row(&value_[layout.at(params.value_stride, s, t, h)], kValue, c_.value_scale, in.value);
       if (c_.gated) {
         float const draw = c_.steady ? 1.0f : c_.rising ? normal_(rng_) : std::abs(normal_(rng_));
-        float const log_gate = -c_.log_gate * draw - (t == 64 ? c_.cliff : 0.0f);
-        bool const starts_chunk = t % static_cast<size_t>(c_.chunk_size) == 0;
-        cumulative = starts_chunk ? log_gate : cumulative + log_gate;
-        gate_[layout.at(params.gate_stride, s, t, h)] = cumulative;
-        in.gate.push_back(total += log_gate);
+        float const log_gate =
+            with_resets(c_.resets, t, -c_.log_gate * draw - (t == 64 ? c_.cliff : 0.0f));
+        gate_[layout.at(params.gate_stride, s, t, h)] =
+            cumulative.add(log_gate, t % static_cast<size_t>(c_.chunk_size) == 0);
+        in.gate.push_back(log_gate);
       }
     }
     for (size_t n = 0; n < group; ++n) {
@@ -295,7 +296,8 @@ class KeyGradientProblem {
   std::mt19937 rng_;
   std::normal_distribution<float> normal_;
   GlobalArray<Element> query_, key_, value_, d_output_, d_states_, d_key_sums_;
-  GlobalArray<float> gate_, inverse_, delta_;
+  GlobalArray<detail::CumulativeGate> gate_;
+  GlobalArray<float> inverse_, delta_;
   GlobalArray<int> key_exponents_, state_exponents_, key_sum_exponents_;
   GlobalArray<int> score_exponents_;
   std::vector<KeyGradientInputs> inputs_;
@@ -347,6 +349,10 @@ std::vector<KeyGradientCase> key_gradient_cases() {
                   c.log_gate = 0.01f, c.steady = true, c.cliff = 105.0f, c.chunk_size = 256;
                   c.lengths = {160}, c.keys = 40, c.key_scale = 100.0f;
                 }),
+      make_case("resets at every third token",
+                [](Case& c) {
+                  c.resets = 3, c.chunk_size = 320, c.lengths = {300}, c.group = 2, c.final = true;
+                }),
       make_case("zero rows, nothing after", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
       make_case("keys of 100, large values and gradients",
                 [](Case& c) {
@@ -374,6 +380,14 @@ std::vector<KeyGradientCase> key_gradient_cases() {
                 [](Case& c) {
                   c.log_gate = 3.0f, c.steady = true, c.chunk_size = 128;
                   c.lengths = {1, 140, 0, 70}, c.packed = true, c.group = 3, c.heads = 2;
+                }),
+      make_case(
+          "resets",
+          [](Case& c) { c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.final = true; }),
+      make_case("resets at every second token, shared key heads, packed",
+                [](Case& c) {
+                  c.resets = 2, c.chunk_size = 192, c.lengths = {1, 140, 0, 70}, c.packed = true;
+                  c.group = 3, c.heads = 2;
                 }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.lengths = {70}; }),
       make_case("keys of 30000, large gradients",

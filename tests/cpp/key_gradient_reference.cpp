@@ -3,6 +3,7 @@
 #include <cfloat>
 #include <cmath>
 
+#include "decays.hpp"
 #include "retention/symmetric_power.hpp"
 
 namespace retention::test {
@@ -17,10 +18,6 @@ double dot(double const* x, double const* y, size_t n) {
     sum += x[i] * y[i];
   }
   return sum;
-}
-
-double gate_of(KeyGradientInputs const& inputs, size_t t) {
-  return inputs.gate.empty() ? 0.0 : inputs.gate[t];
 }
 
 /// Calls visit(row of the state, first factor, second factor).
@@ -42,12 +39,13 @@ QueryRows query_rows(KeyGradientInputs const& inputs) {
   auto const count = static_cast<size_t>(inputs.group) * tokens;
   QueryRows rows{std::vector<double>(count), std::vector<double>(count),
                  std::vector<double>(count)};
+  Decays const decays(inputs.gate, tokens);
   for (size_t row = 0; row < count; ++row) {
     size_t const i = row % tokens;
     double sum = 0.0, product = 0.0;
     for (size_t j = 0; j <= i; ++j) {
       double const score = dot(&inputs.query[row * d], &inputs.key[j * d], d);
-      double const weight = score * score * std::exp(gate_of(inputs, i) - gate_of(inputs, j));
+      double const weight = score * score * decays.between(j, i);
       sum += weight;
       product += weight * dot(&inputs.d_output[row * dv], &inputs.value[j * dv], dv);
     }
@@ -65,6 +63,7 @@ KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& row
                          std::vector<double>(tokens * dv), std::vector<double>(tokens),
                          std::vector<double>(tokens)};
   auto const c = static_cast<size_t>(chunk_size);
+  Decays const decays(inputs.gate, tokens);
   for (size_t j = 0; j < tokens; ++j) {
     std::vector<double> from_state(d);
     double const* key = &inputs.key[j * d];
@@ -80,8 +79,7 @@ KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& row
       double const* query = &inputs.query[row * d];
       double const* d_output = &inputs.d_output[row * dv];
       double const score = dot(query, key, d);
-      double const factor =
-          score * std::exp(gate_of(inputs, i) - gate_of(inputs, j)) * rows.inverse[row];
+      double const factor = score * decays.between(j, i) * rows.inverse[row];
       double const product = dot(d_output, value, dv), delta = rows.delta[row];
       for (size_t e = 0; e < d; ++e) {
         double const d_product = 2.0 * factor * query[e];
@@ -94,7 +92,7 @@ KeyGradients key_gradients(KeyGradientInputs const& inputs, QueryRows const& row
       }
     }
     if (!inputs.d_final_state.empty()) {
-      double const decay = std::exp(gate_of(inputs, tokens - 1) - gate_of(inputs, j));
+      double const decay = decays.between(j, tokens - 1);
       for_each_state_row(inputs.head_dim, [&](size_t m, size_t first, size_t second) {
         double const factor = decay * static_cast<double>(row_multiplicity(
                                           static_cast<std::int64_t>(m), inputs.head_dim, 2));
@@ -122,6 +120,7 @@ std::vector<StateGradient> state_gradients(KeyGradientInputs const& inputs, Quer
   auto const d = static_cast<size_t>(inputs.head_dim), dv = static_cast<size_t>(inputs.value_dim);
   auto const tokens = static_cast<size_t>(inputs.tokens), c = static_cast<size_t>(chunk_size);
   auto const state_rows = static_cast<size_t>(state_dim(inputs.head_dim, 2));
+  Decays const decays(inputs.gate, tokens);
   StateGradient running{inputs.d_final_state, inputs.d_final_key_sum};
   running.state.resize(state_rows * dv);
   running.key_sum.resize(state_rows);
@@ -132,8 +131,7 @@ std::vector<StateGradient> state_gradients(KeyGradientInputs const& inputs, Quer
       break;
     }
     size_t const start = chunk * c, end = std::min(start + c, tokens);
-    double const before = gate_of(inputs, start - 1);
-    double const decay = std::exp(gate_of(inputs, end - 1) - before);
+    double const decay = decays.over(start, end - 1);
     for_each_state_row(inputs.head_dim, [&](size_t m, size_t first, size_t second) {
       double* state = &running.state[m * dv];
       for (size_t e = 0; e < dv; ++e) {
@@ -144,8 +142,8 @@ std::vector<StateGradient> state_gradients(KeyGradientInputs const& inputs, Quer
         for (size_t i = start; i < end; ++i) {
           size_t const row = n * tokens + i;
           double const* query = &inputs.query[row * d];
-          double const factor = std::exp(gate_of(inputs, i) - before) * rows.inverse[row] *
-                                query[first] * query[second];
+          double const factor =
+              decays.over(start, i) * rows.inverse[row] * query[first] * query[second];
           running.key_sum[m] -= factor * rows.delta[row];
           for (size_t e = 0; e < dv; ++e) {
             state[e] += factor * inputs.d_output[row * dv + e];

@@ -16,7 +16,7 @@ struct KeyGradientInputs {
   std::vector<double> key;       // [t, d]
   std::vector<double> value;     // [t, dv]
   std::vector<double> d_output;  // [group, t, dv]
-  std::vector<double> gate;      // [t] cumulative log gates of the sequence; empty for none
+  std::vector<double> gate;      // [t] log gates; empty for none
   // Of the final state. Empty for none.
   std::vector<double> d_final_state;    // [D, dv]
   std::vector<double> d_final_key_sum;  // [D]

@@ -80,13 +80,10 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
         }
       });
   double const u = roundoff(Problem::kElement);
-  // Half a rounding of the largest cumulative gate, in fp32.
-  double const of_gate =
-      c.gated ? 0x1p-25 * double{c.log_gate} * std::min(longest, c.chunk_size) : 0.0;
   for (Error const& error : errors) {
     // Of fp32 products and sums, but for a state, whose elements are rounded.
     double const gate_error = std::sqrt(error.gate);
-    double const fp32_bound = (1e-6 + of_gate) * std::sqrt(error.gate_magnitude);
+    double const fp32_bound = 1e-6 * std::sqrt(error.gate_magnitude);
     double const gate_bound =
         (has_state ? 0.5 * u : 1e-6) * std::sqrt(error.gate_size) + fp32_bound;
     double const state_error = std::sqrt(error.state_gate);

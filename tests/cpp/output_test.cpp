@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "element.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
@@ -17,6 +18,7 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::test::first_slot_of;
 using retention::test::Inputs;
 using retention::test::kRoundoff;
@@ -38,6 +40,7 @@ struct Case {
   float log_gate = 0.05f;  // magnitude; the sign alternates where it is `rising`
   bool steady = false;     // every log gate is -log_gate, else random
   bool rising = false;     // some log gates are positive
+  int resets = 0;          // every so many tokens; 0 for none
   float query_scale = 1.0f;
   float key_scale = 1.0f;
   float value_scale = 1.0f;
@@ -88,7 +91,7 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<Element> query("query", layout.size_of(params.query_stride, heads * group, d), true);
   GlobalArray<Element> key("key", layout.size_of(params.key_stride, heads, d), true);
   GlobalArray<Element> value("value", layout.size_of(params.value_stride, heads, dv), true);
-  GlobalArray<float> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
   GlobalArray<Element> output("output", layout.size_of(params.output_stride, heads * group, dv));
   GlobalArray<Element> residual("residual", output.size());
   GlobalArray<float> normalizer("normalizer",
@@ -124,7 +127,7 @@ void run(Case const& c, std::uint64_t seed) {
     auto const length = static_cast<size_t>(c.lengths[s]);
     for (size_t h = 0; h < heads; ++h) {
       Inputs in{c.lengths[s], HeadDim, ValueDim, {}, {}, {}, {}};
-      float cumulative = 0.0f;
+      retention::test::GateSum cumulative;
       auto fill = [&](Element* row, size_t width, float magnitude, std::vector<float>& copy) {
         for (size_t i = 0; i < width; ++i) {
           row[i] = retention::test::saturated<Element>(magnitude * normal(rng));
@@ -150,10 +153,9 @@ void run(Case const& c, std::uint64_t seed) {
         largest_norm = std::max(largest_norm, std::sqrt(norm));
         if (c.gated) {
           float const gate_t = c.steady ? 1.0f : c.rising ? normal(rng) : std::abs(normal(rng));
-          in.gate.push_back(-c.log_gate * gate_t);
-          bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
-          cumulative = starts_chunk ? in.gate.back() : cumulative + in.gate.back();
-          gate[layout.at(params.gate_stride, s, t, h)] = cumulative;
+          in.gate.push_back(retention::test::with_resets(c.resets, t, -c.log_gate * gate_t));
+          gate[layout.at(params.gate_stride, s, t, h)] =
+              cumulative.add(in.gate.back(), t % static_cast<size_t>(c.chunk_size) == 0);
         }
       }
       if (kExponents) {
@@ -358,6 +360,23 @@ void run_all_cases(std::uint64_t seed) {
                   c.log_gate = 3.0f, c.steady = true, c.chunk_size = 192,
                   c.lengths = {1, 150, 0, 90}, c.packed = true, c.group = 3, c.heads = 2;
                 }),
+      make_case("resets",
+                [](Case& c) {
+                  c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.group = 2,
+                  c.initial = true;
+                }),
+      make_case("resets at every third token",
+                [](Case& c) {
+                  c.resets = 3, c.log_gate = 0.5f, c.chunk_size = 512, c.lengths = {520},
+                  c.initial = true;
+                }),
+      make_case("resets at every second token, shared key heads, packed",
+                [](Case& c) {
+                  c.resets = 2, c.chunk_size = 256, c.lengths = {70, 0, 200}, c.packed = true,
+                  c.group = 3;
+                }),
+      make_case("resets without weight at them",
+                [](Case& c) { c.resets = 3, c.chunk_size = 192, c.lengths = {150}, c.keys = 80; }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
       make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
       make_case("keys of 100, small queries, large values",

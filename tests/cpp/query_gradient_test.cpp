@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.hpp"
+#include "decays.hpp"
 #include "emulator/emulator.hpp"
 #include "kernel_test.hpp"
 #include "reference.hpp"
@@ -18,6 +19,7 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::test::first_slot_of;
 using retention::test::Inputs;
 using retention::test::kRoundoff;
@@ -43,13 +45,14 @@ struct Case {
   float gradient_scale = 1.0f;
   bool zeros = false;  // some rows of queries and of keys are zero
   int keys = 1 << 30;  // keys after so many tokens of a sequence are zero
+  int resets = 0;      // every so many tokens; 0 for none
 };
 
 /// The tokens of a sequence and head, and what came before them. Vectors of [token, width].
 struct Tokens {
   size_t before = 0;  // tokens that the initial state is made of
   std::vector<float> key, value;
-  std::vector<double> gate;  // cumulative log gate
+  std::vector<double> gate;  // log gates
 };
 
 /// A prepared row, and its gradient.
@@ -76,9 +79,10 @@ Row differentiate(Tokens const& in, size_t i, std::vector<float> const& query,
   size_t const d = query.size(), dv = d_output.size();
   Row row{0.0, 0.0, 0.0, std::vector<double>(d, 0.0), std::vector<double>(d, 0.0), 0.0};
   std::vector<double> score, decay, product;
+  retention::test::Decays const decays(in.gate, in.before + i + 1);
   for (size_t j = 0; j <= in.before + i; ++j) {
     score.push_back(dot(query.data(), &in.key[j * d], d));
-    decay.push_back(std::exp(in.gate[in.before + i] - in.gate[j]));
+    decay.push_back(decays.between(j, in.before + i));
     product.push_back(dot(d_output.data(), &in.value[j * dv], dv));
     double const weight = score[j] * score[j] * decay[j];
     row.normalizer += weight;
@@ -127,7 +131,7 @@ void run(Case const& c, std::uint64_t seed) {
                                 true);
   GlobalArray<Element> d_query("d_query", layout.size_of(params.d_query_stride, query_heads, d));
   GlobalArray<float> d_gate("d_gate", layout.size_of(params.row_stride, query_heads, 1));
-  GlobalArray<float> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(params.gate_stride, heads, 1), true);
   size_t const rows = layout.size_of(params.row_stride, query_heads, 1);
   GlobalArray<float> inverse("inverse", rows, true), delta("delta", rows, true);
   GlobalArray<float> scale("scale", rows, true);
@@ -177,7 +181,7 @@ void run(Case const& c, std::uint64_t seed) {
       Tokens in;
       in.before = c.initial ? 30 : 0;
       Inputs inputs{c.lengths[s], HeadDim, ValueDim, {}, {}, {}, {}};
-      double chunk_gate = 0.0, total_gate = 0.0;
+      retention::test::GateSum chunk_gate;
       for (size_t j = 0; j < in.before + length; ++j) {
         size_t const t = j - in.before;
         bool const zero =
@@ -188,19 +192,19 @@ void run(Case const& c, std::uint64_t seed) {
         for (size_t i = 0; i < dv; ++i) {
           in.value.push_back(random(c.value_scale));
         }
+        in.gate.push_back(0.0);
         if (j >= in.before) {
           put(&in.key[j * d], d, &key[layout.at(params.key_stride, s, t, h)]);
           put(&in.value[j * dv], dv, &value[layout.at(params.value_stride, s, t, h)]);
           if (c.gated) {
-            float const log_gate = -c.log_gate * (c.steady ? 1.0f : std::abs(normal(rng)));
+            float const log_gate = retention::test::with_resets(
+                c.resets, t, -c.log_gate * (c.steady ? 1.0f : std::abs(normal(rng))));
             inputs.gate.push_back(log_gate);
-            bool const starts_chunk = t % static_cast<size_t>(c.chunk_size) == 0;
-            chunk_gate = starts_chunk ? log_gate : chunk_gate + log_gate;
-            total_gate += log_gate;
-            gate[layout.at(params.gate_stride, s, t, h)] = static_cast<float>(chunk_gate);
+            in.gate.back() = log_gate;
+            gate[layout.at(params.gate_stride, s, t, h)] =
+                chunk_gate.add(log_gate, t % static_cast<size_t>(c.chunk_size) == 0);
           }
         }
-        in.gate.push_back(total_gate);
       }
 
       // The states before the chunks, those alone that somebody may read.
@@ -235,7 +239,8 @@ void run(Case const& c, std::uint64_t seed) {
       std::vector<double> largest_weight(chunks, 0.0), largest_score(chunks, 0.0);
       for (size_t t = 0; t < length; ++t) {
         size_t const chunk = t / static_cast<size_t>(c.chunk_size);
-        double const row_gate = c.gated ? gate[layout.at(params.gate_stride, s, t, h)] : 0.0;
+        double const row_gate =
+            c.gated ? gate[layout.at(params.gate_stride, s, t, h)].total() : 0.0;
         for (size_t n = h * group; n < (h + 1) * group; ++n) {
           std::vector<float> q(d), d_o(dv);
           float magnitude = 0.0f;
@@ -265,7 +270,7 @@ void run(Case const& c, std::uint64_t seed) {
             inverse[place] = static_cast<float>(1.0 / row.normalizer);
             delta[place] = static_cast<float>(row.delta);
             largest_weight[chunk] =
-                std::max(largest_weight[chunk], std::exp(row_gate) / row.normalizer);
+                std::max(largest_weight[chunk], std::exp2(row_gate) / row.normalizer);
             largest_score[chunk] =
                 std::max(largest_score[chunk], 2 * std::sqrt(dot(d_o.data(), d_o.data(), dv)) *
                                                    row.largest / std::sqrt(row.normalizer));
@@ -353,6 +358,11 @@ void run_all_cases(std::uint64_t seed) {
       {"quadratic, packed, strided", 640, {0, 33, 150, 0, 0, 1, 90}, true, 2, 3, true, false, true},
       make_case("gates in a long chunk",
                 [](Case& c) { c.log_gate = 0.2f, c.chunk_size = 320, c.lengths = {330}; }),
+      make_case("resets at every third token",
+                [](Case& c) {
+                  c.resets = 3, c.log_gate = 0.5f, c.chunk_size = 320, c.lengths = {330},
+                  c.initial = true;
+                }),
       make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
   };
   // A state of many elements takes its time on the emulator.
@@ -374,6 +384,14 @@ void run_all_cases(std::uint64_t seed) {
                 [](Case& c) {
                   c.log_gate = kIsHalf ? 0.01f : 0.25f, c.steady = true, c.chunk_size = 320,
                   c.lengths = {320}, c.keys = 40;
+                }),
+      make_case(
+          "resets",
+          [](Case& c) { c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.initial = true; }),
+      make_case("resets at every second token, shared key heads, packed",
+                [](Case& c) {
+                  c.resets = 2, c.chunk_size = 256, c.lengths = {70, 0, 140}, c.packed = true,
+                  c.group = 3;
                 }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
       make_case("keys of 100, large values, small gradients",

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 
+#include "decays.hpp"
 #include "retention/symmetric_power.hpp"
 
 namespace retention::test {
@@ -194,11 +195,7 @@ Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initi
   if (has_initial) {
     out.initial = {Sum(D * dv), Sum(D)};
   }
-  std::vector<double> total(tokens);  // sum of log gates up to and with a token
-  double sum = 0.0;
-  for (size_t t = 0; t < tokens; ++t) {
-    total[t] = sum += gate_of(in, t);
-  }
+  Decays const decays(in.gate, tokens);
   Sum d_total(tokens);
   std::vector<double> dphi(D), size(D);
 
@@ -226,7 +223,7 @@ Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initi
           product += double{d_output[e]} * in.value[j * dv + e];
           product_size += std::abs(double{d_output[e]} * in.value[j * dv + e]);
         }
-        double const decay = std::exp(total[i] - total[j]) / z;
+        double const decay = decays.between(j, i) / z;
         double const d_score = 2 * score * decay * (product - delta);
         double const d_score_size = 2 * std::abs(score) * decay * (product_size + delta_size);
         for (size_t c = 0; c < d; ++c) {
@@ -243,7 +240,7 @@ Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initi
         d_total.magnitude[j] += std::abs(score * d_score_size / 2);
       }
       if (has_initial) {
-        double const decay = std::exp(total[i]) / z;
+        double const decay = decays.over(0, i) / z;
         double change = 0.0;
         for (size_t m = 0; m < D; ++m) {
           double const phi = double{query[rows[m].first]} * query[rows[m].second];
@@ -265,11 +262,11 @@ Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initi
     }
   }
   if (!d_final.state.value.empty()) {
-    double const last = tokens == 0 ? 0.0 : total[tokens - 1];
+    double const whole = tokens == 0 ? 1.0 : decays.over(0, tokens - 1);
     double change = 0.0;  // of the last cumulative gate
     for (size_t j = 0; j < tokens; ++j) {
       float const* key = in.key.data() + j * d;
-      double const decay = std::exp(last - total[j]);
+      double const decay = decays.between(j, tokens - 1);
       double own = 0.0;
       for (size_t m = 0; m < D; ++m) {
         double const phi = rows[m].multiplicity * double{key[rows[m].first]} * key[rows[m].second];
@@ -291,10 +288,10 @@ Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initi
     }
     if (has_initial) {
       for (size_t m = 0; m < D; ++m) {
-        add(out.initial.key_sum, m, std::exp(last) * d_final.key_sum.value[m]);
-        change += std::exp(last) * d_final.key_sum.value[m] * initial.key_sum.value[m];
+        add(out.initial.key_sum, m, whole * d_final.key_sum.value[m]);
+        change += whole * d_final.key_sum.value[m] * initial.key_sum.value[m];
         for (size_t e = 0; e < dv; ++e) {
-          double const term = std::exp(last) * d_final.state.value[m * dv + e];
+          double const term = whole * d_final.state.value[m * dv + e];
           add(out.initial.state, m * dv + e, term);
           change += term * initial.state.value[m * dv + e];
         }
@@ -307,7 +304,10 @@ Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initi
   for (size_t t = tokens; t-- > 0;) {
     bool const is_last = t + 1 == tokens;
     out.gate.value[t] = d_total.value[t] + (is_last ? 0.0 : out.gate.value[t + 1]);
-    out.gate.magnitude[t] = d_total.magnitude[t] + (is_last ? 0.0 : out.gate.magnitude[t + 1]);
+    // Terms from before a gate that leaves nothing have nothing to do with those after it.
+    out.gate.magnitude[t] = decays.over(t, t) == 0.0 ? 0.0
+                            : is_last ? d_total.magnitude[t]
+                                      : d_total.magnitude[t] + out.gate.magnitude[t + 1];
   }
   return out;
 }

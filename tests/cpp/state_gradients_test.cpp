@@ -17,6 +17,7 @@
 namespace {
 
 using emulator::GlobalArray;
+using retention::detail::CumulativeGate;
 using retention::test::exponent_of;
 using retention::test::first_slot_of;
 using retention::test::GradientInputs;
@@ -109,7 +110,7 @@ void run(Case const& c, std::uint64_t seed) {
   GlobalArray<float> weight("weight", layout.size_of(row_stride, query_heads, 1), true);
   GlobalArray<float> delta("delta", layout.size_of(row_stride, query_heads, 1), true);
   // Of which only the last of each chunk is there, the others are NaN.
-  GlobalArray<float> gate("gate", layout.size_of(gate_stride, heads, 1), true);
+  GlobalArray<CumulativeGate> gate("gate", layout.size_of(gate_stride, heads, 1), true);
 
   typename Kernel::Params params{};
   params.sequences = layout.in_chunks(c.chunk_size);
@@ -184,7 +185,8 @@ void run(Case const& c, std::uint64_t seed) {
         }
         if (c.gate != 0.0f) {
           in.chunk_gate.push_back(-c.gate * (0.5f + 0.5f * std::abs(uniform(rng))));
-          gate[layout.at(gate_stride, s, end - 1, h)] = in.chunk_gate.back();
+          gate[layout.at(gate_stride, s, end - 1, h)] =
+              CumulativeGate::from(retention::detail::kExactLog2E * double{in.chunk_gate.back()});
         }
       }
     }

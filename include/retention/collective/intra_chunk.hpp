@@ -31,7 +31,6 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
   using Tiles::kThreads;
   using Tiles::kTileKeys;
   using Tiles::load;
-  using Tiles::log2_gate;
   using Tiles::this_thread;
   using typename Tiles::KeyLayout;
   using typename Tiles::Reach;
@@ -69,17 +68,17 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     shared.offsets[thread] = {byte_offset<QueryLayout>(first_row + lane % 16, lane / 16 * 8),
                               byte_offset<KeyLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
                               byte_offset<ValueLayout>(lane % 16, lane / 16 * 8),
-                              static_cast<int>(sizeof(float)) * 2 * (lane % 4)};
+                              static_cast<int>(sizeof(detail::CumulativeGate)) * 2 * (lane % 4)};
     shared.reach[thread] = {work.rows, first_row, Tiling::kWarpRows};
     Tiles::prefetch(shared, work);
   }
 
-  /// Of the tile of rows: `query` and, by `log2_gate` and plus log2(unit), the gate of each row,
-  /// both in shared memory as `work` is. `output` and `normalizer` are over R_i, the decay since
-  /// the first token of the warp's rows; what is added to them and returned is not.
+  /// Of the tile of rows: `query` and the gate of each row, both in shared memory as `work` is.
+  /// `output` and `normalizer` are over R_i, the decay since the first token of the warp's rows;
+  /// what is added to them and returned is not.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
-                              float const* row_gate, Output& output,
+                              detail::CumulativeGate const* row_gate, Output& output,
                               float (&normalizer)[kMmaRows][2]) {
 #pragma unroll
     for (int i = 0; i < 2 * kMmaRows; ++i) {
@@ -117,14 +116,15 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
   // One tile of keys; `Diagonal` where not all of them are before the warp's first token.
   template <bool Diagonal, class Output>
   CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Element const* query,
-                              float const* row_gate, int first_key, int slot, Output& output) {
+                              detail::CumulativeGate const* row_gate, int first_key, int slot,
+                              Output& output) {
     int const thread = this_thread();
     int const lane = thread % 32;
     int const first_row = thread / 32 * Tiling::kWarpRows;
     Offsets const offsets = shared.offsets[thread];
-    float factor[kTileKeys / 8][2];  // C_j
+    float factor[kTileKeys / 8][2];  // C_j times the unit
     if constexpr (!Diagonal) {
-      Tiles::column_factors(shared, work, row_gate[first_row], slot, offsets.gate, factor);
+      column_factors(shared, work, row_gate[first_row], slot, offsets.gate, factor);
     }
     std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
 #pragma unroll
@@ -132,7 +132,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
       float score[kScoreRows][kTileKeys / 8][4] = {};
       multiply(shared, query, offsets, m, slot, score);
       if constexpr (Diagonal) {
-        weigh(shared, work, row_gate, first_row, m, slot, first_key, lane, score);
+        weigh(shared, work, row_gate, first_row, m, slot, offsets.gate, first_key, lane, score);
       } else {
         for_each(score, [&](float& s, int, int n, int, int c) { s = s * factor[n][c] * s; });
       }
@@ -173,17 +173,38 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     }
   }
 
+  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
+                                         detail::CumulativeGate const& row_gate, int slot,
+                                         int gate_offset, float (&factor)[kTileKeys / 8][2]) {
+    if (work.gate == nullptr) {
+      float const unit = detail::power_of_two(work.unit_exponent);
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 4; ++i) {
+        factor[i / 2][i % 2] = unit;
+      }
+    } else {
+      auto const unit = static_cast<float>(work.unit_exponent);
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
+        factor[n][0] = detail::exp2(row_gate.since(key.gate[0]) + unit);
+        factor[n][1] = detail::exp2(row_gate.since(key.gate[1]) + unit);
+      }
+    }
+  }
+
   // Multiplies by R_i what there is so far.
   template <class Output>
-  CUTE_DEVICE static void decay(SharedStorage& shared, float const* row_gates, Output& output) {
+  CUTE_DEVICE static void decay(SharedStorage& shared, detail::CumulativeGate const* row_gates,
+                                Output& output) {
     int const thread = this_thread();
     int const first_row = thread / 32 * Tiling::kWarpRows;
-    float const* row_gate = row_gates + first_row + thread % 32 / 4;
+    detail::CumulativeGate const* row_gate = row_gates + first_row + thread % 32 / 4;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        float const factor = detail::exp2(row_gate[16 * m + 8 * upper] - row_gates[first_row]);
+        float const factor = detail::exp2(row_gate[16 * m + 8 * upper].since(row_gates[first_row]));
         shared.normalizer[m / 2][thread][m % 2 * 2 + upper] *= factor;
 #pragma unroll
         for (int n = 0; n < ValueDim / 8; ++n) {
@@ -262,27 +283,31 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
   // with a meeting point and so remain branches: run together, these steps and the products before
   // and after them would need more registers than there are.
   CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
-                                float const* row_gates, int warp_row, int first, int slot,
-                                int first_key, int lane,
+                                detail::CumulativeGate const* row_gates, int warp_row, int first,
+                                int slot, int gate_offset, int first_key, int lane,
                                 float (&weight)[kScoreRows][kTileKeys / 8][4]) {
     int const quad = lane % 4;
     int const first_row = warp_row + 16 * first + lane / 4;
-    for_each(weight, [&](float& w, int, int, int, int) { w *= w; });
+    // One factor after the other: a square may be infinite where the decay is 0.
     if (work.gate == nullptr) {
-      float const unit = work.unit;
-      for_each(weight, [&](float& w, int, int, int, int) { w *= unit; });
+      float const unit = detail::power_of_two(work.unit_exponent);
+      for_each(weight, [&](float& w, int, int, int, int) { w = w * unit * w; });
       __syncwarp();
     } else {
-      float key_gate[kTileKeys / 8][2];
+      auto const unit = static_cast<float>(work.unit_exponent);
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
-        float2 const gate = *reinterpret_cast<float2 const*>(&shared.gate[slot][8 * n + 2 * quad]);
-        key_gate[n][0] = log2_gate(gate.x);
-        key_gate[n][1] = log2_gate(gate.y);
+        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
+#pragma unroll
+        for (int m = 0; m < kScoreRows; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float const decay = row_gates[first_row + 16 * m + i / 2 * 8].since(key.gate[i % 2]);
+            float& w = weight[m][n][i];
+            w = w * detail::exp2(decay + unit) * w;
+          }
+        }
       }
-      for_each(weight, [&](float& w, int m, int n, int upper, int c) {
-        w *= detail::exp2(row_gates[first_row + 16 * m + 8 * upper] - key_gate[n][c]);
-      });
       __syncwarp();
     }
     if (first_key + kTileKeys - 1 > work.rows.token(warp_row)) {

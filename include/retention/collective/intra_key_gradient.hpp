@@ -104,21 +104,20 @@ struct IntraKeyGradient {
   };
   /// Of a warp's rows, tokens in the chunk.
   struct alignas(16) Reach {
-    int first_token;  // INT_MAX where no row stands for anything
-    int end_exact;    // columns from there on are factorised; INT_MAX for none
-    float reference;  // r
-    float half_unit;  // of the exponent of c_i
+    int first_token;                   // INT_MAX where no row stands for anything
+    int end_exact;                     // columns from there on are factorised; INT_MAX for none
+    detail::CumulativeGate reference;  // r
   };
 
   struct SharedStorage {
     alignas(128) Element query[cute::cosize_v<QueryLayout>];
     alignas(128) Element d_output[cute::cosize_v<OutputGradientLayout>];
     alignas(16) float inverse[kSlots][kTileQueries];
-    alignas(16) float gate[kSlots][kTileQueries];
+    alignas(16) detail::CumulativeGate gate[kSlots][kTileQueries];
     alignas(16) float delta[kIsKey ? kSlots : 1][kTileQueries];
     // Each warp's own, of a tile and the next.
     alignas(16) float factor[2][Tiling::kWarps][kTileQueries];
-    alignas(16) float exact_gate[2][Tiling::kWarps][kTileQueries];
+    alignas(16) detail::CumulativeGate exact_gate[2][Tiling::kWarps][kTileQueries];
     // Each thread's own: here they take no registers.
     Source source[kThreads];
     Offsets offsets[kThreads];
@@ -134,7 +133,7 @@ struct IntraKeyGradient {
     Element const* d_output;  // inverse and delta
     float const* inverse;
     float const* delta;
-    float const* gate;  // of the chunk's first token; null for none
+    detail::CumulativeGate const* gate;  // of the chunk's first token; null for none
     // Strides.
     std::int64_t query_token, query_head;
     std::int64_t d_output_token, d_output_head;
@@ -145,6 +144,8 @@ struct IntraKeyGradient {
     int rows;           // that stand for something
     int end_token;      // of the chunk
     int unit_exponent;  // c_i are inverse_i times 2^unit_exponent
+
+    CUTE_DEVICE float half_unit() const { return 0.5f * static_cast<float>(unit_exponent); }
   };
 
   /// Starts the first loads.
@@ -169,31 +170,32 @@ struct IntraKeyGradient {
   }
 
   /// To be called before `scale` and `run`, when `row_gate` is in shared memory: of every row of
-  /// the tile, by `log2_gate`; that of the chunk's last token for rows that stand for nothing.
+  /// the tile; that of the chunk's last token for rows that stand for nothing.
   CUTE_DEVICE static void set_reach(SharedStorage& shared, Work const& work,
-                                    float const* row_gate) {
+                                    detail::CumulativeGate const* row_gate) {
     int const thread = this_thread();
     int const first_row = thread / 32 * Tiling::kWarpRows;
-    float low = row_gate[first_row + thread % 32];
-    float high = low;
-    if constexpr (Tiling::kWarpRows == 64) {
-      float const gate = row_gate[first_row + 32 + thread % 32];
-      low = cute::min(low, gate);
-      high = cute::max(high, gate);
-    }
+    detail::CumulativeGate const own = row_gate[first_row + thread % 32];
+    detail::CumulativeGate const other = row_gate[first_row + Tiling::kWarpRows - 32 + thread % 32];
+    auto const larger = [](detail::CumulativeGate const& x, detail::CumulativeGate const& y) {
+      return x.since(y) >= 0.0f ? x : y;
+    };
+    detail::CumulativeGate high = larger(own, other);
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      low = cute::min(low, __shfl_xor_sync(0xffffffffu, low, distance));
-      high = cute::max(high, __shfl_xor_sync(0xffffffffu, high, distance));
+      high = larger(high, {__shfl_xor_sync(0xffffffffu, high.high, distance),
+                           __shfl_xor_sync(0xffffffffu, high.low, distance)});
     }
+    // Where gates are NaN, lanes may not agree on it.
+    high = {__shfl_sync(0xffffffffu, high.high, 0), __shfl_sync(0xffffffffu, high.low, 0)};
+    bool const is_near = high.since(own) <= kMaxSpan && high.since(other) <= kMaxSpan;
+    bool const factorises = __all_sync(0xffffffffu, static_cast<int>(is_near)) != 0;
     int const left = work.rows - first_row;
     int const rows = left < Tiling::kWarpRows ? left : Tiling::kWarpRows;
     int const first_token = work.first_token + first_row;
     int const end =
         (first_token + cute::max(rows, 1) - 1) / kLoadQueries * kLoadQueries + kLoadQueries;
-    shared.reach[thread] = {rows <= 0 ? INT_MAX : first_token,
-                            high - low <= kMaxSpan ? end : INT_MAX, high,
-                            0.5f * static_cast<float>(work.unit_exponent)};
+    shared.reach[thread] = {rows <= 0 ? INT_MAX : first_token, factorises ? end : INT_MAX, high};
   }
 
   /// Where a thread has its products.
@@ -206,21 +208,23 @@ struct IntraKeyGradient {
   }
 
   /// Multiplies what a state gives by its decay, exp(G - g_j) over R_j, and by 2^exponent.
-  /// `end_gate` is G, by `log2_gate`.
+  /// `end_gate` is G.
   template <class Gradient>
-  CUTE_DEVICE static void scale(SharedStorage const& shared, float const* row_gate, float end_gate,
-                                int exponent, Gradient& gradient) {
+  CUTE_DEVICE static void scale(SharedStorage const& shared, detail::CumulativeGate const* row_gate,
+                                detail::CumulativeGate const& end_gate, int exponent,
+                                Gradient& gradient) {
     Reach const reach = shared.reach[this_thread()];
-    for_each_row(row_gate, gradient, [&](float gate) {
-      float const until = reach.end_exact == INT_MAX ? gate : reach.reference;
-      return detail::exp2(end_gate - until + static_cast<float>(exponent));
+    for_each_row(row_gate, gradient, [&](detail::CumulativeGate const& gate) {
+      detail::CumulativeGate const until = reach.end_exact == INT_MAX ? gate : reach.reference;
+      return detail::exp2(end_gate.since(until) + static_cast<float>(exponent));
     });
   }
 
   /// R_j, which sums are over before `run`, for a row of this gate.
-  CUTE_DEVICE static float row_unit(SharedStorage const& shared, float gate) {
+  CUTE_DEVICE static float row_unit(SharedStorage const& shared,
+                                    detail::CumulativeGate const& gate) {
     Reach const reach = shared.reach[this_thread()];
-    return reach.end_exact == INT_MAX ? 1.0f : detail::exp2(reach.reference - gate);
+    return reach.end_exact == INT_MAX ? 1.0f : detail::exp2(reach.reference.since(gate));
   }
 
   /// Adds to `gradient` [rows, d or dv], which is over R_j; what is returned is not. `key` and, for
@@ -228,8 +232,8 @@ struct IntraKeyGradient {
   /// in the same units.
   template <class Gradient>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* key,
-                              Element const* value, float const* row_gate, Gradient& gradient,
-                              KeyProducts& products) {
+                              Element const* value, detail::CumulativeGate const* row_gate,
+                              Gradient& gradient, KeyProducts& products) {
     HeldRows<kHoldsKeys, HeadDim> held_keys;
     HeldRows<kHoldsValues, ValueDim> held_values;
     {
@@ -251,7 +255,9 @@ struct IntraKeyGradient {
         load(shared, work, columns.next(work.group), (slot ^ kLoadTiles) & kLoadTiles);
         token = columns.token + (kLoadTiles - 1) * kTileQueries;
         if (columns.head == 0 && columns.token + kLoadQueries == reach.end_exact) {
-          auto const decay = [&](float gate) { return detail::exp2(reach.reference - gate); };
+          auto const decay = [&](detail::CumulativeGate const& gate) {
+            return detail::exp2(reach.reference.since(gate));
+          };
           for_each_row(row_gate, gradient, decay);
           if constexpr (kIsKey) {
             int const first_row = this_thread() / 32 * Tiling::kWarpRows + this_thread() % 32 / 4;
@@ -278,7 +284,6 @@ struct IntraKeyGradient {
              shared.columns[this_thread()].token >= work.first_token);
   }
 
-  CUTE_DEVICE static float log2_gate(float gate) { return Tiles::log2_gate(gate); }
   CUTE_DEVICE static int this_thread() { return Tiles::this_thread(); }
 
  private:
@@ -320,11 +325,12 @@ struct IntraKeyGradient {
   template <bool Exact, class HeldKeys, class HeldValues, class Gradient>
   CUTE_DEVICE static void add(SharedStorage& shared, Element const* key, Element const* value,
                               HeldKeys const& held_keys, HeldValues const& held_values,
-                              float const* row_gate, Work const& work, int first_query, int slot,
-                              Gradient& gradient, KeyProducts& products) {
+                              detail::CumulativeGate const* row_gate, Work const& work,
+                              int first_query, int slot, Gradient& gradient,
+                              KeyProducts& products) {
     int const thread = this_thread();
     Offsets const offsets = shared.offsets[thread];
-    set_factors<Exact>(shared, slot, thread);
+    set_factors<Exact>(shared, work, slot, thread);
     std::uint32_t a[kMmaRows][kTileQueries / 16][4];  // the weights: [row, query]
 #pragma unroll
     for (int m = 0; m < kMmaRows; m += kScoreRows) {
@@ -444,16 +450,18 @@ struct IntraKeyGradient {
   // the least: exponentials are taken in two halves. Later keys of zero meet such factors alone,
   // and the product must be zero: a factor is finite.
   template <bool Exact>
-  CUTE_DEVICE static void set_factors(SharedStorage& shared, int slot, int thread) {
+  CUTE_DEVICE static void set_factors(SharedStorage& shared, Work const& work, int slot,
+                                      int thread) {
     int const warp = thread / 32;
     int const lane = thread % 32;
     float factor = shared.inverse[slot][lane];
-    float const gate = log2_gate(shared.gate[slot][lane]);
+    detail::CumulativeGate const gate = shared.gate[slot][lane];
     if constexpr (Exact) {
-      shared.exact_gate[slot % 2][warp][lane] = factor > 0.0f ? gate : -INFINITY;
+      shared.exact_gate[slot % 2][warp][lane] =
+          factor > 0.0f ? gate : detail::CumulativeGate{-INFINITY, 0.0f};
     } else {
       Reach const reach = shared.reach[thread];
-      float const half = detail::exp2(fmaf(0.5f, gate - reach.reference, reach.half_unit));
+      float const half = detail::exp2(fmaf(0.5f, gate.since(reach.reference), work.half_unit()));
       factor = factor > 0.0f ? cute::min(factor * half * half, FLT_MAX) : 0.0f;
     }
     shared.factor[slot % 2][warp][lane] = factor;
@@ -467,26 +475,28 @@ struct IntraKeyGradient {
   // registers than there are.
   template <bool Exact>
   CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
-                                float const* row_gates,
+                                detail::CumulativeGate const* row_gates,
                                 float (&product)[kScoreRows][kTileQueries / 8][4], int first,
                                 int slot, int first_query, int thread,
                                 float (&weight)[kScoreRows][kTileQueries / 8][4]) {
     int const warp = thread / 32;
     int const quad = thread % 4;
     int const first_row = warp * Tiling::kWarpRows + 16 * first + thread % 32 / 4;
-    float const half_unit = shared.reach[thread].half_unit;
+    float const half_unit = work.half_unit();
     auto const pair = [&](float const(&columns)[kTileQueries], int n) {
       return *reinterpret_cast<float2 const*>(&columns[8 * n + 2 * quad]);
     };
 #pragma unroll
     for (int n = 0; n < kTileQueries / 8; ++n) {
       float2 const factors = pair(shared.factor[slot % 2][warp], n);
-      float2 deltas{}, gates{};
+      float2 deltas{};
+      float4 gates{};  // two
       if constexpr (kIsKey) {
         deltas = pair(shared.delta[slot], n);
       }
       if constexpr (Exact) {
-        gates = pair(shared.exact_gate[slot % 2][warp], n);
+        gates =
+            *reinterpret_cast<float4 const*>(&shared.exact_gate[slot % 2][warp][8 * n + 2 * quad]);
       }
 #pragma unroll
       for (int m = 0; m < kScoreRows; ++m) {
@@ -495,9 +505,11 @@ struct IntraKeyGradient {
           float const factor = i % 2 == 0 ? factors.x : factors.y;
           float root = 1.0f;  // of E_ij times the unit, unless the factor has both
           if constexpr (Exact) {
-            float const row_gate = row_gates[first_row + 16 * m + 8 * (i / 2)];
-            float const gate = i % 2 == 0 ? gates.x : gates.y;
-            root = detail::exp2(fmaf(0.5f, gate - row_gate, half_unit));
+            detail::CumulativeGate const gate = i % 2 == 0
+                                                    ? detail::CumulativeGate{gates.x, gates.y}
+                                                    : detail::CumulativeGate{gates.z, gates.w};
+            float const decay = gate.since(row_gates[first_row + 16 * m + 8 * (i / 2)]);
+            root = detail::exp2(fmaf(0.5f, decay, half_unit));
           }
           float& w = weight[m][n][i];
           float const score = w * root;
@@ -544,9 +556,11 @@ struct IntraKeyGradient {
 
   // Multiplies each row by what `factor` gives for its gate.
   template <class Gradient, class Factor>
-  CUTE_DEVICE static void for_each_row(float const* row_gates, Gradient& gradient, Factor factor) {
+  CUTE_DEVICE static void for_each_row(detail::CumulativeGate const* row_gates, Gradient& gradient,
+                                       Factor factor) {
     int const thread = this_thread();
-    float const* row_gate = row_gates + thread / 32 * Tiling::kWarpRows + thread % 32 / 4;
+    detail::CumulativeGate const* row_gate =
+        row_gates + thread / 32 * Tiling::kWarpRows + thread % 32 / 4;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
@@ -593,9 +607,12 @@ struct IntraKeyGradient {
         if constexpr (kIsKey) {
           Copy::copy(work.delta[row], shared.delta[tile][column], valid);
         }
+        using CopyGate = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<detail::CumulativeGate>;
         bool const gated = work.gate != nullptr;
-        Copy::copy(gated ? work.gate[token * work.gate_token] : work.inverse[row],
-                   shared.gate[tile][column], valid && gated);
+        // Without gates nothing is read, from an address that is aligned.
+        CopyGate::copy(gated ? work.gate[token * work.gate_token]
+                             : *reinterpret_cast<detail::CumulativeGate const*>(work.query),
+                       shared.gate[tile][column], valid && gated);
       }
     }
     cute::cp_async_fence();

@@ -33,7 +33,6 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
   using Tiles::kThreads;
   using Tiles::kTileKeys;
   using Tiles::load;
-  using Tiles::log2_gate;
   using Tiles::this_thread;
   using typename Tiles::KeyLayout;
   using typename Tiles::Reach;
@@ -58,7 +57,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
 
   /// In shared memory, the factors of each row; those of rows that have no gradient are zero.
   struct RowFactors {
-    float gate[kRows];  // cumulative log2 gate since the chunk's start
+    detail::CumulativeGate gate[kRows];
     Factor factor[kRows];
     Factor early_factor[kRows];  // for keys before the first token of the warp's rows
   };
@@ -91,7 +90,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
                               byte_offset<KeyLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
                               byte_offset<ValueLayout>(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8),
                               byte_offset<KeyLayout>(lane % 16, lane / 16 * 8),
-                              static_cast<int>(sizeof(float)) * 2 * (lane % 4)};
+                              static_cast<int>(sizeof(detail::CumulativeGate)) * 2 * (lane % 4)};
     shared.reach[thread] = {work.rows, first_row, kWarpRows};
     Tiles::prefetch(shared, work);
   }
@@ -294,27 +293,27 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     if (work.gate == nullptr) {
       return;
     }
-    float column[kTileKeys / 8][2];
-    float const first_gate = rows.gate[first_row];
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      float2 const gate = *reinterpret_cast<float2 const*>(
-          reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + gate_offset);
-      column[n][0] = log2_gate(gate.x);
-      column[n][1] = log2_gate(gate.y);
+      auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
+      float column[2];  // root of C_j
       if constexpr (!Diagonal) {
-        column[n][0] = detail::exp2(0.5f * (first_gate - column[n][0]));
-        column[n][1] = detail::exp2(0.5f * (first_gate - column[n][1]));
+        column[0] = detail::exp2(0.5f * rows.gate[first_row].since(key.gate[0]));
+        column[1] = detail::exp2(0.5f * rows.gate[first_row].since(key.gate[1]));
+      }
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Diagonal) {
+            detail::CumulativeGate const row = rows.gate[first_row + lane / 4 + 16 * m + i / 2 * 8];
+            weight[m][n][i] *= detail::exp2(0.5f * row.since(key.gate[i % 2]));
+          } else {
+            weight[m][n][i] *= column[i % 2];
+          }
+        }
       }
     }
-    for_each(weight, [&](float& w, int m, int n, int upper, int c) {
-      if constexpr (Diagonal) {
-        float const gate = rows.gate[first_row + lane / 4 + 16 * m + 8 * upper];
-        w *= detail::exp2(0.5f * (gate - column[n][c]));
-      } else {
-        w *= column[n][c];
-      }
-    });
   }
 
   template <class Visit>

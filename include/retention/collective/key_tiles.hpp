@@ -6,6 +6,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 
 namespace retention::collective {
@@ -57,10 +58,10 @@ struct KeyTiles {
   struct SharedStorage {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
-    alignas(16) float gate[kSlots][kTileKeys];
+    alignas(16) detail::CumulativeGate gate[kSlots][kTileKeys];
     // Each thread's own: here they take no registers.
     Source source[kThreads];
-    float const* gate_source[kLoadKeys];
+    detail::CumulativeGate const* gate_source[kLoadKeys];
   };
 
   /// What a loop needs beside its registers, all of which its operands take: it stays in shared
@@ -68,12 +69,12 @@ struct KeyTiles {
   struct Work {
     Element const* key;  // of the chunk's first token, as value and gate
     Element const* value;
-    float const* gate;  // null for none
+    detail::CumulativeGate const* gate;  // null for none
     std::int64_t key_stride;
     std::int64_t value_stride;
     std::int64_t gate_stride;
     TileRows rows;
-    float unit;  // what weights are multiplied by where there is no gate
+    int unit_exponent;  // weights are multiplied by 2^unit_exponent
   };
 
   /// Of a warp's rows, tokens in the chunk.
@@ -114,9 +115,9 @@ struct KeyTiles {
           copy<ValueDim, ValueLayout>(source.value, work.value_stride, shared.value, slot, left,
                                       thread)};
       if (work.gate != nullptr && thread < kLoadKeys) {
-        float const* gate = shared.gate_source[thread];
-        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(*gate, shared.gate[slot][thread],
-                                                           thread < left);
+        detail::CumulativeGate const* gate = shared.gate_source[thread];
+        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<detail::CumulativeGate>::copy(
+            *gate, shared.gate[slot][thread], thread < left);
         shared.gate_source[thread] = gate + kLoadKeys * work.gate_stride;
       }
     }
@@ -148,35 +149,16 @@ struct KeyTiles {
     return source;
   }
 
-  /// C_j = exp(row_gate - g_j) of the lane's columns, whose gates are `offset` bytes from those of
-  /// each eight keys. That it is fused does no harm: only later tokens have these keys.
-  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
-                                         float row_gate, int slot, int offset,
-                                         float (&factor)[kTileKeys / 8][2]) {
-    if (work.gate == nullptr) {
-#pragma unroll
-      for (int i = 0; i < kTileKeys / 4; ++i) {
-        factor[i / 2][i % 2] = work.unit;
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < kTileKeys / 8; ++n) {
-        float2 const gate = *reinterpret_cast<float2 const*>(
-            reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
-        factor[n][0] = detail::exp2(fmaf(gate.x, -detail::kLog2E, row_gate));
-        factor[n][1] = detail::exp2(fmaf(gate.y, -detail::kLog2E, row_gate));
-      }
-    }
-  }
-
-  /// A cumulative gate in the units of `exp2`. Rounded by itself and not fused into a difference: a
-  /// token's own gate does not weigh its own key.
-  CUTE_DEVICE static float log2_gate(float gate) {
-#if defined(__CUDA_ARCH__)
-    return __fmul_rn(gate, detail::kLog2E);
-#else
-    return gate * detail::kLog2E;
-#endif
+  /// The gates of the lane's columns 8 n and 8 n + 1 of a slot, `offset` bytes from those of each
+  /// eight keys.
+  struct ColumnGates {
+    detail::CumulativeGate gate[2];
+  };
+  CUTE_DEVICE static ColumnGates column_gates(SharedStorage const& shared, int slot, int offset,
+                                              int n) {
+    float4 const x = *reinterpret_cast<float4 const*>(
+        reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
+    return {{{x.x, x.y}, {x.z, x.w}}};
   }
 
   /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the

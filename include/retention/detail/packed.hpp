@@ -85,8 +85,6 @@ CUTE_HOST_DEVICE std::uint32_t multiply_add(std::uint32_t x, std::uint32_t y, st
 #endif
 }
 
-constexpr float kLog2E = 1.44269504088896340736f;
-
 /// 2^x; what is below 2^-126 is 0.
 CUTE_HOST_DEVICE float exp2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -94,12 +92,9 @@ CUTE_HOST_DEVICE float exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x);
+  return x < -126.0f ? 0.0f : exp2f(x);
 #endif
 }
-
-/// 2^scale exp(x), for results within the range of floats; one below 2^-126 is 0.
-CUTE_HOST_DEVICE float exp_scaled(float x, float scale) { return exp2(fmaf(x, kLog2E, scale)); }
 
 /// 2^exponent for an exponent of at least -149, and 2^127 where that is not finite.
 CUTE_HOST_DEVICE float power_of_two(int exponent) {

@@ -53,7 +53,8 @@ struct BackwardKernels {
                     StateProducts::kParts == BackwardPlan::kProductParts &&
                     kernel::GateGradient::kParts == BackwardPlan::kProductParts &&
                     Rows::kTileTokens == BackwardPlan::kTileTokens &&
-                    sizeof(kernel::GradientRange) == 6 * sizeof(float),
+                    sizeof(kernel::GradientRange) == 6 * sizeof(float) &&
+                    sizeof(kernel::GatePieceSum) == 2 * sizeof(double),
                 "the plan reserves memory for them");
 
   /// `launcher` as for ForwardKernels.
@@ -352,8 +353,10 @@ struct BackwardKernels {
     kernel::GateGradientSums::Params gate_sums() const {
       kernel::GateGradientSums::Params p{};
       p.d_gate = in<float>(plan.d_gate);
+      p.log_gate = a.log_gate;
       p.d_gate_stride = forward.gate_stride;
-      p.sums = in<double>(plan.gate_sums);
+      p.log_gate_stride = stride(a.log_gate_strides);
+      p.sums = in<kernel::GatePieceSum>(plan.gate_sums);
       p.sequences = forward.sequences;
       p.heads = a.heads;
       return p;
@@ -362,11 +365,13 @@ struct BackwardKernels {
     kernel::GateGradient::Params gate() const {
       kernel::GateGradient::Params p{};
       p.d_gate = in<float>(plan.d_gate);
+      p.log_gate = a.log_gate;
       p.d_log_gate = arguments.d_log_gate;
       p.d_gate_stride = forward.gate_stride;
+      p.log_gate_stride = stride(a.log_gate_strides);
       p.d_log_gate_stride = contiguous(a.heads, 1);
       p.state_d_gate = in<float>(plan.state_d_gate);
-      p.sums = in<double>(plan.gate_sums);
+      p.sums = in<kernel::GatePieceSum>(plan.gate_sums);
       p.products = in<double>(plan.products);
       p.sequences = forward.sequences;
       p.heads = a.heads;

@@ -39,7 +39,8 @@ struct BackwardPlan {
   Region d_gate;             // [b, t, h] of the gate's cumulative sum
   Region state_d_gate;       // [b, t, h] what keys have of it from states
   Region products;           // [slots, h, kProductParts] of states and their gradients
-  Region gate_sums;          // [h, slots, pieces of a chunk] of d_gate, where those are several
+  Region gate_sums;          // [h, slots, pieces of a chunk] of d_gate, where those are several:
+                             // see kernel::GatePieceSum
   Region d_states;           // [slots, h, D, dv] after each chunk, in the element type
   Region d_key_sums;         // [slots, h, D]
   Region d_segment_state;    // [items, h, D, dv] fp32, of each segment alone
@@ -99,7 +100,7 @@ struct BackwardPlan {
       }
       if (a.chunk_size > kGateTokens) {
         std::int64_t const pieces = (a.chunk_size - 1) / kGateTokens + 1;
-        plan.gate_sums = regions.take(slots * pieces * heads, sizeof(double));
+        plan.gate_sums = regions.take(slots * pieces * heads, 2 * sizeof(double));
       }
     }
     // By the time that gradients of states are written, none but the gates' gradient reads the

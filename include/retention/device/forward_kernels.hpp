@@ -24,14 +24,14 @@ struct PlannedCall {
   ForwardArguments const& a;
   kernel::Sequences sequences;
   kernel::TokenStride gate_stride;  // of the cumulative gates, [b, h, t]
-  float* gate;
+  detail::CumulativeGate* gate;
   kernel::Exponents exponents;
 
   PlannedCall(ForwardPlan const& plan, void* workspace)
       : a(plan.arguments),
         sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
         gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
-        gate(plan.gate.in<float>(workspace)),
+        gate(plan.gate.in<detail::CumulativeGate>(workspace)),
         exponents{plan.key_exponents.in<int>(workspace), plan.score_exponents.in<int>(workspace),
                   plan.state_exponents.in<int>(workspace),
                   plan.key_sum_exponents.in<int>(workspace)} {}

@@ -55,7 +55,7 @@ struct ForwardPlan {
 
   // Workspace. What backward reads comes first, in the same place whether a final state is wanted
   // or not.
-  Region gate;      // [b, h, t] cumulative log gate since the start of the chunk
+  Region gate;      // [b, h, t] pairs of floats: cumulative log gates since the chunk's start
   Region states;    // [slots, h, D, dv] before each chunk, in the element type
   Region key_sums;  // [slots, h, D]
   // fp16 only, see kernel/exponents.hpp.
@@ -102,7 +102,7 @@ struct ForwardPlan {
     std::int64_t const heads = a.heads;
     Regions regions;
     if (a.log_gate != nullptr) {
-      plan.gate = regions.take(rows * heads * a.tokens, sizeof(float));
+      plan.gate = regions.take(rows * heads * a.tokens, 2 * sizeof(float));
     }
     if (plan.reads_states) {
       plan.states = regions.take(plan.slots * heads * D * a.value_dim, 2);

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/sequence.hpp"
 #include "retention/symmetric_power.hpp"
@@ -63,9 +64,9 @@ struct Carry {
     Element* key_sums;  // [slots, h, D], updated; with states
     // What each segment alone ends with; of the last of a walk with sequence_state only. A segment
     // is an item, with a number as a chunk has a slot (`Sequences::segments`).
-    float const* segment_state;    // [items, h, D, dv]
-    float const* segment_key_sum;  // [items, h, D]
-    float const* gate;             // [b, t, h] cumulative log gate since the chunk's start; or null
+    float const* segment_state;          // [items, h, D, dv]
+    float const* segment_key_sum;        // [items, h, D]
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride gate_stride;
     int const* state_exponents;    // [slots, h] of states, fp16 only; null for zeros
     int const* key_sum_exponents;  // [slots, h] of key_sums
@@ -137,7 +138,7 @@ struct Carry {
       if (owns && (result != nullptr || walked + 1 < segments)) {
         float own[kPiece];
         load_end(segment, own);
-        float const decay = detail::exp_scaled(log_decay, 0.0f);
+        float const decay = detail::exp2(log_decay);
 #pragma unroll
         for (int i = 0; i < kPiece; ++i) {
           carry[i] = decay == 0.0f ? own[i] : decay * carry[i] + own[i];
@@ -179,7 +180,7 @@ struct Carry {
       if (params.gate != nullptr) {
         std::int64_t const end = (chunk + std::int64_t{1}) * params.sequences.chunk_size;
         std::int64_t const last = cute::min(end, std::int64_t{sequence.length}) - 1;
-        gate = params.gate[params.gate_stride.at(sequence, last, head)];
+        gate = params.gate[params.gate_stride.at(sequence, last, head)].total();
       }
       if constexpr (kScaled) {
         if (exponents != nullptr) {
@@ -207,7 +208,7 @@ struct Carry {
       }
       log_decay += shared.warps[i];
     }
-    shared.factor[thread] = detail::exp_scaled(lane == 0 ? warp_log : warp_log + before, 0.0f);
+    shared.factor[thread] = detail::exp2(lane == 0 ? warp_log : warp_log + before);
     shared.scale[thread] = scale;
     __syncthreads();
     return log_decay;

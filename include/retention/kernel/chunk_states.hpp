@@ -20,6 +20,7 @@
 #include "retention/collective/expand_reduce.hpp"
 #include "retention/collective/state_tile.hpp"
 #include "retention/collective/tile.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -57,13 +58,14 @@ struct ChunkStates {
   struct SharedStorage {
     typename Mainloop::SharedStorage mainloop;
     typename StateTile::Rows rows[Traits::kWarps];
+    detail::CumulativeGate gate[kStages][kTileTokens];
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
   struct Params {
-    Element const* key;    // [b, t, h, d]
-    Element const* value;  // [b, t, h, dv]
-    float const* gate;     // [b, t, h] cumulative log gate since the chunk's start; null for none
+    Element const* key;                  // [b, t, h, d]
+    Element const* value;                // [b, t, h, dv]
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride key_stride;
     TokenStride value_stride;
     TokenStride gate_stride;
@@ -121,9 +123,9 @@ struct ChunkStates {
     // The last chunk counts for nothing but the state after it.
     int const used = ends ? tokens : cute::max(tokens - 1, 0) / chunk_size * chunk_size;
 
-    float const* gate = params.gate == nullptr
-                            ? nullptr
-                            : params.gate + params.gate_stride.at(sequence, first_token, head);
+    detail::CumulativeGate const* gate =
+        params.gate == nullptr ? nullptr
+                               : params.gate + params.gate_stride.at(sequence, first_token, head);
 
     constexpr int kKeyColumns = Mainloop::kKeyColumns;
     // A thread copies the same block of the keys from each of its rows.
@@ -140,11 +142,10 @@ struct ChunkStates {
             params.value + params.value_stride.at(sequence, first_token, head) + value_offset,
             params.value_stride.token, thread);
     // One thread a token takes care of its weight.
-    int const weight_index = Mainloop::weight_index(thread);
     bool const weighs = gate != nullptr && thread < kTileTokens;
     // One tile early, as in `TileLoader`.
     std::int64_t const gate_step = kTileTokens * params.gate_stride.token;
-    float const* next_gate = gate + thread * params.gate_stride.token - gate_step;
+    detail::CumulativeGate const* next_gate = gate + thread * params.gate_stride.token - gate_step;
     // `left` tokens remain, those of this tile included; others become zero. One group of copies a
     // tile, so that waits can count.
     auto load_keys = [&](int stage, int left) {
@@ -154,18 +155,19 @@ struct ChunkStates {
       value_loader.load(shared.value, stage, left);
       if (weighs) {
         next_gate = collective::advanced(next_gate, gate_step);
-        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(
-            *next_gate, shared.weight[stage][weight_index], thread < left);
+        cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<detail::CumulativeGate>::copy(
+            *next_gate, storage.gate[stage][thread], thread < left);
       }
       cute::cp_async_fence();
     };
 
     int const scale = key_scale(params, segment.sequence, head);
     // Turns the cumulative gates of a tile, which the thread itself has copied, into weights.
-    auto weigh = [&](int stage, float end_gate) {
+    auto weigh = [&](int stage, detail::CumulativeGate const& end_gate) {
       if (weighs) {
-        float& weight = shared.weight[stage][weight_index];
-        weight = detail::exp_scaled(end_gate - weight, static_cast<float>(scale));
+        float const decay = end_gate.since(storage.gate[stage][thread]);
+        shared.weight[stage][Mainloop::weight_index(thread)] =
+            detail::exp2(decay + static_cast<float>(scale));
       }
     };
     if (gate == nullptr && thread < kTileTokens) {
@@ -196,9 +198,10 @@ struct ChunkStates {
     // Cumulative gate of the chunk from `begin` on.
     auto gate_of_chunk = [&](int begin) {
       int const last = cute::min(begin + chunk_size, tokens) - 1;
-      return gate != nullptr && begin < tokens ? gate[last * params.gate_stride.token] : 0.0f;
+      return gate != nullptr && begin < tokens ? gate[last * params.gate_stride.token]
+                                               : detail::CumulativeGate{0.0f, 0.0f};
     };
-    float next_end_gate = gate_of_chunk(0);
+    detail::CumulativeGate next_end_gate = gate_of_chunk(0);
     int stage = 0;
     collective::wait_for_copies<kStages - 2, Mainloop::kWarpgroups>();
     weigh(stage, next_end_gate);
@@ -207,7 +210,7 @@ struct ChunkStates {
     mainloop.load(shared, stage, 0, operands);
 #pragma unroll 1
     for (int done = 0; done < tokens;) {
-      float const end_gate = next_end_gate;
+      detail::CumulativeGate const end_gate = next_end_gate;
       next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
       if (params.states != nullptr && stores) {
         store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
@@ -218,7 +221,7 @@ struct ChunkStates {
       }
       slot_head += params.heads;
       if (gate != nullptr) {
-        float const decay = detail::exp_scaled(end_gate, 0.0f);
+        float const decay = detail::exp2(end_gate.total());
         StateTile::multiply(decay, decay, accumulators);
       }
       int const chunk_end = cute::min(done + chunk_size, tokens);

@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/sequence.hpp"
@@ -28,10 +29,10 @@ namespace retention::detail {
 
 constexpr float kLargestFloat = 0x1.fffffep127f;
 
-/// Not below exp(x) and above it by a little, where the result is a normal number.
-CUTE_DEVICE float exp_above(float x) {
-  // The product's rounding error grows with |x|, exp2f's own is two units of the last place.
-  return exp2f(x * kLog2E) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
+/// Not below 2^x and above it by a little, where the result is a normal number.
+CUTE_DEVICE float exp2_above(float x) {
+  // The rounding error of x grows with it, exp2f's own is two units of the last place.
+  return exp2f(x) * (1.0f + 0x1p-21f * (1.0f + fabsf(x)));
 }
 
 /// The smallest e with x < 2^e, for x >= 2^-127; at least -126, and 129 for what is not finite.
@@ -55,7 +56,7 @@ struct ChunkRange {
   float norm;   // max of the squared Euclidean norm of a key, or a little more
   float value;  // max |v|
   float count;  // n_c or a little more
-  float gate;   // G_c
+  float gate;   // G_c, in the units of `exp2`
 };
 
 /// The same of a part of a state.
@@ -155,9 +156,9 @@ struct ChunkRanges {
   };
 
   struct Params {
-    Element const* key;    // [b, t, h, d], rows 16-byte aligned
-    Element const* value;  // [b, t, h, dv], rows 16-byte aligned
-    float const* gate;     // [b, t, h] cumulative log gate since the chunk's start; null for none
+    Element const* key;                  // [b, t, h, d], rows 16-byte aligned
+    Element const* value;                // [b, t, h, dv], rows 16-byte aligned
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride key_stride;
     TokenStride value_stride;
     TokenStride gate_stride;
@@ -214,14 +215,15 @@ struct ChunkRanges {
     float value = max_magnitude(params.value + params.value_stride.at(sequence, first, head),
                                 params.value_stride.token, params.value_dim, tokens);
     float count = static_cast<float>(tokens);
-    float end_gate = 0.0f;
+    detail::CumulativeGate end_gate{0.0f, 0.0f};
     if (params.gate != nullptr) {
-      float const* gate = params.gate + params.gate_stride.at(sequence, first, head);
+      detail::CumulativeGate const* gate =
+          params.gate + params.gate_stride.at(sequence, first, head);
       end_gate = gate[(tokens - 1) * params.gate_stride.token];
       count = 0.0f;
 #pragma unroll 4
       for (int token = thread; token < tokens; token += kThreads) {
-        count += detail::exp_above(end_gate - gate[token * params.gate_stride.token]);
+        count += detail::exp2_above(end_gate.since(gate[token * params.gate_stride.token]));
       }
     }
 
@@ -250,8 +252,8 @@ struct ChunkRanges {
       // Each term went through tokens / kThreads + 13 additions.
       float const additions = static_cast<float>(tokens / kThreads + 16);
       count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
-      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {key, norm, value,
-                                                                              count, end_gate};
+      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {
+          key, norm, value, count, end_gate.total()};
     }
   }
 
@@ -329,14 +331,13 @@ struct BoundStep {
   float decay = 1.0f;
   float state = 0.0f;
   float key_sum = 0.0f;
-  double log_decay = 0.0;  // a given state may be in range after a decay that is not
+  double log2_decay = 0.0;  // a given state may be in range after a decay that is not
 
-  /// Of all of a state within `bound` + exp(log_decay) `given`.
+  /// Of all of a state within `bound` + 2^log2_decay `given`.
   CUTE_DEVICE float with_given(float bound, float given) const {
-    constexpr double kLog2E = 1.4426950408889634;
     if (given != 0.0f) {
       // The margin covers log2f, exp2f and the rounding of a sum that is below 256.
-      float const log2_given = static_cast<float>(kLog2E * log_decay) + log2f(given) + 0x1p-12f;
+      float const log2_given = static_cast<float>(log2_decay) + log2f(given) + 0x1p-12f;
       bound += exp2f(log2_given);
     }
     // Sums of bounds round, once a step of the scan.
@@ -415,14 +416,14 @@ struct BoundScan {
     // `with_given` takes for the largest.
     auto const carried = [&](float bound) { return bound == 0.0f ? 0.0f : second.decay * bound; };
     return {second.decay * first.decay, carried(first.state) + second.state,
-            carried(first.key_sum) + second.key_sum, first.log_decay + second.log_decay};
+            carried(first.key_sum) + second.key_sum, first.log2_decay + second.log2_decay};
   }
 
   CUTE_DEVICE static BoundStep shuffle_up(BoundStep const& step, unsigned delta) {
     return {__shfl_up_sync(0xffffffffu, step.decay, delta),
             __shfl_up_sync(0xffffffffu, step.state, delta),
             __shfl_up_sync(0xffffffffu, step.key_sum, delta),
-            __shfl_up_sync(0xffffffffu, step.log_decay, delta)};
+            __shfl_up_sync(0xffffffffu, step.log2_decay, delta)};
   }
 };
 
@@ -506,7 +507,7 @@ struct ChooseExponents {
           ChunkRange const range = params.ranges[first + std::int64_t{chunk} * params.heads];
           float const key_sum = range.count * token_bound;
           // Without gates every step is exact, and stays so.
-          return BoundStep{range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate),
+          return BoundStep{range.gate == 0.0f ? 1.0f : detail::exp2_above(range.gate),
                            key_sum * maxima[1], key_sum, static_cast<double>(range.gate)};
         },
         [&](int chunk, BoundStep const& before) {

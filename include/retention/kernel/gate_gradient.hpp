@@ -15,6 +15,9 @@
 // with the state as queries read it, dS as keys read it, and G the chunk's cumulative gate. Terms
 // of dL_j cancel against the first sum, as far as they do not cross t, to the last digits of fp32.
 //
+// Nothing that comes from after a reset (detail/cumulative_gate.hpp) has to do with gates up to it,
+// whatever those terms are: sums end there, and a reset's own gradient is 0.
+//
 // Three kernels, one after the other, every sum in an order of its own and in double precision:
 //
 // - `StateProducts`, where there are states on both sides of a chunk: parts of those products;
@@ -27,6 +30,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/gate_tile.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
@@ -48,11 +52,11 @@ struct StateProducts {
   };
 
   struct Params {
-    Element const* states;             // [slots, h, D, dv] before each chunk, 16-byte aligned, as
-    Element const* key_sums;           // [slots, h, D]     all of these
-    Element const* state_gradients;    // [slots, h, D, dv] after each chunk
-    Element const* key_sum_gradients;  // [slots, h, D]
-    float const* gate;                 // [b, t, h] cumulative log gate since the chunk's start
+    Element const* states;               // [slots, h, D, dv] before each chunk, 16-byte aligned, as
+    Element const* key_sums;             // [slots, h, D]     all of these
+    Element const* state_gradients;      // [slots, h, D, dv] after each chunk
+    Element const* key_sum_gradients;    // [slots, h, D]
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start
     TokenStride gate_stride;
     double* products;     // [slots, h, kParts], to be added up
     Exponents exponents;  // for fp16
@@ -90,7 +94,7 @@ struct StateProducts {
     double sum = 0.0;
     if (has_state && has_gradient) {
       float const decay =
-          detail::exp_scaled(params.gate[params.gate_stride.at(sequence, end - 1, head)], 0.0f);
+          detail::exp2(params.gate[params.gate_stride.at(sequence, end - 1, head)].total());
       // Nothing is left of the state where that is zero: its product need not be finite.
       if (decay != 0.0f) {
         std::int64_t const sums = params.state_dim;
@@ -197,6 +201,12 @@ struct GatePiece {
   }
 };
 
+/// Of a piece of a chunk, dL of the tokens before its first reset.
+struct GatePieceSum {
+  double sum;
+  std::int64_t resets;  // not 0 where there are any
+};
+
 struct GateGradientSums {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
@@ -204,12 +214,15 @@ struct GateGradientSums {
 
   struct SharedStorage {
     float tile[Tile::kSize];
+    float log_gate[Tile::kSize];
   };
 
   struct Params {
-    float const* d_gate;  // [b, t, h] the gradient of the cumulative log gate
+    float const* d_gate;    // [b, t, h] the gradient of the cumulative log gate
+    float const* log_gate;  // [b, t, h]
     TokenStride d_gate_stride;
-    double* sums;  // [h, slots, pieces of a chunk]
+    TokenStride log_gate_stride;
+    GatePieceSum* sums;  // [h, slots, pieces of a chunk]
     Sequences sequences;
     int heads;
   };
@@ -231,28 +244,45 @@ struct GateGradientSums {
     float const* source =
         params.d_gate + part.offset +
         params.d_gate_stride.at(piece.sequence, piece.first_token, piece.first_head);
-    float next[Tile::kLoads];
+    Tile::Part const gate_part(params.log_gate_stride, thread);
+    float const* gate_source =
+        params.log_gate + gate_part.offset +
+        params.log_gate_stride.at(piece.sequence, piece.first_token, piece.first_head);
+    float next[Tile::kLoads], next_gate[Tile::kLoads];
     part.load(source, piece.heads, piece.tokens, next);
-    float const* const values = shared.tile + Tile::position(warp, Tile::kLaneTokens * lane);
+    gate_part.load(gate_source, piece.heads, piece.tokens, next_gate);
+    int const first = Tile::position(warp, Tile::kLaneTokens * lane);
     double sum = 0.0;
+    bool resets = false;  // the same in all of a warp
 #pragma unroll 1
     for (int left = piece.tokens; left > 0; left -= Tile::kTokens) {
 #pragma unroll
       for (int i = 0; i < Tile::kLoads; ++i) {
         shared.tile[part.position(i)] = next[i];
+        shared.log_gate[gate_part.position(i)] = next_gate[i];
       }
       source += Tile::kTokens * params.d_gate_stride.token;
+      gate_source += Tile::kTokens * params.log_gate_stride.token;
       part.load(source, piece.heads, left - Tile::kTokens, next);
+      gate_part.load(gate_source, piece.heads, left - Tile::kTokens, next_gate);
       __syncthreads();
+      double own = 0.0;
+      bool own_resets = false;
 #pragma unroll
       for (int i = 0; i < Tile::kLaneTokens; ++i) {
-        sum += values[i];
+        own_resets = own_resets || detail::is_reset(shared.log_gate[first + i]);
+        own += own_resets ? 0.0 : double{shared.tile[first + i]};
       }
+      unsigned const lanes = __ballot_sync(0xffffffffu, static_cast<int>(own_resets));
+      // Whether any lane before this one has a reset.
+      bool const is_behind = resets || (lanes & ((1u << lane) - 1)) != 0;
+      sum += is_behind ? 0.0 : own;
+      resets = resets || lanes != 0;
       __syncthreads();
     }
     sum = detail::reduce_warp(sum, detail::Plus{});
     if (warp < piece.heads && lane == 0) {
-      params.sums[(piece.first_head + warp) * std::int64_t{gridDim.x} + blockIdx.x] = sum;
+      params.sums[(piece.first_head + warp) * std::int64_t{gridDim.x} + blockIdx.x] = {sum, resets};
     }
   }
 };
@@ -265,15 +295,18 @@ struct GateGradient {
 
   struct SharedStorage {
     float tile[Tile::kSize];
+    float log_gate[Tile::kSize];
   };
 
   struct Params {
     float const* d_gate;        // [b, t, h] the gradient of the cumulative log gate
+    float const* log_gate;      // [b, t, h]
     float* d_log_gate;          // [b, t, h]
     TokenStride d_gate_stride;  // of state_d_gate as well
+    TokenStride log_gate_stride;
     TokenStride d_log_gate_stride;
     float const* state_d_gate;  // [b, t, h] k . dk / 2 of the state after the chunk; null for none
-    double const* sums;         // [h, slots, pieces of a chunk]; unused where that is one
+    GatePieceSum const* sums;   // [h, slots, pieces of a chunk]; unused where that is one
     double const* products;     // [slots, h, kParts]; null for none
     Sequences sequences;
     int heads;
@@ -297,21 +330,27 @@ struct GateGradient {
       return stride.at(piece.sequence, piece.first_token + last_tile, piece.first_head);
     };
     Tile::Part const load_part(params.d_gate_stride, thread);
+    Tile::Part const gate_part(params.log_gate_stride, thread);
     Tile::Part const store_part(params.d_log_gate_stride, thread);
     float const* source = params.d_gate + load_part.offset + last(params.d_gate_stride);
+    float const* gate_source = params.log_gate + gate_part.offset + last(params.log_gate_stride);
     float* target = params.d_log_gate + store_part.offset + last(params.d_log_gate_stride);
-    float next[Tile::kLoads];
+    float next[Tile::kLoads], next_gate[Tile::kLoads];
     load_part.load(source, piece.heads, piece.tokens - last_tile, next);
+    gate_part.load(gate_source, piece.heads, piece.tokens - last_tile, next_gate);
     double carry = warp < piece.heads ? after(params, piece, warp, lane) : 0.0;
 #pragma unroll 1
     for (int first = last_tile; first >= 0; first -= Tile::kTokens) {
 #pragma unroll
       for (int i = 0; i < Tile::kLoads; ++i) {
         shared.tile[load_part.position(i)] = next[i];
+        shared.log_gate[gate_part.position(i)] = next_gate[i];
       }
       // The tile before arrives during the scan.
       source -= Tile::kTokens * params.d_gate_stride.token;
+      gate_source -= Tile::kTokens * params.log_gate_stride.token;
       load_part.load(source, piece.heads, first > 0 ? Tile::kTokens : 0, next);
+      gate_part.load(gate_source, piece.heads, first > 0 ? Tile::kTokens : 0, next_gate);
       __syncthreads();
       carry = scan(shared, warp, lane, carry);
       __syncthreads();
@@ -335,11 +374,19 @@ struct GateGradient {
     // In a sequence's last chunk, those without tokens have no sum.
     int const left = piece.sequence.length - piece.first_token;
     int const pieces = cute::min(piece.pieces, piece.index + GatePiece::per_chunk(left));
-    double const* const sums =
+    GatePieceSum const* const sums =
         params.sums + (head * std::int64_t{gridDim.x} + blockIdx.x - piece.index);
-#pragma unroll 4
-    for (int index = piece.index + 1 + lane; index < pieces; index += 32) {
-      sum += sums[index];
+    bool resets = false;  // in those pieces; the same in all of a warp
+#pragma unroll 1
+    for (int start = piece.index + 1; start < pieces && !resets; start += 32) {
+      int const index = start + lane;
+      GatePieceSum const own = index < pieces ? sums[index] : GatePieceSum{0.0, 0};
+      unsigned const lanes = __ballot_sync(0xffffffffu, static_cast<int>(own.resets != 0));
+      sum += (lanes & ((1u << lane) - 1)) != 0 ? 0.0 : own.sum;
+      resets = lanes != 0;
+    }
+    if (resets) {
+      return detail::reduce_warp(sum, detail::Plus{});
     }
     if (params.state_d_gate != nullptr) {
       float const* const terms =
@@ -355,29 +402,37 @@ struct GateGradient {
     return detail::reduce_warp(sum, detail::Plus{});
   }
 
-  // Sums of one head's tile from each token on, in place, on top of `carry`; returns the first of
-  // them.
+  // Sums of one head's tile from each token on, in place, on top of `carry`, up to the next reset;
+  // returns the first of them.
   CUTE_DEVICE static double scan(SharedStorage& shared, int head, int lane, double carry) {
-    float* const values = shared.tile + Tile::position(head, Tile::kLaneTokens * lane);
-    double total = 0.0;
+    int const first = Tile::position(head, Tile::kLaneTokens * lane);
+    float* const values = shared.tile + first;
+    double inclusive = 0.0;
+    bool resets = false;
 #pragma unroll
-    for (int i = 0; i < Tile::kLaneTokens; ++i) {
-      total += values[i];
+    for (int i = Tile::kLaneTokens - 1; i >= 0; --i) {
+      bool const is_reset = detail::is_reset(shared.log_gate[first + i]);
+      resets = resets || is_reset;
+      inclusive = is_reset ? 0.0 : inclusive + values[i];
     }
-    double inclusive = total;
+    // Of this lane, which is the lowest, and those behind it: which have a reset.
+    unsigned const lanes = __ballot_sync(0xffffffffu, static_cast<int>(resets)) >> lane;
 #pragma unroll
     for (unsigned delta = 1; delta < 32; delta *= 2) {
       double const behind = __shfl_down_sync(0xffffffffu, inclusive, delta);
-      inclusive = static_cast<unsigned>(lane) + delta < 32 ? inclusive + behind : inclusive;
+      bool const reaches =
+          static_cast<unsigned>(lane) + delta < 32 && (lanes & ((1u << delta) - 1)) == 0;
+      inclusive = reaches ? inclusive + behind : inclusive;
     }
+    inclusive += lanes == 0 ? carry : 0.0;
     double const behind = __shfl_down_sync(0xffffffffu, inclusive, 1);
-    double sum = lane == 31 ? carry : carry + behind;
+    double sum = lane == 31 ? carry : behind;
 #pragma unroll
     for (int i = Tile::kLaneTokens - 1; i >= 0; --i) {
-      sum += values[i];
+      sum = detail::is_reset(shared.log_gate[first + i]) ? 0.0 : sum + values[i];
       values[i] = static_cast<float>(sum);
     }
-    return carry + __shfl_sync(0xffffffffu, inclusive, 0);
+    return __shfl_sync(0xffffffffu, inclusive, 0);
   }
 };
 

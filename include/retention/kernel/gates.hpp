@@ -1,6 +1,6 @@
-// The cumulative log gate since the start of each chunk, inclusive:
+// The cumulative log gate since the start of each chunk, inclusive, in the units of `exp2`:
 //
-//     g_j = sum of log_gate_i over the tokens i <= j of j's chunk
+//     g_j = log2(e) sum of log_gate_i over the tokens i <= j of j's chunk
 //
 // A block of threads owns a chunk of several heads, which are neighbours in memory as a rule, and
 // scans it a tile after the other, a warp a head. Tiles pass through shared memory, so that loads
@@ -12,6 +12,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/gate_tile.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -22,16 +23,15 @@ struct Gates {
   static constexpr int kTileTokens = Tile::kTokens;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 4;
-  // exp(-200) is 0 in fp32 as exp(-inf) is, but differences of sums are not NaN.
-  static constexpr float kMinLogGate = -200.0f;
 
   struct SharedStorage {
-    float tile[Tile::kSize];
+    float tile[Tile::kSize];  // log gates, and then the upper parts of their sums
+    float low[Tile::kSize];
   };
 
   struct Params {
-    float const* log_gate;  // [b, t, h]
-    float* gate;            // [b, t, h]
+    float const* log_gate;         // [b, t, h]
+    detail::CumulativeGate* gate;  // [b, t, h]
     TokenStride log_gate_stride;
     TokenStride gate_stride;
     Sequences sequences;
@@ -63,7 +63,8 @@ struct Gates {
 
     float const* source =
         params.log_gate + params.log_gate_stride.at(sequence, first_token, first_head);
-    float* target = params.gate + params.gate_stride.at(sequence, first_token, first_head);
+    detail::CumulativeGate* target =
+        params.gate + params.gate_stride.at(sequence, first_token, first_head);
     Tile::Part const load_part(params.log_gate_stride, thread);
     Tile::Part const store_part(params.gate_stride, thread);
 
@@ -77,8 +78,7 @@ struct Gates {
     for (int left = tokens; left > 0; left -= kTileTokens) {
 #pragma unroll
       for (int i = 0; i < Tile::kLoads; ++i) {
-        // Not fmaxf, which would turn NaN into a number.
-        shared.tile[load_part.position(i)] = next[i] < kMinLogGate ? kMinLogGate : next[i];
+        shared.tile[load_part.position(i)] = detail::limited_log_gate(next[i]);
       }
       // The next tile arrives during the scan.
       source += kTileTokens * params.log_gate_stride.token;
@@ -91,7 +91,8 @@ struct Gates {
 #pragma unroll
       for (int i = 0; i < Tile::kLoads; ++i) {
         if (store_part.within(i, heads, left)) {
-          target[i * store_part.step] = shared.tile[store_part.position(i)];
+          int const position = store_part.position(i);
+          target[i * store_part.step] = {shared.tile[position], shared.low[position]};
         }
       }
       target += kTileTokens * params.gate_stride.token;
@@ -103,10 +104,12 @@ struct Gates {
   // Inclusive sums of one head's tile, in place, on top of `carry`; returns the last of them. The
   // order of summation is fixed by the lanes.
   CUTE_DEVICE static double scan(SharedStorage& shared, int head, int lane, double carry) {
-    float* values = shared.tile + Tile::position(head, Tile::kLaneTokens * lane);
+    int const first = Tile::position(head, Tile::kLaneTokens * lane);
+    double values[Tile::kLaneTokens];
     double total = 0.0;
 #pragma unroll
     for (int i = 0; i < Tile::kLaneTokens; ++i) {
+      values[i] = detail::kExactLog2E * double{shared.tile[first + i]};
       total += values[i];
     }
     double inclusive = total;
@@ -120,7 +123,9 @@ struct Gates {
 #pragma unroll
     for (int i = 0; i < Tile::kLaneTokens; ++i) {
       sum += values[i];
-      values[i] = static_cast<float>(sum);
+      auto const gate = detail::CumulativeGate::from(sum);
+      shared.tile[first + i] = gate.high;
+      shared.low[first + i] = gate.low;
     }
     return carry + __shfl_sync(0xffffffffu, inclusive, 31);
   }

@@ -132,7 +132,7 @@ struct ChooseGradientExponents {
               score == 0.0f
                   ? 0
                   : cute::min(below_one(score * (1.0f + 0x1p-12f)) + 15, cute::Int<kMaxExponent>{});
-          return BoundStep{range.gate == 0.0f ? 1.0f : detail::exp_above(range.gate), rows.state,
+          return BoundStep{range.gate == 0.0f ? 1.0f : detail::exp2_above(range.gate), rows.state,
                            rows.key_sum, static_cast<double>(range.gate)};
         },
         [&](int i, BoundStep const& after) {

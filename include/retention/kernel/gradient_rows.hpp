@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/detail/rescale.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
@@ -49,12 +50,12 @@ struct GradientRows {
 
   /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {
-    Element const* query;     // [b, t, hq, d]
-    Element const* d_output;  // [b, t, hq, dv]
-    Element const* output;    // [b, t, hq, dv]
-    Element const* residual;  // [b, t, hq, dv], strides as output's
-    float const* normalizer;  // [b, t, hq]
-    float const* gate;  // [b, t, h] cumulative log gate since the chunk's start; null for none
+    Element const* query;                // [b, t, hq, d]
+    Element const* d_output;             // [b, t, hq, dv]
+    Element const* output;               // [b, t, hq, dv]
+    Element const* residual;             // [b, t, hq, dv], strides as output's
+    float const* normalizer;             // [b, t, hq]
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride query_stride;
     TokenStride d_output_stride;
     TokenStride output_stride;
@@ -102,7 +103,7 @@ struct GradientRows {
     bool const owns = lane < rows;
     std::int64_t const own_token = first_token + lane;
     float const gate = params.gate != nullptr && owns
-                           ? params.gate[params.gate_stride.at(sequence, own_token, head)]
+                           ? params.gate[params.gate_stride.at(sequence, own_token, head)].total()
                            : 0.0f;
     GradientRange range{};
 #pragma unroll 1
@@ -121,8 +122,7 @@ struct GradientRows {
       float const inverse =
           has_weight ? 1.0f / normalizer * detail::power_of_two(-2 * kQueryExponent) : 0.0f;
       float const delta = has_weight ? products.delta : 0.0f;
-      float const weight =
-          params.gate != nullptr ? detail::exp_scaled(gate, 0.0f) * inverse : inverse;
+      float const weight = params.gate != nullptr ? detail::exp2(gate) * inverse : inverse;
       if (owns) {
         std::int64_t const row = params.row_stride.at(sequence, own_token, query_head);
         params.inverse[row] = inverse;

@@ -66,7 +66,7 @@ struct KeyGradient {
     float* gate_target;
     float* state_gate_target;
     float const* gate_source;
-    float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
+    detail::CumulativeGate row_gate[kRows + 1];  // and that of the chunk's last token
     float ones[kRows];
   };
   static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");

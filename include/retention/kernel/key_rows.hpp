@@ -10,6 +10,7 @@
 
 #include "retention/collective/key_tiles.hpp"
 #include "retention/collective/tile.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
 #include "retention/kernel/row_tiles.hpp"
@@ -21,13 +22,13 @@ namespace retention::kernel {
 /// of GradientRows.
 template <class Element>
 struct KeyRowsParams {
-  Element const* query;     // [b, t, hq, d]
-  Element const* key;       // [b, t, h, d]
-  Element const* value;     // [b, t, h, dv]
-  Element const* d_output;  // [b, t, hq, dv]
-  float const* gate;        // [b, t, h] cumulative log gate since the chunk's start; or null
-  float const* inverse;     // [b, t, hq] 0 where a query has no weight
-  float const* delta;       // [b, t, hq]
+  Element const* query;                // [b, t, hq, d]
+  Element const* key;                  // [b, t, h, d]
+  Element const* value;                // [b, t, h, dv]
+  Element const* d_output;             // [b, t, hq, dv]
+  detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
+  float const* inverse;                // [b, t, hq] 0 where a query has no weight
+  float const* delta;                  // [b, t, hq]
   Element const* d_states;  // [slots, h, D, dv] after each chunk; null where there is none to read
   Element const* d_key_sums;  // [slots, h, D]
   TokenStride query_stride;
@@ -118,15 +119,15 @@ CUTE_DEVICE typename Intra::Work intra_work(KeyRowsParams<Element> const& params
           unit_exponent};
 }
 
-/// Copies the gate of each row of the tile, in units of `exp2`, and last that of the chunk's last
-/// token. Rows that stand for nothing have this one.
+/// Copies the gate of each row of the tile, and last that of the chunk's last token. Rows that
+/// stand for nothing have this one.
 template <class Intra, int kGates>
-CUTE_DEVICE void load_row_gates(typename Intra::Work const& work, float (&target)[kGates],
-                                int thread) {
+CUTE_DEVICE void load_row_gates(typename Intra::Work const& work,
+                                detail::CumulativeGate (&target)[kGates], int thread) {
   for (int row = thread; row < kGates; row += Intra::kThreads) {
     int const token = row < work.rows ? work.first_token + row : work.end_token - 1;
     target[row] =
-        work.gate == nullptr ? 0.0f : Intra::log2_gate(work.gate[token * work.gate_token]);
+        work.gate == nullptr ? detail::CumulativeGate{} : work.gate[token * work.gate_token];
   }
 }
 

@@ -65,16 +65,16 @@ struct Output {
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
     typename Intra::Work work;
-    float row_gate[kRows];  // cumulative log2 gate since the chunk's start, less weight_exponent
+    detail::CumulativeGate row_gate[kRows];
   };
   static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
 
   /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {
-    Element const* query;     // [b, t, hq, d]
-    Element const* key;       // [b, t, h, d]
-    Element const* value;     // [b, t, h, dv]
-    float const* gate;        // [b, t, h] cumulative log gate since the chunk's start; or null
+    Element const* query;                // [b, t, hq, d]
+    Element const* key;                  // [b, t, h, d]
+    Element const* value;                // [b, t, h, dv]
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
     Element const* key_sums;  // [slots, h, D]
     Element* output;          // [b, t, hq, dv]
@@ -117,7 +117,7 @@ struct Output {
     auto const at = [&](TokenStride const& stride, int h) {
       return stride.at(sequence, first_token, h);
     };
-    float const* gate =
+    detail::CumulativeGate const* gate =
         params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head);
     // Accumulators hold weights over 2^weight_exponent: see `Exponents` and
     // kWeightExponent.
@@ -135,7 +135,7 @@ struct Output {
                                     params.value_stride.token,
                                     params.gate_stride.token,
                                     rows,
-                                    detail::power_of_two(-weight_exponent)};
+                                    -weight_exponent};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -156,7 +156,7 @@ struct Output {
     } else {
       Intra::prefetch(shared.intra, work);
     }
-    load_queries(params, shared, query, gate, weight_exponent, rows, thread);
+    load_queries(params, shared, query, gate, rows, thread);
     if (has_state) {
       apply(shared.query, first_row, lane, output, normalizer);
       __syncthreads();  // the keys come where the state was
@@ -169,8 +169,7 @@ struct Output {
       }
       Intra::prefetch(shared.intra, shared.work);
       // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
-      float const decay =
-          detail::exp2(shared.row_gate[first_row] + static_cast<float>(weight_exponent));
+      float const decay = detail::exp2(shared.row_gate[first_row].total());
       scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
@@ -193,11 +192,11 @@ struct Output {
 
   // Rows that stand for nothing are zero.
   CUTE_DEVICE static void load_queries(Params const& params, SharedStorage& shared,
-                                       Element const* query, float const* gate, int weight_exponent,
+                                       Element const* query, detail::CumulativeGate const* gate,
                                        Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
     // Loaded first, to arrive together with the queries.
-    float row_gate[kRows / kThreads] = {};
+    detail::CumulativeGate row_gate[kRows / kThreads] = {};
 #pragma unroll
     for (int i = 0; i < kRows / kThreads; ++i) {
       int const row = thread + i * kThreads;
@@ -235,8 +234,7 @@ struct Output {
     }
 #pragma unroll
     for (int i = 0; i < kRows / kThreads; ++i) {
-      shared.row_gate[thread + i * kThreads] =
-          Intra::log2_gate(row_gate[i]) - static_cast<float>(weight_exponent);
+      shared.row_gate[thread + i * kThreads] = row_gate[i];
     }
   }
 

@@ -80,12 +80,12 @@ struct QueryGradient {
 
   /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {
-    Element const* query;     // [b, t, hq, d] prepared: qs
-    Element const* key;       // [b, t, h, d]
-    Element const* value;     // [b, t, h, dv]
-    Element const* d_output;  // [b, t, hq, dv]
-    float const* gate;        // [b, t, h] cumulative log gate since the chunk's start; or null
-    float const* inverse;     // [b, t, hq], as delta and scale; 0 where a row has no weight
+    Element const* query;                // [b, t, hq, d] prepared: qs
+    Element const* key;                  // [b, t, h, d]
+    Element const* value;                // [b, t, h, dv]
+    Element const* d_output;             // [b, t, hq, dv]
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
+    float const* inverse;  // [b, t, hq], as delta and scale; 0 where a row has no weight
     float const* delta;
     float const* scale;
     Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
@@ -146,7 +146,7 @@ struct QueryGradient {
         params.value_stride.token,
         params.gate_stride.token,
         rows,
-        1.0f};
+        0};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -220,7 +220,8 @@ struct QueryGradient {
                                        int first_token, int score_exponent, int weight_exponent,
                                        int thread) {
     Rows const& rows = work.rows;
-    float inverse = 0.0f, delta = 0.0f, scale = 0.0f, gate = 0.0f;
+    float inverse = 0.0f, delta = 0.0f, scale = 0.0f;
+    detail::CumulativeGate gate{0.0f, 0.0f};
     if (thread < rows.count()) {
       int const token = rows.token(thread);
       std::int64_t const offset =
@@ -229,20 +230,25 @@ struct QueryGradient {
       inverse = params.inverse[offset];
       delta = params.delta[offset];
       scale = params.scale[offset];
-      gate = work.gate == nullptr ? 0.0f : Intra::log2_gate(work.gate[token * work.gate_stride]);
+      if (work.gate != nullptr) {
+        gate = work.gate[token * work.gate_stride];
+      }
     }
     // delta is anything where there is no weight.
     bool const has_gradient = inverse > 0.0f;
     float const factor = inverse * detail::power_of_two(score_exponent);
     float const shift = has_gradient ? -delta * factor : 0.0f;
-    float const first_gate = __shfl_sync(0xffffffffu, gate, 0);  // the warp's rows are its lanes'
-    float const decay = has_gradient ? detail::exp2(gate - first_gate) : 0.0f;
+    // The warp's rows are its lanes'.
+    detail::CumulativeGate const first_gate{__shfl_sync(0xffffffffu, gate.high, 0),
+                                            __shfl_sync(0xffffffffu, gate.low, 0)};
+    float const decay = has_gradient ? detail::exp2(gate.since(first_gate)) : 0.0f;
     shared.rows.gate[thread] = gate;
     shared.rows.factor[thread] = {factor, shift};
     shared.rows.early_factor[thread] = {decay * factor, decay * shift};
     shared.key_sum_factor[thread] = has_gradient ? -delta : 0.0f;
     shared.state_weight[thread] =
-        has_gradient ? detail::exp2(gate + static_cast<float>(weight_exponent)) * inverse : 0.0f;
+        has_gradient ? detail::exp2(gate.total() + static_cast<float>(weight_exponent)) * inverse
+                     : 0.0f;
     shared.scale[thread] = has_gradient ? detail::power_of_two(1 - score_exponent) * scale : 0.0f;
   }
 

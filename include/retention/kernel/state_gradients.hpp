@@ -22,6 +22,7 @@
 #include "retention/collective/expand_reduce.hpp"
 #include "retention/collective/state_tile.hpp"
 #include "retention/collective/tile.hpp"
+#include "retention/detail/cumulative_gate.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -82,7 +83,7 @@ struct StateGradients {
     Element const* d_output;  // [b, t, hq, dv]
     float const* weight;      // [b, t, hq] w_i
     float const* delta;       // [b, t, hq]
-    float const* gate;  // [b, t, h] cumulative log gate since the chunk's start; null for none
+    detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride query_stride;
     TokenStride d_output_stride;
     TokenStride row_stride;  // of weight and delta
@@ -242,12 +243,12 @@ struct StateGradients {
     std::int64_t slot_head =
         (sequence.first_slot + first_token / chunk_size + chunks - 1) * params.heads + head;
     // Cumulative gate of a chunk.
-    float const* gate = params.gate == nullptr
-                            ? nullptr
-                            : params.gate + params.gate_stride.at(sequence, first_token, head);
+    detail::CumulativeGate const* gate =
+        params.gate == nullptr ? nullptr
+                               : params.gate + params.gate_stride.at(sequence, first_token, head);
     auto gate_of = [&](int chunk) {
       int const last = chunk * chunk_size + cute::min(chunk_size, tokens - chunk * chunk_size) - 1;
-      return gate != nullptr && chunk >= 0 ? gate[last * params.gate_stride.token] : 0.0f;
+      return gate != nullptr && chunk >= 0 ? gate[last * params.gate_stride.token].total() : 0.0f;
     };
     // Whether there is anything after the chunk: after a sequence's last, only what was given.
     auto follows = [&](int chunk) {
@@ -293,8 +294,8 @@ struct StateGradients {
       }
       if (kScaled || gate != nullptr) {
         StateTile::multiply(
-            detail::exp_scaled(next_gate, static_cast<float>(next_scale.state - scale.state)),
-            detail::exp_scaled(next_gate, static_cast<float>(next_scale.key_sum - scale.key_sum)),
+            detail::exp2(next_gate + static_cast<float>(next_scale.state - scale.state)),
+            detail::exp2(next_gate + static_cast<float>(next_scale.key_sum - scale.key_sum)),
             accumulators);
       }
       scale = next_scale;
@@ -353,8 +354,8 @@ struct StateGradients {
     if constexpr (!kScaled) {
       return {0, 0};
     }
-    // exp(G) is below 2^(decay + 1).
-    int const decay = static_cast<int>(floorf(fmaxf(chunk_gate * detail::kLog2E, -1000.0f)));
+    // 2^G is below 2^(decay + 1).
+    int const decay = static_cast<int>(floorf(fmaxf(chunk_gate, -1000.0f)));
     auto at = [&](int const* exponents) { return exponents == nullptr ? 0 : exponents[slot_head]; };
     auto choose = [&](int const* weight, int const* stored, int exponent_before) {
       int const exponent = cute::min(at(weight), +kMaxScale);

@@ -58,9 +58,9 @@ struct ValueGradient {
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     typename Intra::Work work;
-    int state_exponent;         // of what the state gives, in units of the accumulators
-    Element* target;            // the first row's gradient
-    float row_gate[kRows + 1];  // cumulative log2 gate, and that of the chunk's last token
+    int state_exponent;  // of what the state gives, in units of the accumulators
+    Element* target;     // the first row's gradient
+    detail::CumulativeGate row_gate[kRows + 1];  // and that of the chunk's last token
   };
   static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
 
