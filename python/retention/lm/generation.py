@@ -62,10 +62,13 @@ def sample(
     logits = logits.detach().to("cpu", torch.float32)
     if temperature == 0:
         return logits.argmax(-1)
-    probability, byte = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    before = probability.cumsum(-1) - probability
-    probability = probability.masked_fill(before >= top_p, 0)
-    drawn = torch.multinomial(probability, 1, generator=generator)
+    # At most 0, so that no temperature makes an infinity that is not a probability of 0.
+    below = (logits - logits.amax(-1, keepdim=True)).double()
+    probability = (below / temperature).softmax(-1).float()
+    probability, byte = probability.sort(dim=-1, descending=True, stable=True)
+    masked = probability.cumsum(-1) - probability >= top_p
+    masked[..., 0] = False
+    drawn = torch.multinomial(probability.masked_fill(masked, 0), 1, generator=generator)
     return byte.gather(-1, drawn)[:, 0]
 
 
@@ -91,6 +94,9 @@ def generate(
         switch_over_seq_len: tokens kept in each layer's ring before they are folded into its state.
         dtype: "float32", "bfloat16" or "float16", of the products and of the ring.
         statistics: filled in while it runs.
+
+    Raises:
+        UsageError: where the model's weights, or products in `dtype`, give no finite numbers.
     """
     statistics = Statistics() if statistics is None else statistics
     device = next(model.parameters()).device
@@ -104,6 +110,8 @@ def generate(
         # Entered for each byte: a generator must not leave autocast on in its caller meanwhile.
         with devices.autocast(device, dtype):
             logits = model.step(tokens, caches)
+        if not logits.isfinite().all():
+            raise UsageError("the model's logits are no finite numbers")
         byte = sample(logits, temperature, top_p, generator)
         statistics.tokens += 1
         statistics.seconds = time.monotonic() - began
