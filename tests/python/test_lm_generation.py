@@ -193,7 +193,7 @@ def test_load_model_takes_a_run_or_a_checkpoint(run: Path, tmp_path: Path, model
     assert torch.equal(newest.embedding.weight, model.embedding.weight)
     with pytest.raises(UsageError, match=r"--checkpoint: no such folder: .*none"):
         generation.load_model(tmp_path / "none", device)
-    with pytest.raises(UsageError, match=r"not a checkpoint \(state.json: No such file"):
+    with pytest.raises(UsageError, match=r"not a checkpoint \(no state.json\)"):
         generation.load_model(tmp_path, device)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"--checkpoint: the run in .* has no checkpoint yet"):

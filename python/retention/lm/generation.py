@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from retention.lm import checkpoint, data, devices
+from retention.lm import checkpoint, data, devices, files
 from retention.lm.errors import UsageError
-from retention.lm.model import LanguageModel
+from retention.lm.model import LanguageModel, new_model
 from retention.lm.run import RunFolder
 
 
@@ -31,23 +32,39 @@ class Statistics:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-def load_model(path: Path, device: torch.device) -> LanguageModel:
+def load_model(
+    path: Path, device: torch.device, say: Callable[[str], object] = lambda line: None
+) -> LanguageModel:
     """The model of a checkpoint; `path` is one, or a run's folder (then its newest).
 
+    Args:
+        path: the folder.
+        device: where the model is to be.
+        say: told of each checkpoint of a run that is damaged, where one before it is not.
+
     Raises:
-        UsageError: where there is none.
+        UsageError: where there is none, or none that is whole.
     """
-    if not path.is_dir():
-        raise UsageError(f"--checkpoint: no such folder: {path}")
     runs = RunFolder(path)
-    saved = checkpoint.newest(runs.checkpoints)
-    if saved is None:
-        if runs.config_file.exists():
+    with files.explained(f"--checkpoint: cannot read {path}"):
+        found = files.status(path)
+        if found is None:
+            raise UsageError(f"--checkpoint: no such folder: {path}")
+        if not stat.S_ISDIR(found.st_mode):
+            raise UsageError(f"--checkpoint: {path} is not a folder")
+        is_run = files.status(runs.config_file) is not None
+    models: list[LanguageModel] = []
+
+    def use(saved: checkpoint.Checkpoint) -> None:
+        model = new_model(saved.model_config)
+        saved.load_model(model)
+        models.append(model)
+
+    if checkpoint.newest(runs.checkpoints, use, say) is None:
+        if is_run:
             raise UsageError(f"--checkpoint: the run in {path} has no checkpoint yet")
-        saved = checkpoint.read(path)
-    model = LanguageModel(saved.model_config)
-    saved.load_model(model)
-    return model.to(device).eval()
+        use(checkpoint.read(path))
+    return models[-1].to(device).eval()
 
 
 def sample(
