@@ -152,7 +152,8 @@ def demo(session: nox.Session) -> None:
     """
     install_package(session, "train")
     out = ROOT / "runs" / "demo"
-    resume = ["--resume"] if (out / "config.json").exists() else []
+    steps = out / "metrics.jsonl"  # empty where the first step failed: then it may start anew
+    resume = ["--resume"] if steps.exists() and steps.stat().st_size else []
     session.run("retention", "train", "--out", str(out), *resume, *session.posargs)
     session.run(
         "retention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -10,10 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-from retention.lm.config import ModelConfig, TrainConfig
-from retention.lm.errors import UsageError
+from retention.lm.config import DTYPES, LARGEST, ModelConfig, TrainConfig
+from retention.lm.errors import OutputError, UsageError, shown
+from retention.lm.output import encodable
 
 # Each command imports what it needs when it runs: the command line itself starts without any extra.
 _NEEDS = {
@@ -30,12 +32,19 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"{self.prog}: error: {message}\n")
 
+    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+        # argparse itself says nothing where its help cannot be written.
+        if file is sys.stdout:
+            _write(message)
+        else:
+            super()._print_message(message, file)
+
 
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
         from retention import _info as about
 
-        print(f"retention {about.info()['version']}")
+        _write(f"retention {about.info()['version']}\n")
         parser.exit()
 
 
@@ -44,35 +53,95 @@ class _CMakeDir(argparse.Action):
         from retention import _C
 
         # Beside the compiled module, which an editable installation keeps apart from the sources.
-        print(Path(_C.__file__).parent / "lib" / "cmake" / "retention")
+        _write(f"{Path(_C.__file__).parent / 'lib' / 'cmake' / 'retention'}\n")
         parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, 2 for a usage error, 130 if interrupted."""
-    options = _parser().parse_args(arguments)
-    missing = [name for name in _NEEDS.get(options.command, ()) if not _importable(name)]
-    if missing:
-        return _fail(
-            options.command,
-            f"needs {' and '.join(missing)}, not installed here: pip install "
-            f"'retention[{'bench' if options.command == 'bench' else 'train'}]'",
-        )
+    """Run the command line.
+
+    Returns the exit code: 0; 2 for what cannot be done, said in a line; 1 where the reader of
+    standard output went away; 130, 143 or 129 where SIGINT, SIGTERM or SIGHUP ended a training.
+    """
+    with contextlib.ExitStack() as stack:
+        if sys.stderr is None or sys.stderr.closed:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        if sys.stdout is None or sys.stdout.closed:
+            # The next file to be opened could take its number, and what is printed.
+            return _fail(None, "standard output is closed")
+        try:
+            code = _run(arguments)
+        except SystemExit as end:  # of argparse, and of rich where the reader of a pipe went away
+            code = end.code if isinstance(end.code, int) else 0
+        try:
+            # Else Python does it at its end, and complains.
+            sys.stdout.flush()
+        except (OSError, ValueError) as error:
+            return _output_failed(None, error) if code == 0 else _silenced(code)
+        return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    command = None
     try:
+        options = _parser().parse_args(arguments)
+        command = options.command
+        missing = [name for name in _NEEDS.get(command, ()) if not _importable(name)]
+        if missing:
+            raise UsageError(
+                f"needs {' and '.join(missing)}, not installed here: pip install "
+                f"'retention[{'bench' if command == 'bench' else 'train'}]'",
+            )
         return options.run(options)
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe went away. Python would complain again when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except UsageError as error:
-        return _fail(options.command, str(error), error.exit_code)
+        return _fail(command, str(error), error.exit_code)
+    except OutputError as error:
+        return _output_failed(command, error.reason)
+    except BrokenPipeError as error:
+        return _output_failed(command, error)
+    except OSError as error:
+        path = "" if error.filename is None else f"{error.filename}: "
+        return _fail(command, f"{path}{shown(error)}")
+    except (RuntimeError, MemoryError) as error:
+        from retention.lm import devices
+
+        if not devices.is_out_of_memory(error):
+            raise
+        return _fail(command, f"out of memory: {str(error)[:200]}")
 
 
-def _fail(command: str, message: str, code: int = UsageError.exit_code) -> int:
-    print(f"retention {command}: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(command: str | None, message: str, code: int = UsageError.exit_code) -> int:
+    name = "retention" if command is None else f"retention {command}"
+    try:
+        sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        _discard(sys.stderr)
     return code
+
+
+def _output_failed(command: str | None, reason: OSError | ValueError) -> int:
+    """A pipe's reader that went away has seen enough, which is no error to speak of."""
+    if isinstance(reason, BrokenPipeError):
+        return _silenced(1)
+    return _silenced(_fail(command, f"standard output: {shown(reason)}"))
+
+
+def _silenced(code: int) -> int:
+    """`code`, with nowhere for what is left of standard output to go."""
+    _discard(sys.stdout)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    # What is in its buffer would be written at the end of the process, and fail once more.
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _importable(name: str) -> bool:
@@ -114,8 +183,8 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         train.add_argument(flag, type=kind, help=f"{text} (default: {default})", **more)
 
     sources = {"nargs": "+", "metavar": "FILE_OR_DIR"}
-    add("--data", str, "Python's standard library", "files and folders to learn", **sources)
-    add("--out", Path, "run", "folder of the run", metavar="DIR")
+    add("--data", _path, "Python's standard library", "files and folders to learn", **sources)
+    add("--out", _path, "run", "folder of the run", metavar="DIR")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
     add("--steps", _positive, loop.steps, "optimizer steps", **number)
     add("--batch-size", _positive, loop.batch_size, "sequences a step", **number)
@@ -135,7 +204,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--eval-every", _positive, loop.eval_every, "steps between validations", **number)
     add("--eval-blocks", _positive, loop.eval_blocks, "sequences a validation", **number)
     add("--checkpoint-every", _positive, loop.checkpoint_every, "steps to a checkpoint", **number)
-    add("--seed", _seed, loop.seed, "of the weights and the batches", **number)
+    add("--seed", _non_negative, loop.seed, "of the weights and the batches", **number)
     add("--device", str, "cuda where there is one, else cpu", "where to train", metavar="NAME")
     _add_dtype(train, None, loop.dtype)
     train.add_argument(
@@ -156,12 +225,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         shown = f"{text} (default: %(default)s)"
         generate.add_argument(flag, type=kind, default=default, help=shown, metavar=metavar)
 
-    add("--checkpoint", Path, Path("run"), "a run's folder, or one checkpoint's", "DIR")
+    add("--checkpoint", _path, Path("run"), "a run's folder, or one checkpoint's", "DIR")
     add("--prompt", str, "", "what the text begins with", "TEXT")
     add("--max-new-tokens", _non_negative, 500, "bytes to generate", "N")
     add("--temperature", _non_negative_float, 0.8, "0: always the likeliest byte", "X")
     add("--top-p", _share, 0.95, "draw from the likeliest bytes of this joint probability", "X")
-    add("--seed", _seed, 0, "of what is drawn", "N")
+    add("--seed", _non_negative, 0, "of what is drawn", "N")
     ring = "recent bytes kept before they are folded into the state"
     add("--switch-over-seq-len", _positive, 512, ring, "N")
     generate.add_argument(
@@ -228,7 +297,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     )
     add(
         "--upstream",
-        Path,
+        _path,
         None,
         "where `pip install --target DIR retention==1.0.7` was",
         shown="not measured",
@@ -245,7 +314,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench.add_argument("--quiet", action="store_true", help="the tables alone")
     add(
         "--out",
-        Path,
+        _path,
         None,
         "folder for results.json, results.csv and plots",
         shown="none",
@@ -262,7 +331,7 @@ def _bench(options: argparse.Namespace) -> int:
 def _add_dtype(parser: argparse.ArgumentParser, default: str | None, shown: str) -> None:
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         default=default,
         help=f"of the products; weights stay float32 (default: {shown})",
     )
@@ -281,7 +350,7 @@ def _train(options: argparse.Namespace) -> int:
     else:
         given.setdefault("device", devices.default_device())
         outcome = training.train(_pick(ModelConfig, given), _pick(TrainConfig, given), out)
-    return 0 if outcome is training.Outcome.FINISHED else _INTERRUPTED
+    return int(outcome)
 
 
 def _pick(kind: type, given: dict[str, object]) -> object:
@@ -315,7 +384,11 @@ def _generate(options: argparse.Namespace) -> int:
     from retention.lm import devices, generation
 
     device = devices.open_device(options.device or devices.default_device())
-    model = generation.load_model(options.checkpoint, device)
+
+    def say(line: str) -> None:
+        print(f"retention generate: {line}", file=sys.stderr)
+
+    model = generation.load_model(options.checkpoint, device, say)
     prompt = os.fsencode(options.prompt)
     statistics = generation.Statistics()
     stream = generation.generate(
@@ -342,17 +415,26 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _write(text: str) -> None:
-    # A terminal may know fewer characters than UTF-8 has.
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
+    try:
+        # A terminal may know fewer characters than UTF-8 has.
+        sys.stdout.write(encodable(text, sys.stdout))
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        raise OutputError(error) from None
 
 
 def _info(options: argparse.Namespace) -> int:
     from retention import _info as about
 
-    print(about.format_info(about.info()))
+    _write(about.format_info(about.info()) + "\n")
     return 0
+
+
+def _path(text: str) -> Path:
+    # An empty one would be the current folder.
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
 
 
 def _positive(text: str) -> int:
@@ -369,18 +451,14 @@ def _non_negative(text: str) -> int:
     return value
 
 
-def _seed(text: str) -> int:
-    value = _non_negative(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer below 2^63, got {text!r}")
-    return value
-
-
 def _integer(text: str) -> int:
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"expected an integer below 2^63, got {text!r}")
+    return value
 
 
 def _number(text: str) -> float:

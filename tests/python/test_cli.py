@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
 
 import retention
 from retention import cli
+from retention.lm import data
 
 TEXT = b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i % 7, i % 7) for i in range(400))
 SMALL = [
@@ -166,13 +169,18 @@ def test_resume_with_other_options(run: Path, capsys, more: list, message: str):
         (["--heads", 3], "num_heads: expected a divisor of hidden_size = 32"),
         (["--kv-heads", 3], "num_kv_heads: expected a divisor of num_heads = 2"),
         (["--head-dim", 12], "head_dim: expected a positive multiple of 8, got 12"),
+        (["--steps", 2**63], "argument --steps: expected an integer below 2^63"),
         (["--resume"], "--out: no run in "),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--data", ""], "argument --data: expected a path, got ''"),
+        (["--data", "TEXT", ""], "argument --data: expected a path, got ''"),
+        (["--out", ""], "argument --out: expected a path, got ''"),
     ],
 )
 def test_what_cannot_be_trained(text: Path, tmp_path: Path, capsys, more: list, message: str):
     (tmp_path / "empty").write_bytes(b"")
-    more = [tmp_path / "empty" if x == "EMPTY" else x for x in more]
+    names = {"EMPTY": tmp_path / "empty", "TEXT": text}
+    more = [names.get(x, x) for x in more]
     out = tmp_path / "deep" / "run"
     defaults = [] if "--resume" in more else [*SMALL, "--data", text]
     code, _, err = call(capsys, "train", *defaults, "--out", out, *more)
@@ -200,6 +208,7 @@ def test_out_that_cannot_be_used(text: Path, run: Path, capsys):
     ("more", "message"),
     [
         (["--checkpoint", "nowhere"], "--checkpoint: no such folder: nowhere"),
+        (["--checkpoint", ""], "argument --checkpoint: expected a path, got ''"),
         (["--temperature", -1], "argument --temperature: expected a number of at least 0"),
         (["--top-p", 0], "argument --top-p: expected a number above 0 and up to 1, got '0'"),
         (["--top-p", 1.5], "argument --top-p: expected a number above 0 and up to 1, got '1.5'"),
@@ -213,6 +222,13 @@ def test_what_cannot_be_generated(run: Path, capsys, more: list, message: str):
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_benchmarks_into_no_folder(capsys):
+    for option in ("--out", "--upstream"):
+        code, out, err = call(capsys, "bench", "fwd", option, "")
+        assert (code, out) == (2, "")
+        assert err == f"retention bench: error: argument {option}: expected a path, got ''\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["nonsense"]])
@@ -270,6 +286,175 @@ def test_reader_that_goes_away(run: Path):
         process.stdout.close()
         assert process.wait(timeout=60) == 1
         assert process.stderr.read() == b""
+
+
+def without_reader() -> TextIO:
+    """A pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def full_disk() -> TextIO:
+    return open("/dev/full", "w")
+
+
+def closed() -> TextIO:
+    with open(os.devnull, "w") as file:
+        return file
+
+
+def nothing() -> None:
+    """What Python has for a stream that is closed from the start."""
+
+
+def commands(run: Path) -> list[list]:
+    results = run.parent / "results"
+    results.mkdir(exist_ok=True)
+    row = {"mode": "fwd", "t": 1, "peer": "retention", "ms": 1, "low": 1, "high": 1}
+    parts = {"environment": {"device": "x"}, "options": {}, "rows": [row]}
+    (results / "results.json").write_text(json.dumps(parts))
+    return [
+        ["--version"],
+        ["--help"],
+        ["--cmake-dir"],
+        ["info"],
+        ["train", "--help"],
+        ["train", "--out", run, "--resume"],
+        ["generate", "--checkpoint", run, "--max-new-tokens", 3, "--device", "cpu"],
+        ["bench", "compare", results, results],
+    ]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("stream", "code", "message"),
+    [
+        (without_reader, 1, ""),
+        (full_disk, 2, "No space left on device\n"),
+        (closed, 2, "retention: error: standard output is closed\n"),
+        (nothing, 2, "retention: error: standard output is closed\n"),
+    ],
+)
+def test_standard_output_that_takes_nothing(
+    run: Path, capsys, monkeypatch, stream: Callable[[], TextIO | None], code: int, message: str
+):
+    before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+    for arguments in commands(run):
+        out = stream()
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            assert cli.main([str(x) for x in arguments]) == code, arguments
+        if out is not None:
+            out.close()  # raises nothing: what was left in its buffer went nowhere
+        err = capsys.readouterr().err
+        if arguments[0] == "generate" and err.count("\n") == 2:
+            err = err.split("\n", 1)[1]  # its figures came before
+        assert err.endswith(message)
+        assert err.count("\n") == (1 if message else 0), err
+    assert {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()} == before
+
+
+@pytest.mark.parametrize("stream", [closed, nothing, without_reader])
+def test_standard_error_that_takes_nothing(run: Path, capsys, monkeypatch, stream: Callable):
+    err = stream()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", err)
+        assert cli.main(["generate", "--checkpoint", "nowhere"]) == 2
+    if err is not None:
+        err.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_training_without_a_reader_leaves_a_checkpoint(
+    text: Path, tmp_path: Path, capsys, monkeypatch
+):
+    out = tmp_path / "run"
+    arguments = ["train", *SMALL, "--data", str(text), "--out", str(out)]
+    with monkeypatch.context() as patched, without_reader() as pipe:
+        patched.setattr(sys, "stdout", pipe)
+        assert cli.main(arguments) == 1
+    assert capsys.readouterr().err == ""
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000001"]
+    assert call(capsys, "train", "--out", out, "--resume")[0] == 0
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    inner = data.batch
+
+    def stopped(corpus, seed, now, *sizes):
+        if now == step:
+            signal.raise_signal(number)
+        return inner(corpus, seed, now, *sizes)
+
+    monkeypatch.setattr(data, "batch", stopped)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_end_a_training(
+    text: Path, tmp_path: Path, capsys, monkeypatch, name: str, code: int
+):
+    out = tmp_path / "run"
+    number = getattr(signal, name)
+    usual = {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL)
+    before = signal.signal(number, usual)  # the shell's background ignores SIGINT, nohup SIGHUP
+    try:
+        with monkeypatch.context() as patched:
+            stop_at(patched, 4, number)
+            got, printed, err = call(capsys, "train", *SMALL, "--data", text, "--out", out)
+        assert signal.getsignal(number) is usual
+    finally:
+        signal.signal(number, before)
+    assert (got, err) == (code, "")
+    assert printed.endswith(f"go on with: retention train --out {out} --resume\n")
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000005"]
+    assert call(capsys, "train", "--out", out, "--resume")[0] == 0
+
+
+def test_a_signal_that_is_ignored_stays_so(text: Path, tmp_path: Path, capsys, monkeypatch):
+    """As under `nohup`, whose purpose is that training goes on without its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop_at(monkeypatch, 4, signal.SIGHUP)
+        assert call(capsys, "train", *SMALL, "--data", text, "--out", tmp_path / "run")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone(text: Path, tmp_path: Path, monkeypatch):
+    """The signal comes with a terminal that takes nothing more; the checkpoint does not need it."""
+    out = tmp_path / "run"
+    stop_at(monkeypatch, 4, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    leader, follower = os.openpty()
+    inner = data.batch
+
+    def hung_up(corpus, seed, step, *sizes):
+        if step == 3:
+            os.close(leader)
+        return inner(corpus, seed, step, *sizes)
+
+    monkeypatch.setattr(data, "batch", hung_up)
+    try:
+        with monkeypatch.context() as patched, open(follower, "w") as terminal:
+            patched.setattr(sys, "stdout", terminal)
+            arguments = ["train", *SMALL, "--data", str(text), "--out", str(out)]
+            assert cli.main(arguments) in (129, 2)  # the bar may be drawn before the signal comes
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (saved,) = (out / "checkpoints").iterdir()
+    assert saved.name in ("step-00000004", "step-00000005")
+
+
+def test_a_path_that_is_no_text(text: Path, tmp_path: Path, capsysbinary, monkeypatch):
+    """Names of files are bytes, and those that are not UTF-8 cannot be printed."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    stop_at(monkeypatch, 1, signal.SIGTERM)
+    assert cli.main(["train", *SMALL, "--data", str(text), "--out", out]) == 143
+    assert capsysbinary.readouterr().out.endswith(b"/? --resume\n")
+    monkeypatch.undo()
+    assert cli.main(["train", "--out", out, "--resume"]) == 0
+    assert cli.main(["generate", "--checkpoint", out, "--max-new-tokens", "1"]) == 0
 
 
 def test_other_encodings_of_the_terminal(run: Path):

@@ -137,6 +137,7 @@ def test_validation_windows_are_spread_and_the_same(tmp_path: Path, blocks: int)
     ("make", "message"),
     [
         (lambda d: [str(d / "none")], r"--data: no such file or folder: .*none"),
+        (lambda d: [""], r"--data: no such file or folder: ''"),
         (lambda d: [str(d)], r"--data: no text files in"),
         (lambda d: [str((d / "e").write_bytes(b"") or d / "e")], r"--data: .* holds no bytes"),
         (

@@ -198,6 +198,32 @@ def test_sample_is_the_tempered_nucleus():
     assert frequencies(1e-4, 1.0) == [1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("tiny", [1e-300, 5e-324, 1e-45, 1e-30])
+def test_tiny_limits_take_the_likeliest(tiny: float):
+    logits = torch.randn(500, 256, generator=torch.Generator().manual_seed(0)) * 30
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(sample(logits, tiny, 1.0, generator), logits.argmax(-1))
+    assert torch.equal(sample(logits, 1.0, tiny, generator), logits.argmax(-1))
+    assert torch.equal(sample(logits, tiny, tiny, generator), logits.argmax(-1))
+
+
+def test_huge_temperatures_take_any_byte():
+    logits = torch.randn(256, generator=torch.Generator().manual_seed(0)).expand(20_000, 256)
+    drawn = sample(logits, 1e300, 1.0, torch.Generator().manual_seed(1))
+    counts = torch.bincount(drawn, minlength=256)
+    # 78 each on average; six standard deviations.
+    assert (counts - 20_000 / 256).abs().max() < 6 * (20_000 / 256) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_weights_that_are_no_numbers(model: LanguageModel, temperature: float):
+    broken = LanguageModel(MODEL)
+    broken.load_state_dict(model.state_dict())
+    broken.norm.weight.data[3] = float("nan")
+    with pytest.raises(UsageError, match="the model's logits are no finite numbers"):
+        list(generate(broken, PROMPT, 3, temperature=temperature))
+
+
 def test_text_comes_as_soon_as_a_character_is_whole():
     stream = iter("aé€😀".encode() + b"\xff" + "é".encode()[:1])
     pieces = as_text(stream)
@@ -215,7 +241,7 @@ def test_load_model_takes_a_run_or_a_checkpoint(run: Path, tmp_path: Path, model
     assert torch.equal(newest.embedding.weight, model.embedding.weight)
     with pytest.raises(UsageError, match=r"--checkpoint: no such folder: .*none"):
         generation.load_model(tmp_path / "none", device)
-    with pytest.raises(UsageError, match=r"not a checkpoint \(state.json: No such file"):
+    with pytest.raises(UsageError, match=r"not a checkpoint \(no state.json\)"):
         generation.load_model(tmp_path, device)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"--checkpoint: the run in .* has no checkpoint yet"):

@@ -189,6 +189,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return metrics(folder / "run")
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """A shell's background ignores SIGINT and nohup SIGHUP, and training would leave it so."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def run_in_a_process(text: str, out: Path, before: str = "") -> subprocess.Popen:
     """`train` with the configuration of `small`, after the statements in `before`."""
     code = f"""
@@ -282,9 +292,23 @@ def test_stopped_before_the_first_checkpoint_and_resumed(text, tmp_path, whole):
     assert metrics(out) == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "outcome"),
+    [
+        (signal.SIGINT, Outcome.INTERRUPTED),
+        (signal.SIGTERM, Outcome.TERMINATED),
+        (signal.SIGHUP, Outcome.HUNG_UP),
+    ],
+)
 def test_interrupted_saves_and_says_how_to_go_on(
-    text: str, tmp_path: Path, whole: list[dict], monkeypatch, capsys, number: int
+    text: str,
+    tmp_path: Path,
+    whole: list[dict],
+    monkeypatch,
+    capsys,
+    signals: None,
+    number: int,
+    outcome: Outcome,
 ):
     out = tmp_path / "run"
     inner = data.batch
@@ -297,7 +321,7 @@ def test_interrupted_saves_and_says_how_to_go_on(
     before = signal.getsignal(number)
     with monkeypatch.context() as patched:
         patched.setattr(data, "batch", interrupted)
-        assert train(MODEL, small(text), out) is Outcome.INTERRUPTED
+        assert train(MODEL, small(text), out) is outcome
     assert signal.getsignal(number) is before
     assert checkpoint.newest(out / "checkpoints").step == 14  # the step under way was finished
     last = capsys.readouterr().out.splitlines()[-1]
@@ -424,11 +448,14 @@ def test_unusable_checkpoints(tmp_path: Path):
     with pytest.raises(UsageError, match="not this model's optimizer"):
         checkpoint.read(path).load_optimizer(training.make_optimizer(other, TrainConfig()), other)
     os.truncate(path / "model.safetensors", 100)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"model.safetensors: damaged \(not what was written"):
         checkpoint.read(path).load_model(other)
     (path / "model.safetensors").unlink()
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match=r"model.safetensors: cannot be read: No such file"):
         checkpoint.read(path).load_model(other)
     (path / "state.json").write_text("{")
-    with pytest.raises(UsageError, match="not the state of a checkpoint"):
+    with pytest.raises(UsageError, match=r"state.json: damaged \(not what was written"):
+        checkpoint.read(path)
+    (path / "SHA256SUMS").unlink()
+    with pytest.raises(UsageError, match=r"SHA256SUMS: cannot be read: No such file"):
         checkpoint.read(path)

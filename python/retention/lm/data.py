@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retention.lm.errors import UsageError
+from retention.lm.files import explained, status
 
 SEPARATOR = b"\0"  # between files, and what an empty prompt starts from
 _HELD_OUT_OF_1000 = 50
@@ -162,18 +164,22 @@ def _standard_library() -> list[tuple[str, bytes]]:
 
 
 def _user_files(data: Sequence[str]) -> list[tuple[str, bytes]]:
-    found: dict[Path, tuple[str, bytes]] = {}
+    found: dict[str, tuple[str, bytes]] = {}
     for given in data:
-        root = Path(given)
-        if root.is_dir():
+        # An empty path would be the current folder.
+        root = Path(given) if given else None
+        with explained(f"--data: cannot read {given!r}"):
+            there = root and status(root)
+        if there is None:
+            raise UsageError(f"--data: no such file or folder: {given or repr(given)}")
+        if stat.S_ISDIR(there.st_mode):
             for path in _text_files(root):
                 content = _read(path)
                 if SEPARATOR not in content[:_BINARY_PROBE]:
-                    found.setdefault(path.resolve(), (path.relative_to(root).as_posix(), content))
-        elif root.exists():
-            found.setdefault(root.resolve(), (root.name, _read(root)))
+                    name = path.relative_to(root).as_posix()
+                    found.setdefault(os.path.realpath(path), (name, content))
         else:
-            raise UsageError(f"--data: no such file or folder: {given}")
+            found.setdefault(os.path.realpath(root), (root.name, _read(root)))
     return _unique(list(found.values()))
 
 
@@ -195,14 +201,18 @@ def _text_files(root: Path) -> list[Path]:
     for folder, inside, files in os.walk(root, onerror=refuse):
         inside[:] = sorted(x for x in inside if not x.startswith(".") and x != "__pycache__")
         paths += [Path(folder, x) for x in files if not x.startswith(".")]
-    return sorted(path for path in paths if path.is_file())
+    return sorted(path for path in paths if _is_file(path))
+
+
+def _is_file(path: Path) -> bool:
+    with explained(f"--data: cannot read {path}"):
+        found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with explained(f"--data: cannot read {path}"):
         return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--data: cannot read {path}: {error.strerror}") from None
 
 
 def _listed(data: Sequence[str] | None) -> str:

@@ -1,4 +1,4 @@
-"""Devices and dtypes as the command line names them."""
+"""Devices and dtypes as the command line names them, and how to tell that memory ran out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from retention.lm.errors import UsageError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED", "Storage size calculation")
 
 
 def default_device() -> str:
@@ -26,7 +26,7 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
         # Asking for a number back proves that the device computes; "meta" does not.
         torch.ones(1, device=device).sum().item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError):
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if torch.backends.mps.is_available():
             there.append("mps")
@@ -39,4 +39,12 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     """Products in `dtype`; parameters and everything that adds up stay in float32."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[dtype])
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there is not as much memory as was asked for, or could not be anywhere."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # Other allocators, libraries and sizes beyond 2^63 have no type of their own.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)

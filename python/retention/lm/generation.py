@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from retention.lm import checkpoint, data, devices
+from retention.lm import checkpoint, data, devices, files
 from retention.lm.errors import UsageError
-from retention.lm.model import LanguageModel
+from retention.lm.model import LanguageModel, new_model
 from retention.lm.run import RunFolder
 
 
@@ -31,23 +32,39 @@ class Statistics:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-def load_model(path: Path, device: torch.device) -> LanguageModel:
+def load_model(
+    path: Path, device: torch.device, say: Callable[[str], object] = lambda line: None
+) -> LanguageModel:
     """The model of a checkpoint; `path` is one, or a run's folder (then its newest).
 
+    Args:
+        path: the folder.
+        device: where the model is to be.
+        say: told of each checkpoint of a run that is damaged, where one before it is not.
+
     Raises:
-        UsageError: where there is none.
+        UsageError: where there is none, or none that is whole.
     """
-    if not path.is_dir():
-        raise UsageError(f"--checkpoint: no such folder: {path}")
     runs = RunFolder(path)
-    saved = checkpoint.newest(runs.checkpoints)
-    if saved is None:
-        if runs.config_file.exists():
+    with files.explained(f"--checkpoint: cannot read {path}"):
+        found = files.status(path)
+        if found is None:
+            raise UsageError(f"--checkpoint: no such folder: {path}")
+        if not stat.S_ISDIR(found.st_mode):
+            raise UsageError(f"--checkpoint: {path} is not a folder")
+        is_run = files.status(runs.config_file) is not None
+    models: list[LanguageModel] = []
+
+    def use(saved: checkpoint.Checkpoint) -> None:
+        model = new_model(saved.model_config)
+        saved.load_model(model)
+        models.append(model)
+
+    if checkpoint.newest(runs.checkpoints, use, say) is None:
+        if is_run:
             raise UsageError(f"--checkpoint: the run in {path} has no checkpoint yet")
-        saved = checkpoint.read(path)
-    model = LanguageModel(saved.model_config)
-    saved.load_model(model)
-    return model.to(device).eval()
+        use(checkpoint.read(path))
+    return models[-1].to(device).eval()
 
 
 def sample(
@@ -62,10 +79,13 @@ def sample(
     logits = logits.detach().to("cpu", torch.float32)
     if temperature == 0:
         return logits.argmax(-1)
-    probability, byte = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    before = probability.cumsum(-1) - probability
-    probability = probability.masked_fill(before >= top_p, 0)
-    drawn = torch.multinomial(probability, 1, generator=generator)
+    # At most 0, so that no temperature makes an infinity that is not a probability of 0.
+    below = (logits - logits.amax(-1, keepdim=True)).double()
+    probability = (below / temperature).softmax(-1).float()
+    probability, byte = probability.sort(dim=-1, descending=True, stable=True)
+    masked = probability.cumsum(-1) - probability >= top_p
+    masked[..., 0] = False
+    drawn = torch.multinomial(probability.masked_fill(masked, 0), 1, generator=generator)
     return byte.gather(-1, drawn)[:, 0]
 
 
@@ -91,6 +111,9 @@ def generate(
         switch_over_seq_len: tokens kept in each layer's ring before they are folded into its state.
         dtype: "float32", "bfloat16" or "float16", of the products and of the ring.
         statistics: filled in while it runs.
+
+    Raises:
+        UsageError: where the model's weights, or products in `dtype`, give no finite numbers.
     """
     statistics = Statistics() if statistics is None else statistics
     device = next(model.parameters()).device
@@ -104,6 +127,8 @@ def generate(
         # Entered for each byte: a generator must not leave autocast on in its caller meanwhile.
         with devices.autocast(device, dtype):
             logits = model.step(tokens, caches)
+        if not logits.isfinite().all():
+            raise UsageError("the model's logits are no finite numbers")
         byte = sample(logits, temperature, top_p, generator)
         statistics.tokens += 1
         statistics.seconds = time.monotonic() - began

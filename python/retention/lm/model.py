@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retention.lm import devices
 from retention.lm.config import ModelConfig
+from retention.lm.errors import UsageError
 from retention.nn import GateProjection, PowerRetention, RetentionCache, all_or_nothing
 
 VOCABULARY = 256  # a token is a byte
@@ -140,3 +142,22 @@ class LanguageModel(nn.Module):
             for block, cache in zip(self.blocks, caches, strict=True):
                 x = block.step(x, cache)
             return self.embedding(self.norm(x[:, -1]))
+
+
+def new_model(config: ModelConfig) -> LanguageModel:
+    """A model with fresh weights, on the CPU.
+
+    Raises:
+        UsageError: for sizes that make no model, or one for which there is no memory.
+    """
+    try:
+        return LanguageModel(config)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from None
+    except (RuntimeError, MemoryError) as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"out of memory for a model of --layers {config.layers} and "
+            f"--hidden-size {config.hidden_size}"
+        ) from None

@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from retention.lm.output import LastingOutput
+
 _SECONDS_BETWEEN_LINES = 10.0
 _SMOOTHING = 0.95
 
@@ -32,7 +34,8 @@ class TrainingProgress:
         self.first = done
         self.done = done
         self.tokens_per_step = tokens_per_step
-        self.console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self.output = LastingOutput(stream or sys.stdout)
+        self.console = Console(file=self.output, highlight=False, soft_wrap=True)
         self.began = self.last_line = time.monotonic()
         self.smoothed: float | None = None
         self.bar: Progress | None = None
@@ -61,6 +64,11 @@ class TrainingProgress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+    @property
+    def failed(self) -> OSError | ValueError | None:
+        """Why nothing can be seen any more: the reader of a pipe went away, or a terminal."""
+        return self.output.failed
 
     @property
     def tokens_per_second(self) -> float:

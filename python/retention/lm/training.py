@@ -18,20 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retention.lm import checkpoint, data, devices, plot
-from retention.lm.config import ModelConfig, RunConfig, TrainConfig
-from retention.lm.errors import UsageError
-from retention.lm.model import LanguageModel
+from retention.lm.config import (
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    check_fields,
+    check_number,
+    check_type,
+)
+from retention.lm.errors import OutputError, UsageError
+from retention.lm.model import LanguageModel, new_model
 from retention.lm.progress import TrainingProgress
-from retention.lm.run import RunFolder, write_whole
+from retention.lm.run import RunFolder
 
 _KEPT_CHECKPOINTS = 2
 
 
-class Outcome(enum.Enum):
-    """How a call of `train` ended."""
+class Outcome(enum.IntEnum):
+    """How a call of `train` ended, as the exit code of its process."""
 
-    FINISHED = "finished"
-    INTERRUPTED = "interrupted"
+    FINISHED = 0
+    HUNG_UP = 129
+    INTERRUPTED = 130
+    TERMINATED = 143
 
 
 class NonFiniteLossError(UsageError):
@@ -57,10 +66,7 @@ def make_model(config: ModelConfig, seed: int, device: torch.device) -> Language
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            return LanguageModel(config).to(device)
-        except (ValueError, TypeError) as error:
-            raise UsageError(str(error)) from None
+        return new_model(config).to(device)
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -100,8 +106,10 @@ def train(model_config: ModelConfig, config: TrainConfig, out: Path) -> Outcome:
     """Train a new model into the empty folder `out`.
 
     Raises:
-        UsageError: for anything that cannot be done; `out` is then as it was.
+        UsageError: for anything that cannot be done; what was in `out` is then as it was. From the
+            first step on, for a full disk or too little memory; the last checkpoint is whole.
         NonFiniteLossError: when the loss is no longer a number; the last checkpoint is whole.
+        OutputError: when standard output takes no more; a checkpoint of the last step is there.
     """
     folder = RunFolder(out)
     folder.check_free()
@@ -110,20 +118,26 @@ def train(model_config: ModelConfig, config: TrainConfig, out: Path) -> Outcome:
     model = make_model(model_config, config.seed, device)
     optimizer = make_optimizer(model, config)
     run = RunConfig(model_config, config, corpus.summary())
-    folder.create(run)
-    return _Loop(folder, run, corpus, model, optimizer, device).run()
+    with folder.locked() as alone:
+        folder.check_free()  # another process may have been faster
+        folder.write_config(run)
+        loop = _Loop(folder, run, corpus, model, optimizer, device)
+        return loop.run(alone)
 
 
 def resume(out: Path, device_name: str | None = None) -> Outcome:
     """Go on with the run in `out`, to the losses it would have had without a stop.
+
+    A damaged checkpoint is left out, and said to be, where the one before it is whole.
 
     Args:
         out: the run's folder.
         device_name: where to go on. Default: the device it was started on.
 
     Raises:
-        UsageError: where there is no run, its data has changed, or its device is not there.
-        NonFiniteLossError: as for `train`.
+        UsageError: where there is no run, its data has changed, its device is not there, or its
+            files are damaged; and as for `train`.
+        NonFiniteLossError, OutputError: as for `train`.
     """
     folder = RunFolder(out)
     run = folder.read_config()
@@ -137,13 +151,14 @@ def resume(out: Path, device_name: str | None = None) -> Outcome:
             f"--resume: the data is not what the run in {out} began with "
             f"({corpus.files} files, {len(corpus.train) + len(corpus.validation)} bytes)"
         )
-    model = make_model(run.model, config.seed, device)
-    optimizer = make_optimizer(model, config)
-    loop = _Loop(folder, run, corpus, model, optimizer, device)
-    saved = checkpoint.newest(folder.checkpoints)
-    if saved is not None:
-        loop.restore(saved)
-    return loop.run()
+    with folder.locked() as alone:
+        # Before a model is made of sizes that may be damaged.
+        checkpoint.newest(folder.checkpoints, lambda saved: saved.check_model(run.model))
+        model = make_model(run.model, config.seed, device)
+        optimizer = make_optimizer(model, config)
+        loop = _Loop(folder, run, corpus, model, optimizer, device)
+        loop.restore()
+        return loop.run(alone)
 
 
 class _Loop:
@@ -165,30 +180,66 @@ class _Loop:
         self.optimizer = optimizer
         self.device = device
         self.step = 0
+        self.saved = 0  # the step of the last checkpoint
+        self.notes: list[str] = []  # what is to be said before the first step
         self.seconds_before = 0.0
         # Halves underflow in the backward pass unless the loss is scaled; bfloat16 does not.
         scales = self.config.dtype == "float16" and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=scales)
         self.forward = torch.compile(model) if self.config.compile else model
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        saved.load_model(self.model)
-        saved.load_optimizer(self.optimizer, self.model)
-        if self.scaler.is_enabled() and saved.loop["scaler"]:
-            self.scaler.load_state_dict(saved.loop["scaler"])
-        self.step = saved.step
-        self.seconds_before = saved.loop["seconds"]
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that is whole, if there is any."""
 
-    def run(self) -> Outcome:
+        def use(saved: checkpoint.Checkpoint) -> None:
+            saved.check_model(self.model.config)
+            seconds, scaler = self._checked(saved)
+            saved.load_model(self.model)
+            saved.load_optimizer(self.optimizer, self.model)
+            if self.scaler.is_enabled() and scaler:
+                self.scaler.load_state_dict(scaler)
+            self.step = self.saved = saved.step
+            self.seconds_before = seconds
+
+        checkpoint.newest(self.folder.checkpoints, use, self.notes.append)
+
+    def _checked(self, saved: checkpoint.Checkpoint) -> tuple[float, dict[str, float]]:
+        """What a checkpoint keeps of the loop: seconds, and the scaler's state, which may be {}."""
+        try:
+            check_fields("loop", saved.loop, {"seconds", "scaler"})
+            seconds, scaler = saved.loop["seconds"], saved.loop["scaler"]
+            check_number("seconds", seconds, int, float)
+            check_type("scaler", scaler, dict)
+            if scaler and self.scaler.is_enabled():
+                check_fields("scaler", scaler, set(self.scaler.state_dict()))
+                for name, value in scaler.items():
+                    check_number(name, value, int, float)
+        except ValueError as error:
+            raise checkpoint.DamagedCheckpointError(f"{saved.path}: damaged ({error})") from None
+        return seconds, scaler
+
+    def run(self, alone: bool) -> Outcome:
+        """Train to the last step, or until a signal or a closed standard output.
+
+        Args:
+            alone: whether the folder is locked, as it should be.
+        """
         config = self.config
-        self.folder.open_metrics(self.step)
+        if not alone:
+            self.notes.append(f"{self.folder.path} cannot be locked: train there only once")
+        recorded = self.folder.open_metrics(self.step)
+        if recorded < self.step:
+            self.notes.append(
+                f"{self.folder.metrics_file}: records after step {recorded} are missing"
+            )
         try:
             tokens_per_step = config.batch_size * config.block_size
             progress = TrainingProgress(config.steps, self.step, tokens_per_step)
             with _signals() as stop, progress:
                 self._announce(progress)
                 self.began = time.monotonic()
-                while self.step < config.steps and not stop:
+                # One step is made even where nobody listens, so that there is a checkpoint.
+                while self.step < config.steps and not (stop or (progress.failed and self.step)):
                     loss = self._train_step()
                     progress.update(self.step, loss)
                     last = self.step == config.steps
@@ -197,9 +248,21 @@ class _Loop:
                     if last or self.step % config.checkpoint_every == 0:
                         self._save()
                 if self.step < config.steps:
-                    return self._interrupted(progress)
-                progress.note(f"done: {self.folder.path}")
+                    self._stopped(progress)
+                else:
+                    progress.note(f"done: {self.folder.path}")
+            if self.step < config.steps and stop:
+                return Outcome(128 + stop[0])
+            if progress.failed:
+                raise OutputError(progress.failed)
             return Outcome.FINISHED
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise UsageError(
+                f"out of memory after step {self.step}; try a smaller --batch-size or "
+                f"--block-size ({self._kept()})"
+            ) from None
         finally:
             self.folder.close()
 
@@ -211,6 +274,8 @@ class _Loop:
             f"{len(corpus.validation):,} held out; byte frequencies alone: "
             f"{corpus.byte_frequency_loss:.3f} nats"
         )
+        for line in self.notes:
+            progress.note(line)
         if self.step:
             progress.note(f"resuming after step {self.step}")
 
@@ -252,42 +317,46 @@ class _Loop:
         return loss_value
 
     def _non_finite(self, loss: float, norm: float) -> str:
-        saved = checkpoint.newest(self.folder.checkpoints)
-        kept = "no checkpoint yet" if saved is None else f"last checkpoint: {saved.path}"
         return (
             f"step {self.step + 1}: loss {loss}, gradient norm {norm}; "
-            f"stopped, try a lower --learning-rate ({kept})"
+            f"stopped, try a lower --learning-rate ({self._kept()})"
         )
+
+    def _kept(self) -> str:
+        if not self.saved:
+            return "no checkpoint yet"
+        return f"last checkpoint: {checkpoint.path_of(self.folder.checkpoints, self.saved)}"
 
     def _validate(self, progress: TrainingProgress) -> None:
         loss = validation_loss(self.forward, self.corpus, self.config, self.device)
         self.folder.record(step=self.step, validation_loss=loss, seconds=round(self._seconds(), 3))
         png = plot.loss_curve(self.folder.read_metrics(), self.corpus.byte_frequency_loss)
-        write_whole(self.folder.plot_file, png)
+        self.folder.write_plot(png)
         progress.note(f"step {self.step}/{self.config.steps}  validation loss {loss:.4f}")
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
         self.folder.flush_metrics()
         loop = {"seconds": self._seconds(), "scaler": self.scaler.state_dict()}
-        return checkpoint.save(
+        checkpoint.save(
             self.folder.checkpoints, self.step, self.model, self.optimizer, loop, _KEPT_CHECKPOINTS
         )
+        self.saved = self.step
 
-    def _interrupted(self, progress: TrainingProgress) -> Outcome:
-        if self.step:
+    def _stopped(self, progress: TrainingProgress) -> None:
+        if self.step != self.saved:
             self._save()
         progress.note(
             f"stopped after step {self.step}; go on with: "
             f"retention train --out {self.folder.path} --resume"
         )
-        return Outcome.INTERRUPTED
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """A list that fills at the first SIGINT or SIGTERM; a second one acts as it always did.
+    """A list that fills at the first SIGINT, SIGTERM or SIGHUP; a second acts as it always did.
 
-    The step under way ends first, so that what is saved is a step's whole result.
+    The step under way ends first, so that what is saved is a step's whole result. A signal that is
+    ignored from the start, as `nohup` and a shell's background have it, stays so.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -299,8 +368,10 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:
