@@ -184,6 +184,7 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   });
 
   Error query, key, value, gate, initial_state, initial_key_sum;
+  bool resets_right = true;
   for (size_t index = 0; index < call.states(); ++index) {
     size_t const s = index / heads, h = index % heads;
     auto const rows = [&](Error& error, Array<std::uint16_t>& actual, Layout const& layout,
@@ -203,7 +204,7 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
       double const actual = results.gate[gate_layout.at(call.row(s), call.first_token(s) + t, h)];
       gate.add(actual, g.gate.value[t], g.gate.magnitude[t]);
       // Nothing comes through a reset.
-      RETENTION_CHECK(actual == 0.0 || call.inputs[index * group].gate[t] > -1e3f);
+      resets_right = resets_right && (actual == 0.0 || call.inputs[index * group].gate[t] > -1e3f);
     }
     for (size_t i = 0; i < g.initial.state.value.size(); ++i) {
       initial_state.add(results.initial_state[index * D * dv + i], g.initial.state.value[i],
@@ -239,6 +240,7 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   RETENTION_CHECK(initial_key_sum.is_within(6 * u, 1e-6));
   // Of k . dk, q . dq and a state's product with its gradient, each of which cancels.
   RETENTION_CHECK(gate.of_terms() <= 0.1 * u);
+  RETENTION_CHECK(resets_right);
 }
 
 #ifdef RETENTION_EMULATOR
@@ -333,7 +335,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
   if (retention::test::kOnDevice || !large) {
     run(with_resets(41, {"a few resets", {150}, 64, 64, false, 1, 1, -0.05, true, true}));
-    run(with_resets(2, {"resets", {210}, 192, 192, false, 1, 1, -0.2, true, true}));
+    run(with_resets(2, {"resets", {210}, 192, 192, false, 1, 1, -0.2, false, true}));
     run(with_resets(3, {"resets, packed", {70, 0, 1}, 64, 64, true, 1, 2, -0.1, true, true}));
     // Odd seeds keep the workspace of forward.
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});

@@ -386,7 +386,7 @@ std::vector<KeyGradientCase> key_gradient_cases() {
           [](Case& c) { c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.final = true; }),
       make_case("resets at every second token, shared key heads, packed",
                 [](Case& c) {
-                  c.resets = 2, c.chunk_size = 192, c.lengths = {1, 140, 0, 70}, c.packed = true;
+                  c.resets = 2, c.chunk_size = 320, c.lengths = {1, 290, 0, 70}, c.packed = true;
                   c.group = 3, c.heads = 2;
                 }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.lengths = {70}; }),

@@ -313,6 +313,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
           }
         }
       }
+      if constexpr (Diagonal) {
+        __syncwarp();  // else registers would have the rows' gates throughout
+      }
     }
   }
 

@@ -59,6 +59,7 @@ struct ChunkStates {
     typename Mainloop::SharedStorage mainloop;
     typename StateTile::Rows rows[Traits::kWarps];
     detail::CumulativeGate gate[kStages][kTileTokens];
+    detail::CumulativeGate end_gate[kTileTokens];  // each thread's own: here it takes no registers
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
@@ -162,14 +163,6 @@ struct ChunkStates {
     };
 
     int const scale = key_scale(params, segment.sequence, head);
-    // Turns the cumulative gates of a tile, which the thread itself has copied, into weights.
-    auto weigh = [&](int stage, detail::CumulativeGate const& end_gate) {
-      if (weighs) {
-        float const decay = end_gate.since(storage.gate[stage][thread]);
-        shared.weight[stage][Mainloop::weight_index(thread)] =
-            detail::exp2(decay + static_cast<float>(scale));
-      }
-    };
     if (gate == nullptr && thread < kTileTokens) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
@@ -202,15 +195,26 @@ struct ChunkStates {
                                                : detail::CumulativeGate{0.0f, 0.0f};
     };
     detail::CumulativeGate next_end_gate = gate_of_chunk(0);
+    // Turns the cumulative gates of a tile, which the thread itself has copied, into weights.
+    auto weigh = [&](int stage, bool starts_chunk) {
+      if (weighs) {
+        detail::CumulativeGate const end = starts_chunk ? next_end_gate : storage.end_gate[thread];
+        shared.weight[stage][Mainloop::weight_index(thread)] =
+            detail::exp2(end.since(storage.gate[stage][thread]) + static_cast<float>(scale));
+      }
+    };
     int stage = 0;
     collective::wait_for_copies<kStages - 2, Mainloop::kWarpgroups>();
-    weigh(stage, next_end_gate);
+    weigh(stage, true);
     __syncthreads();
     typename Mainloop::Operands operands;
     mainloop.load(shared, stage, 0, operands);
 #pragma unroll 1
     for (int done = 0; done < tokens;) {
-      detail::CumulativeGate const end_gate = next_end_gate;
+      float const chunk_gate = next_end_gate.total();
+      if (weighs) {
+        storage.end_gate[thread] = next_end_gate;
+      }
       next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
       if (params.states != nullptr && stores) {
         store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
@@ -221,7 +225,7 @@ struct ChunkStates {
       }
       slot_head += params.heads;
       if (gate != nullptr) {
-        float const decay = detail::exp2(end_gate.total());
+        float const decay = detail::exp2(chunk_gate);
         StateTile::multiply(decay, decay, accumulators);
       }
       int const chunk_end = cute::min(done + chunk_size, tokens);
@@ -237,7 +241,7 @@ struct ChunkStates {
           auto prepare = [&] {
             if (step == 0) {
               collective::wait_for_copies<kStages - 3, Mainloop::kWarpgroups>();
-              weigh(next_stage, done + kTileTokens < chunk_end ? end_gate : next_end_gate);
+              weigh(next_stage, done + kTileTokens >= chunk_end);
             } else if (step == 1) {
               __syncthreads();
               load_keys(free_stage, left);

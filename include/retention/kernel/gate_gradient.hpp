@@ -290,7 +290,7 @@ struct GateGradientSums {
 struct GateGradient {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
-  static constexpr int kMinBlocks = 4;
+  static constexpr int kMinBlocks = 3;
   static constexpr int kParts = 16;  // of the products of `StateProducts`, one a lane
 
   struct SharedStorage {
