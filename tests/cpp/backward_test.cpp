@@ -78,6 +78,11 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
       call.fill(&d_output[at], dv, c.gradient_magnitude, d_outputs[index]);
     }
   }
+  for (size_t t = 0; t < call.tokens; ++t) {
+    for (size_t n = 0; n < heads * group && !call.is_owned(t); ++n) {
+      call.spoil(&d_output[call.output_layout.at(0, t, n)], dv, t);
+    }
+  }
   // As large as the gradients that outputs hand to a state: products of keys, values and 1 / z.
   std::vector<State> d_final(call.states());
   std::normal_distribution<double> normal;
@@ -118,6 +123,22 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   d_gate.download();
   d_initial_state.download();
   d_initial_key_sum.download();
+
+  for (size_t t = 0; t < call.tokens; ++t) {
+    auto const is_zero = [&](auto& gradient, Layout const& layout, size_t width) {
+      bool zero = true;
+      for (size_t i = 0; i < width; ++i) {
+        zero = zero && gradient[layout.at(0, t, 0) + i] == 0;
+      }
+      return zero;
+    };
+    if (!call.is_owned(t)) {
+      RETENTION_CHECK(is_zero(d_query, query_layout, heads * group * d));
+      RETENTION_CHECK(is_zero(d_key, key_layout, heads * d));
+      RETENTION_CHECK(is_zero(d_value, value_layout, heads * dv));
+      RETENTION_CHECK(c.gate == 0.0 || is_zero(d_gate, gate_layout, heads));
+    }
+  }
 
   std::vector<Gradients> expected(call.states());
   retention::test::parallel_for(expected.size(), [&](size_t index) {
@@ -192,10 +213,18 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"one chunk", {70}, 0, 0, false, 1, 1, -0.1});
   run({"segments", {70}, 64, 64, false, 1, 2, -0.05, true, true, true});
   run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0});
+  Case padded{"packed, padded", {0, 30, 0, 70, 0}, 64, 0, true, 1, 2, -0.1};
+  padded.lead = 37;
+  padded.tail = 75;
+  run(padded);
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
   if (retention::test::kOnDevice || !large) {
+    padded.name = "packed, padded, strided, with states";
+    padded.segment_tokens = 64;
+    padded.initial = padded.final = padded.strided = true;
+    run(padded);
     // Odd seeds keep the workspace of forward.
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
     Case small{"small values", {100}, 64, 0, false, 2, 1, -0.2, false, true, false, 1, 1, 1e-3};

@@ -128,6 +128,16 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   }
   call.download();
 
+  for (size_t t = 0; t < call.tokens; ++t) {
+    for (size_t n = 0; n < heads * group && !call.is_owned(t); ++n) {
+      size_t const at = call.output_layout.at(0, t, n);
+      bool zero = call.normalizer[t * heads * group + n] == 0.0f;
+      for (size_t e = 0; e < dv; ++e) {
+        zero = zero && call.output[at + e] == 0 && (!refines || call.residual[at + e] == 0);
+      }
+      RETENTION_CHECK(zero);
+    }
+  }
   double const u = retention::test::roundoff(call.element);
   std::vector<Errors> errors(call.inputs.size());
   retention::test::parallel_for(call.inputs.size(), [&](size_t index) {
@@ -227,6 +237,10 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   // name, lengths, chunk, segment, packed, heads, group, gate, initial, final, strided, magnitudes
   run({"one chunk", {100}, 0, 0, false, 1, 1, -0.1});
   run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0});
+  Case padded{"packed, padded", {0, 50, 0, 80, 0}, 64, 0, true, 1, 2, -0.1};
+  padded.lead = 37;
+  padded.tail = 75;
+  run(padded);
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
@@ -238,6 +252,10 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"chunks", {150, 150}, 64, 0, false, 2, 1, -0.2, false, true});
   run({"segments", {330}, 64, 128, false, 1, 2, -0.05, true, true});
   run({"packed", {70, 0, 1, 140}, 64, 64, true, 1, 1, -0.1, true, true});
+  padded.name = "packed, padded, strided, with states";
+  padded.segment_tokens = 64;
+  padded.initial = padded.final = padded.strided = true;
+  run(padded);
   run({"strong gates, strided", {90, 90}, 64, 0, false, 2, 2, -60.0, true, true, true});
   run({"large keys", {130}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
   // A host takes long for their references: the size that most models have must do.

@@ -9,6 +9,7 @@
 //     carry             what a segment hands on to those before it
 //     value, key gradient
 //     gate gradient     from what queries and keys left for it, and states and their gradients
+//     unowned           packed sequences only: zeros for tokens of none of them
 
 #pragma once
 
@@ -97,7 +98,14 @@ struct BackwardKernels {
     if (Status status = launcher.template launch<KeyGradient>(call.key()); !status) {
       return status;
     }
-    return plan.arguments.d_log_gate == nullptr ? Status{} : run_gates(call, launcher);
+    if (plan.arguments.d_log_gate != nullptr) {
+      if (Status status = run_gates(call, launcher); !status) {
+        return status;
+      }
+    }
+    return call.a.cu_seqlens == nullptr
+               ? Status{}
+               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
   }
 
  private:
@@ -363,6 +371,16 @@ struct BackwardKernels {
       p.sequences = forward.sequences;
       p.heads = a.heads;
       return p;
+    }
+
+    kernel::UnownedRows::Params unowned_rows() const {
+      auto const rows = [&](void* data, int heads, int width) {
+        return PlannedCall::rows_of(static_cast<Element*>(data), heads * width);
+      };
+      return forward.unowned(rows(arguments.d_query, a.query_heads, HeadDim),
+                             rows(arguments.d_key, a.heads, HeadDim),
+                             rows(arguments.d_value, a.heads, ValueDim),
+                             PlannedCall::rows_of(arguments.d_log_gate, a.heads));
     }
   };
 

@@ -63,7 +63,9 @@ struct ForwardArguments {
   float const* log_gate = nullptr;  // [b, t, h]; null: no decay
   Strides log_gate_strides;
 
-  int const* cu_seqlens = nullptr;         // [n + 1]: sequence i is tokens [i] to [i + 1] - 1
+  /// [n + 1]: sequence i is tokens [i] to [i + 1] - 1. Tokens before the first or behind the last
+  /// are not read, and their results and gradients are 0.
+  int const* cu_seqlens = nullptr;
   float const* initial_state = nullptr;    // [n, h, D, dv]; null: zero
   float const* initial_key_sum = nullptr;  // [n, h, D]; with initial_state
 

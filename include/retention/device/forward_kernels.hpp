@@ -5,6 +5,7 @@
 //     states     the state before every chunk, by segments of a sequence side by side
 //     carry      what a segment hands on to those after it
 //     output     every query against the state before its chunk and the tokens of its chunk
+//     unowned    packed sequences only: zeros for tokens of none of them
 //
 // A sequence of one chunk without an initial state needs no states: the quadratic form.
 
@@ -16,6 +17,7 @@
 #include "retention/kernel/exponents.hpp"
 #include "retention/kernel/gates.hpp"
 #include "retention/kernel/output.hpp"
+#include "retention/kernel/unowned_rows.hpp"
 
 namespace retention::device {
 
@@ -37,6 +39,24 @@ struct PlannedCall {
                   plan.key_sum_exponents.in<int>(workspace)} {}
 
   static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
+
+  /// To clear up to four tensors, see `rows_of`.
+  template <class... Tensors>
+  kernel::UnownedRows::Params unowned(Tensors const&... tensors) const {
+    return {a.cu_seqlens, a.sequences, a.tokens, {tensors...}};
+  }
+  /// Of a packed [t, heads, width] tensor, null for none.
+  template <class T>
+  static kernel::UnownedRows::Tensor rows_of(T* data, Strides const& s, int heads, int width) {
+    constexpr int kInWord = sizeof(std::uint32_t) / sizeof(T);
+    return {reinterpret_cast<std::uint32_t*>(data), s.token / kInWord, s.head / kInWord, heads,
+            width / kInWord};
+  }
+  /// Of a contiguous one.
+  template <class T>
+  static kernel::UnownedRows::Tensor rows_of(T* data, int width) {
+    return rows_of(data, Strides::contiguous(0, 1, width), 1, width);
+  }
 };
 
 template <class Element, int HeadDim, int ValueDim>
@@ -63,7 +83,13 @@ struct ForwardKernels {
     if (Status status = run_states(plan, workspace, launcher); !status) {
       return status;
     }
-    return launcher.template launch<Output>(Call(plan, workspace).output());
+    Call const call(plan, workspace);
+    if (Status status = launcher.template launch<Output>(call.output()); !status) {
+      return status;
+    }
+    return plan.arguments.cu_seqlens == nullptr
+               ? Status{}
+               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
   }
 
   /// All that comes before the output, which backward computes again.
@@ -216,6 +242,14 @@ struct ForwardKernels {
       p.group = a.query_heads / a.heads;
       p.initial_states = a.initial_state != nullptr;
       return p;
+    }
+
+    kernel::UnownedRows::Params unowned_rows() const {
+      auto const outputs = [&](void* data) {
+        return rows_of(static_cast<Element*>(data), a.output_strides, a.query_heads, ValueDim);
+      };
+      return unowned(outputs(a.output), outputs(a.output_residual),
+                     rows_of(a.normalizer, a.query_heads));
     }
   };
 };
