@@ -257,7 +257,9 @@ struct BackwardKernels {
           plan.segmented ? in<float>(plan.d_segment_key_sum) : arguments.d_initial_key_sum;
       p.sequence_starts = arguments.d_initial_state != nullptr;
       p.exponents = exponents;
-      p.sequences = forward.sequences;
+      p.sequences = forward.listed(arguments.d_initial_state != nullptr ? kAllSequences
+                                   : arguments.d_final_state != nullptr ? kPresentSequences
+                                                                        : kChunkedSequences);
       p.heads = a.heads;
       p.group = a.query_heads / a.heads;
       p.segment_tokens = a.segment_tokens;
@@ -268,6 +270,7 @@ struct BackwardKernels {
       typename Carry::Params p{};
       p.states = in<Element>(plan.d_states);
       p.key_sums = in<Element>(plan.d_key_sums);
+      p.slots = kernel::gradient_slots(arguments.d_final_state != nullptr);
       p.segment_state = in<float>(plan.d_segment_state);
       p.segment_key_sum = in<float>(plan.d_segment_key_sum);
       p.gate = forward.gate;
@@ -276,7 +279,8 @@ struct BackwardKernels {
       p.key_sum_exponents = exponents.key_sum;
       p.sequence_state = arguments.d_initial_state;
       p.sequence_key_sum = arguments.d_initial_key_sum;
-      p.sequences = forward.sequences;
+      p.sequences =
+          forward.listed(arguments.d_initial_state != nullptr ? kAllSequences : kCutSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -329,6 +333,11 @@ struct BackwardKernels {
       return p;
     }
 
+    // A sequence of one chunk has states on both sides of it where both are given.
+    bool products_of_single_chunks() const {
+      return a.initial_state != nullptr && arguments.d_final_state != nullptr;
+    }
+
     typename StateProducts::Params products() const {
       typename StateProducts::Params p{};
       p.states = in_forward<Element>(plan.forward.states);
@@ -340,7 +349,8 @@ struct BackwardKernels {
       p.products = in<double>(plan.products);
       p.exponents = forward.exponents;
       p.gradient_exponents = exponents;
-      p.sequences = forward.sequences;
+      p.sequences =
+          forward.listed(products_of_single_chunks() ? kPresentSequences : kChunkedSequences);
       p.heads = a.heads;
       p.state_dim = kStateDim;
       p.value_dim = ValueDim;
@@ -368,6 +378,7 @@ struct BackwardKernels {
       p.state_d_gate = in<float>(plan.state_d_gate);
       p.sums = in<double>(plan.gate_sums);
       p.products = in<double>(plan.products);
+      p.products_of_single_chunks = products_of_single_chunks();
       p.sequences = forward.sequences;
       p.heads = a.heads;
       return p;

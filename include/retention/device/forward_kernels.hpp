@@ -1,5 +1,6 @@
 // The forward pass of one configuration as a sequence of kernels.
 //
+//     lists      packed sequences only: those that there are, and those of several chunks
 //     gates      cumulative log gates within each chunk
 //     exponents  fp16 only: the powers of two that keep keys and states in range
 //     states     the state before every chunk, by segments of a sequence side by side
@@ -17,26 +18,46 @@
 #include "retention/kernel/exponents.hpp"
 #include "retention/kernel/gates.hpp"
 #include "retention/kernel/output.hpp"
+#include "retention/kernel/sequence_lists.hpp"
 #include "retention/kernel/unowned_rows.hpp"
 
 namespace retention::device {
 
 /// What the kernels of a call share, forward and backward.
 struct PlannedCall {
+  ForwardPlan const& forward_plan;
+  void* forward_workspace;
   ForwardArguments const& a;
-  kernel::Sequences sequences;
+  kernel::Sequences sequences;      // that are there
   kernel::TokenStride gate_stride;  // of the cumulative gates, [b, h, t]
   float* gate;
   kernel::Exponents exponents;
 
   PlannedCall(ForwardPlan const& plan, void* workspace)
-      : a(plan.arguments),
-        sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
+      : forward_plan(plan),
+        forward_workspace(workspace),
+        a(plan.arguments),
+        sequences(listed(kPresentSequences)),
         gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
         gate(plan.gate.in<float>(workspace)),
         exponents{plan.key_exponents.in<int>(workspace), plan.score_exponents.in<int>(workspace),
                   plan.state_exponents.in<int>(workspace),
                   plan.key_sum_exponents.in<int>(workspace)} {}
+
+  /// Those of a list; rows of a batch are all of them.
+  kernel::Sequences listed(SequenceListKind kind) const {
+    if (a.cu_seqlens == nullptr) {
+      return {{}, a.tokens, a.chunk_size, a.sequences, a.sequences, a.whole_until};
+    }
+    PlannedList const& list = forward_plan.lists[kind];
+    auto const* entries = list.region.in<kernel::SequenceList::Entry>(forward_workspace);
+    return {{entries + 1, &entries->index},
+            a.tokens,
+            a.chunk_size,
+            a.sequences,
+            list.most,
+            a.whole_until};
+  }
 
   static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
 
@@ -73,7 +94,9 @@ struct ForwardKernels {
                                                         sizeof(typename Output::SharedStorage));
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
-                    kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts,
+                    kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts &&
+                    sizeof(kernel::SequenceList::Entry) == ForwardPlan::kListEntry &&
+                    kernel::SequenceLists::kLists == kSequenceLists,
                 "the plan reserves memory for them");
 
   /// `launcher.launch<Kernel>(params)` runs one kernel after those launched before, and returns a
@@ -96,6 +119,11 @@ struct ForwardKernels {
   template <class Launcher>
   static Status run_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
     Call const call(plan, workspace);
+    if (plan.arguments.cu_seqlens != nullptr) {
+      if (Status status = launcher.template launch<kernel::SequenceLists>(call.lists()); !status) {
+        return status;
+      }
+    }
     if (plan.arguments.log_gate != nullptr) {
       if (Status status = launcher.template launch<kernel::Gates>(call.gates()); !status) {
         return status;
@@ -131,6 +159,18 @@ struct ForwardKernels {
 
     Call(ForwardPlan const& plan_, void* workspace_)
         : PlannedCall(plan_, workspace_), plan(plan_), workspace(workspace_) {}
+
+    kernel::SequenceLists::Params lists() const {
+      kernel::SequenceLists::Params p{};
+      p.cu_seqlens = a.cu_seqlens;
+      p.count = a.sequences;
+      p.length = a.tokens;
+      for (int i = 0; i < kSequenceLists; ++i) {
+        auto* entries = plan.lists[i].region.template in<kernel::SequenceList::Entry>(workspace);
+        p.lists[i] = {&entries->index, entries + 1, plan.lists[i].limit, plan.lists[i].most};
+      }
+      return p;
+    }
 
     kernel::Gates::Params gates() const {
       kernel::Gates::Params p{};
@@ -195,7 +235,9 @@ struct ForwardKernels {
           plan.segmented ? plan.segment_key_sum.template in<float>(workspace) : a.final_key_sum;
       p.sequence_ends = a.final_state != nullptr;
       p.exponents = exponents;
-      p.sequences = sequences;
+      p.sequences = listed(a.final_state != nullptr     ? kAllSequences
+                           : a.initial_state != nullptr ? kPresentSequences
+                                                        : kChunkedSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -205,6 +247,7 @@ struct ForwardKernels {
       typename Carry::Params p{};
       p.states = plan.states.template in<Element>(workspace);
       p.key_sums = plan.key_sums.template in<Element>(workspace);
+      p.slots = kernel::state_slots(a.initial_state != nullptr);
       p.segment_state = plan.segment_state.template in<float>(workspace);
       p.segment_key_sum = plan.segment_key_sum.template in<float>(workspace);
       p.gate = gate;
@@ -213,7 +256,7 @@ struct ForwardKernels {
       p.key_sum_exponents = exponents.key_sum;
       p.sequence_state = a.final_state;
       p.sequence_key_sum = a.final_key_sum;
-      p.sequences = sequences;
+      p.sequences = listed(a.final_state != nullptr ? kAllSequences : kCutSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;

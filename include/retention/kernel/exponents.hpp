@@ -172,41 +172,45 @@ struct ChunkRanges {
     int state_dim;  // D, a multiple of 4; with initial_state
   };
 
-  /// (slot, then sequence and part of its initial state, part fastest; head)
+  /// (chunk, then sequence and part of its initial state, part fastest; head)
   CUTE_HOST static dim3 grid(Params const& params) {
     std::int64_t const states =
         params.initial_state == nullptr
             ? 0
             : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
-    return dim3(static_cast<unsigned>(params.sequences.num_slots() + states),
+    return dim3(static_cast<unsigned>(params.sequences.chunk_blocks() + states),
                 static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     std::int64_t const block = blockIdx.x;
-    std::int64_t const slots = params.sequences.num_slots();
-    if (block < slots) {
-      chunk_range(params, shared, static_cast<int>(block));
+    std::int64_t const chunk_blocks = params.sequences.chunk_blocks();
+    if (block < chunk_blocks) {
+      int const count = params.sequences.num_chunks();
+      for (int number = static_cast<int>(block); number < count;
+           number += static_cast<int>(chunk_blocks)) {
+        chunk_range(params, shared, number);
+        __syncthreads();
+      }
     } else {
       StateRanges::find({params.initial_state, params.initial_key_sum, params.initial_ranges,
                          params.sequences.count, params.heads, params.state_dim, params.value_dim},
-                        shared.initial, static_cast<int>(block - slots));
+                        shared.initial, static_cast<int>(block - chunk_blocks));
     }
   }
 
  private:
-  CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int slot) {
+  CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int number) {
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
-    Chunk const chunk = params.sequences.find(slot);
+    Chunk const chunk = params.sequences.find(number);
     Sequence const sequence = params.sequences.get(chunk.sequence);
-    std::int64_t const first = static_cast<std::int64_t>(chunk.index) * params.sequences.chunk_size;
+    std::int64_t const first = static_cast<std::int64_t>(chunk.index) * sequence.chunk_size;
     if (first >= sequence.length) {
-      return;  // a slot without a chunk
+      return;  // a number without a chunk
     }
-    int const tokens =
-        cute::min(params.sequences.chunk_size, sequence.length - static_cast<int>(first));
+    int const tokens = cute::min(sequence.chunk_size, sequence.length - static_cast<int>(first));
 
     Element const* keys = params.key + params.key_stride.at(sequence, first, head);
     float key = max_magnitude(keys, params.key_stride.token, params.head_dim, tokens);
@@ -250,8 +254,8 @@ struct ChunkRanges {
       // Each term went through tokens / kThreads + 13 additions.
       float const additions = static_cast<float>(tokens / kThreads + 16);
       count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
-      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {key, norm, value,
-                                                                              count, end_gate};
+      std::int64_t const slot = sequence.first_slot + chunk.index;
+      params.ranges[slot * params.heads + head] = {key, norm, value, count, end_gate};
     }
   }
 
@@ -452,18 +456,28 @@ struct ChooseExponents {
 
   /// (sequence, head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.count), static_cast<unsigned>(params.heads));
+    return dim3(static_cast<unsigned>(params.sequences.walk_blocks()),
+                static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const count = params.sequences.num_listed();
+    for (int place = blockIdx.x; place < count; place += gridDim.x) {
+      choose(params, shared, params.sequences.get(place));
+      __syncthreads();
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void choose(Params const& params, SharedStorage& shared,
+                                 Sequence const& sequence) {
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
     int const head = blockIdx.y;
-    Sequence const sequence = params.sequences.get(static_cast<int>(blockIdx.x));
-    int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
-    std::int64_t const item = static_cast<std::int64_t>(blockIdx.x) * params.heads + head;
+    int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
+    std::int64_t const item = static_cast<std::int64_t>(sequence.index) * params.heads + head;
     std::int64_t const first = sequence.first_slot * params.heads + head;
 
     float maxima[5] = {};  // |k|, |v|, |S_0|, |z_0|, |k|_2^2

@@ -38,28 +38,35 @@ struct Gates {
     int heads;
   };
 
-  /// (slot, heads)
+  /// (chunk, heads)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.num_slots()),
+    return dim3(static_cast<unsigned>(params.sequences.chunk_blocks()),
                 static_cast<unsigned>((params.heads + kHeads - 1) / kHeads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const count = params.sequences.num_chunks();
+    for (int number = blockIdx.x; number < count; number += gridDim.x) {
+      add_up(params, shared, number);
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void add_up(Params const& params, SharedStorage& shared, int number) {
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
     int const first_head = static_cast<int>(blockIdx.y) * kHeads;
     int const heads = cute::min(cute::Int<kHeads>{}, params.heads - first_head);
-    Chunk const chunk = params.sequences.find(static_cast<int>(blockIdx.x));
+    Chunk const chunk = params.sequences.find(number);
     Sequence const sequence = params.sequences.get(chunk.sequence);
-    std::int64_t const first_token =
-        static_cast<std::int64_t>(chunk.index) * params.sequences.chunk_size;
+    std::int64_t const first_token = static_cast<std::int64_t>(chunk.index) * sequence.chunk_size;
     if (first_token >= sequence.length) {
-      return;  // a slot without a chunk
+      return;  // a number without a chunk
     }
     int const tokens =
-        cute::min(params.sequences.chunk_size, sequence.length - static_cast<int>(first_token));
+        cute::min(sequence.chunk_size, sequence.length - static_cast<int>(first_token));
 
     float const* source =
         params.log_gate + params.log_gate_stride.at(sequence, first_token, first_head);
@@ -99,7 +106,6 @@ struct Gates {
     }
   }
 
- private:
   // Inclusive sums of one head's tile, in place, on top of `carry`; returns the last of them. The
   // order of summation is fixed by the lanes.
   CUTE_DEVICE static double scan(SharedStorage& shared, int head, int lane, double carry) {

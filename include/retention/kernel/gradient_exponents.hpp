@@ -79,26 +79,35 @@ struct ChooseGradientExponents {
 
   /// (sequence, head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.count), static_cast<unsigned>(params.heads));
+    return dim3(static_cast<unsigned>(params.sequences.walk_blocks()),
+                static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const count = params.sequences.num_listed();
+    for (int place = blockIdx.x; place < count; place += gridDim.x) {
+      choose(params, shared, place);
+      __syncthreads();
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void choose(Params const& params, SharedStorage& shared, int place) {
     int const thread = threadIdx.x;
-    int const index = blockIdx.x;
     int const head = blockIdx.y;
-    Sequence const sequence = params.sequences.get(index);
-    int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
+    Sequence const sequence = params.sequences.get(place);
+    int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
     int const tiles = cute::ceil_div(sequence.length, cute::Int<kTileTokens>{});
-    int const chunk_tiles = params.sequences.chunk_size / kTileTokens;
+    int const chunk_tiles = sequence.chunk_size / kTileTokens;
     std::int64_t const first = sequence.first_slot * params.heads + head;
     std::int64_t const first_tile =
-        params.sequences.segments(kTileTokens).get(index).first_slot * params.heads + head;
+        params.sequences.pieces(kTileTokens).get(place).first_slot * params.heads + head;
 
     if (thread < 32) {
       StateRange range{0.0f, 0.0f};
       if (params.final_ranges != nullptr) {
-        std::int64_t const item = static_cast<std::int64_t>(index) * params.heads + head;
+        std::int64_t const item = static_cast<std::int64_t>(sequence.index) * params.heads + head;
         range = params.final_ranges[item * kStateParts + thread];
       }
       range.state = detail::reduce_warp(range.state, detail::Maximum{});
@@ -143,7 +152,6 @@ struct ChooseGradientExponents {
         });
   }
 
- private:
   // The largest e with x 2^e <= 1, or one less; 0 for x = 0.
   CUTE_DEVICE static int below_one(float x) {
     return x == 0.0f ? 0

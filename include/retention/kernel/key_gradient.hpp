@@ -85,13 +85,22 @@ struct KeyGradient {
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const thread = threadIdx.x;
+#pragma unroll 1
+    for (int number = blockIdx.x; number < Rows::tiles(params.sequences); number += gridDim.x) {
+      write(params, shared, number);
+      __syncthreads();
+    }
+  }
+
+ private:
+  CUTE_DEVICE static void write(Params const& params, SharedStorage& shared, int number) {
+    int const thread = Intra::this_thread();
     int const head = blockIdx.y;
-    Rows const rows = Rows::find(params.sequences, static_cast<int>(blockIdx.x));
+    Rows const rows = Rows::find(params.sequences, number);
     if (rows.count <= 0) {
       return;  // the same for the whole block
     }
-    std::int64_t const slot_head = rows.slot * params.heads + head;
+    std::int64_t const slot_head = rows.slot_head(params, head);
     int const score_exponent = exponent(params.gradient_exponents.score, slot_head);
     typename Intra::Work const work = intra_work<Intra>(params, rows, head, score_exponent);
     if (thread == 0) {
@@ -106,9 +115,10 @@ struct KeyGradient {
       shared.gate_source = params.query_d_gate + rows.at(params.row_stride, head * params.group);
     }
     bool const has_state = rows.has_state(params);
+    std::int64_t const state_head = rows.state_head(params, head);
     Contract contract(shared.contract,
-                      params.d_states + slot_head * Contract::kStateDim * kValueDim,
-                      params.d_key_sums + slot_head * Contract::kStateDim, thread);
+                      params.d_states + state_head * Contract::kStateDim * kValueDim,
+                      params.d_key_sums + state_head * Contract::kStateDim, thread);
     if (has_state) {
       contract.prefetch();
     } else {
@@ -168,7 +178,6 @@ struct KeyGradient {
     }
   }
 
- private:
   CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
     return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
   }
