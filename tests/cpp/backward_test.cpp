@@ -217,20 +217,45 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   padded.lead = 37;
   padded.tail = 75;
   run(padded);
+  Case empty{"packed, all empty", {0, 0, 0}, 64, 0, true, 1, 1, -0.1};
+  empty.tail = 5;
+  run(empty);
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
   if (retention::test::kOnDevice || !large) {
+    // Odd seeds keep the workspace of forward.
+    run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
     padded.name = "packed, padded, strided, with states";
     padded.segment_tokens = 64;
     padded.initial = padded.final = padded.strided = true;
     run(padded);
-    // Odd seeds keep the workspace of forward.
-    run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
     Case small{"small values", {100}, 64, 0, false, 2, 1, -0.2, false, true, false, 1, 1, 1e-3};
     small.aligned = true;
     run(small);
     run({"packed", {70, 0, 1}, 64, 64, true, 1, 1, -0.1, true, true});
+    // The form of each by its own length.
+    Case mixed{"packed, mixed", {0, 100, 101, 0, 64, 65, 1, 0}, 64, 64, true, 1, 2, -0.1};
+    mixed.whole_until = 100;
+    mixed.tail = 20;
+    run(mixed);
+    run(mixed);
+    mixed.name = "packed, mixed, initial states";
+    mixed.lengths = {0, 100, 101, 1, 0};
+    mixed.initial = true;
+    run(mixed);
+    mixed.name = "packed, mixed, final states";
+    mixed.final = true;
+    mixed.initial = false;
+    run(mixed);
+    mixed.name = "packed, mixed, with states";
+    mixed.initial = true;
+    run(mixed);
+    mixed.name = "packed, mixed, no gates";
+    mixed.gate = 0.0;
+    run(mixed);
+    run({"packed, among empty", retention::test::among_empty(70, 200), 64, 64, true, 1, 1, -0.1});
+    run({"packed, one token each", retention::test::one_token_each(), 64, 0, true, 1, 1, -0.1});
     Case strong{"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true};
     strong.aligned = true;
     run(strong);

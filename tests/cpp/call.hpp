@@ -35,7 +35,24 @@ struct Case {
   bool aligned = false;  // queries resemble their tokens' keys: no row is left without weight
   int lead = 0;          // tokens before the first packed sequence: NaN
   int tail = 0;          // tokens behind the last one: infinite and NaN
+  int whole_until = 0;
 };
+
+/// Two sequences among many empty ones.
+inline std::vector<int> among_empty(int first, int second) {
+  std::vector<int> lengths(300, 0);
+  lengths[100] = first;
+  lengths[101] = second;
+  return lengths;
+}
+
+/// Sequences of one token by the hundred, and some of more.
+inline std::vector<int> one_token_each() {
+  std::vector<int> lengths(250, 1);
+  lengths[7] = 140;
+  lengths[200] = 70;
+  return lengths;
+}
 
 /// A [b, t, heads, width] tensor in memory.
 struct Layout {
@@ -173,6 +190,7 @@ class Call {
     a.final_state = c.final ? final_state.upload() : nullptr;
     a.final_key_sum = c.final ? final_key_sum.upload() : nullptr;
     a.chunk_size = c.chunk_size;
+    a.whole_until = c.whole_until;
     a.segment_tokens = c.segment_tokens;
     return a;
   }

@@ -64,7 +64,7 @@ struct BackwardKernels {
         return status;
       }
     }
-    if (Status status = launcher.template launch<Rows>(call.rows()); !status) {
+    if (Status status = launch_items<Rows>(launcher, call.rows()); !status) {
       return status;
     }
     if constexpr (kScaled) {
@@ -74,12 +74,12 @@ struct BackwardKernels {
           return status;
         }
       }
-      if (Status status = launcher.template launch<kernel::ChooseGradientExponents>(call.choose());
+      if (Status status = launch_items<kernel::ChooseGradientExponents>(launcher, call.choose());
           !status) {
         return status;
       }
     }
-    if (Status status = launcher.template launch<QueryGradient>(call.query()); !status) {
+    if (Status status = launch_items<QueryGradient>(launcher, call.query()); !status) {
       return status;
     }
     if (plan.makes_gradients) {
@@ -92,10 +92,10 @@ struct BackwardKernels {
         return status;
       }
     }
-    if (Status status = launcher.template launch<ValueGradient>(call.value()); !status) {
+    if (Status status = launch_items<ValueGradient>(launcher, call.value()); !status) {
       return status;
     }
-    if (Status status = launcher.template launch<KeyGradient>(call.key()); !status) {
+    if (Status status = launch_items<KeyGradient>(launcher, call.key()); !status) {
       return status;
     }
     if (plan.arguments.d_log_gate != nullptr) {
@@ -403,12 +403,12 @@ struct BackwardKernels {
       }
     }
     if (call.plan.gate_sums.bytes != 0) {
-      if (Status status = launcher.template launch<kernel::GateGradientSums>(call.gate_sums());
+      if (Status status = launch_items<kernel::GateGradientSums>(launcher, call.gate_sums());
           !status) {
         return status;
       }
     }
-    return launcher.template launch<kernel::GateGradient>(call.gate());
+    return launch_items<kernel::GateGradient>(launcher, call.gate());
   }
 };
 

@@ -80,6 +80,14 @@ struct PlannedCall {
   }
 };
 
+/// Launches a kernel of kernel/items.hpp.
+template <class Kernel, class Launcher>
+Status launch_items(Launcher const& launcher, typename Kernel::Params const& params) {
+  using InTurns = kernel::InTurns<Kernel>;
+  return InTurns::pays(params) ? launcher.template launch<InTurns>(params)
+                               : launcher.template launch<Kernel>(params);
+}
+
 template <class Element, int HeadDim, int ValueDim>
 struct ForwardKernels {
   using Ranges = kernel::ChunkRanges<cute::half_t>;
@@ -107,7 +115,7 @@ struct ForwardKernels {
       return status;
     }
     Call const call(plan, workspace);
-    if (Status status = launcher.template launch<Output>(call.output()); !status) {
+    if (Status status = launch_items<Output>(launcher, call.output()); !status) {
       return status;
     }
     return plan.arguments.cu_seqlens == nullptr
@@ -125,16 +133,15 @@ struct ForwardKernels {
       }
     }
     if (plan.arguments.log_gate != nullptr) {
-      if (Status status = launcher.template launch<kernel::Gates>(call.gates()); !status) {
+      if (Status status = launch_items<kernel::Gates>(launcher, call.gates()); !status) {
         return status;
       }
     }
     if constexpr (kScaled) {
-      if (Status status = launcher.template launch<Ranges>(call.ranges()); !status) {
+      if (Status status = launch_items<Ranges>(launcher, call.ranges()); !status) {
         return status;
       }
-      if (Status status = launcher.template launch<kernel::ChooseExponents>(call.choose());
-          !status) {
+      if (Status status = launch_items<kernel::ChooseExponents>(launcher, call.choose()); !status) {
         return status;
       }
     }

@@ -57,6 +57,9 @@ struct ChunkStates {
   struct SharedStorage {
     typename Mainloop::SharedStorage mainloop;
     typename StateTile::Rows rows[Traits::kWarps];
+    // What the main loop need not have in registers.
+    std::int64_t without;       // slots of chunks ahead of those of states, times heads
+    std::int64_t segment_head;  // of the state after the segment
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
@@ -200,9 +203,13 @@ struct ChunkStates {
 
     // Of exponents; those of states are fewer.
     std::int64_t slot_head = (sequence.first_slot + first_token / chunk_size) * params.heads + head;
-    std::int64_t const without =
-        params.sequences.without_slots(sequence, state_slots(params.initial_state != nullptr)) *
-        static_cast<std::int64_t>(params.heads);
+    if (thread == 0) {
+      storage.without =
+          params.sequences.without_slots(sequence, state_slots(params.initial_state != nullptr)) *
+          static_cast<std::int64_t>(params.heads);
+      Slots const slots = params.sequence_ends ? Slots::kAll : Slots::kButLast;
+      storage.segment_head = segments.slot(in_segments, segment.index, slots) * params.heads + head;
+    }
     // Cumulative gate of the chunk from `begin` on.
     auto gate_of_chunk = [&](int begin) {
       int const last = cute::min(begin + chunk_size, tokens) - 1;
@@ -220,8 +227,8 @@ struct ChunkStates {
       float const end_gate = next_end_gate;
       next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
       if (params.states != nullptr && stores &&
-          (params.initial_state != nullptr || segment.index > 0 || done > 0)) {
-        store_rounded(params, slot_head, slot_head - without, value_offset, scale, mainloop,
+          (params.initial_state != nullptr || first_token > 0 || done > 0)) {
+        store_rounded(params, slot_head, slot_head - storage.without, value_offset, scale, mainloop,
                       storage.rows[thread / 32], accumulators);
       }
       if (done == used) {
@@ -262,9 +269,7 @@ struct ChunkStates {
     }
     cute::cp_async_wait<0>();
     if (ends && stores) {
-      std::int64_t const segment_slot = segments.slot(
-          in_segments, segment.index, params.sequence_ends ? Slots::kAll : Slots::kButLast);
-      std::int64_t const segment_head = segment_slot * params.heads + head;
+      std::int64_t const segment_head = storage.segment_head;
       float const factor = detail::power_of_two(-scale);
       StateTile::store(params.final_state + segment_head * kStateDim * kValueDim + value_offset,
                        params.final_key_sum + segment_head * kStateDim, value_offset == 0, factor,

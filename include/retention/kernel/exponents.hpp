@@ -22,6 +22,7 @@
 
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::detail {
@@ -137,7 +138,7 @@ struct StateRanges {
 };
 
 template <class Element_>
-struct ChunkRanges {
+struct ChunkRanges : OneItem<ChunkRanges<Element_>> {
   using Element = Element_;
   static_assert(cute::is_same_v<Element, cute::half_t>, "other types have range enough");
 
@@ -172,35 +173,38 @@ struct ChunkRanges {
     int state_dim;  // D, a multiple of 4; with initial_state
   };
 
-  /// (chunk, then sequence and part of its initial state, part fastest; head)
+  /// (sequence and part of its initial state, part fastest, then chunk; head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const states =
-        params.initial_state == nullptr
-            ? 0
-            : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
-    return dim3(static_cast<unsigned>(params.sequences.chunk_blocks() + states),
+    return dim3(static_cast<unsigned>(state_parts(params) + params.sequences.most_chunks()),
                 static_cast<unsigned>(params.heads));
   }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return state_parts(params) +
+           params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
+  }
+  CUTE_DEVICE static int count(Params const& params) {
+    return static_cast<int>(state_parts(params)) + params.sequences.num_chunks();
+  }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    std::int64_t const block = blockIdx.x;
-    std::int64_t const chunk_blocks = params.sequences.chunk_blocks();
-    if (block < chunk_blocks) {
-      int const count = params.sequences.num_chunks();
-      for (int number = static_cast<int>(block); number < count;
-           number += static_cast<int>(chunk_blocks)) {
-        chunk_range(params, shared, number);
-        __syncthreads();
-      }
+    int const parts = static_cast<int>(state_parts(params));
+    if (number >= parts) {
+      chunk_range(params, shared, number - parts);
     } else {
       StateRanges::find({params.initial_state, params.initial_key_sum, params.initial_ranges,
                          params.sequences.count, params.heads, params.state_dim, params.value_dim},
-                        shared.initial, static_cast<int>(block - chunk_blocks));
+                        shared.initial, number);
     }
   }
 
  private:
+  CUTE_HOST_DEVICE static std::int64_t state_parts(Params const& params) {
+    return params.initial_state == nullptr
+               ? 0
+               : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
+  }
+
   CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int number) {
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
@@ -430,7 +434,7 @@ struct BoundScan {
   }
 };
 
-struct ChooseExponents {
+struct ChooseExponents : OneItem<ChooseExponents> {
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
@@ -456,22 +460,18 @@ struct ChooseExponents {
 
   /// (sequence, head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.walk_blocks()),
+    return dim3(static_cast<unsigned>(params.sequences.listed),
                 static_cast<unsigned>(params.heads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const count = params.sequences.num_listed();
-    for (int place = blockIdx.x; place < count; place += gridDim.x) {
-      choose(params, shared, params.sequences.get(place));
-      __syncthreads();
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
   }
+  CUTE_DEVICE static int count(Params const& params) { return params.sequences.num_listed(); }
 
- private:
-  CUTE_DEVICE static void choose(Params const& params, SharedStorage& shared,
-                                 Sequence const& sequence) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int place) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    Sequence const sequence = params.sequences.get(place);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;

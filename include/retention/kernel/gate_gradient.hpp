@@ -30,6 +30,7 @@
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -229,17 +230,20 @@ struct GatePiece {
     return sequences.packed() ? std::int64_t{tiles.start(sequences.length)} + sequences.count
                               : sequences.num_slots() * tiles.in_chunk();
   }
+  CUTE_HOST static std::int64_t turn_blocks(Sequences const& sequences) {
+    return PackedTiles{sequences, piece_tokens(sequences)}.turn_blocks();
+  }
   /// (piece; heads)
   CUTE_HOST static dim3 grid(Sequences const& sequences, int heads) {
     constexpr int kHeads = collective::GateTile::kHeads;
     PackedTiles const tiles{sequences, piece_tokens(sequences)};
-    std::int64_t const blocks = sequences.packed() ? tiles.blocks() : num_slots(sequences);
+    std::int64_t const blocks = sequences.packed() ? tiles.most() : num_slots(sequences);
     return dim3(static_cast<unsigned>(blocks),
                 static_cast<unsigned>((heads + kHeads - 1) / kHeads));
   }
 };
 
-struct GateGradientSums {
+struct GateGradientSums : OneItem<GateGradientSums> {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 4;
@@ -260,17 +264,14 @@ struct GateGradientSums {
     return GatePiece::grid(params.sequences, params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const count = GatePiece::count(params.sequences);
-    for (int number = blockIdx.x; number < count; number += gridDim.x) {
-      add_up(params, shared, GatePiece(params.sequences, params.heads, number));
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return GatePiece::turn_blocks(params.sequences);
   }
+  CUTE_DEVICE static int count(Params const& params) { return GatePiece::count(params.sequences); }
 
- private:
-  CUTE_DEVICE static void add_up(Params const& params, SharedStorage& shared,
-                                 GatePiece const& piece) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    GatePiece const piece(params.sequences, params.heads, number);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
@@ -308,7 +309,7 @@ struct GateGradientSums {
   }
 };
 
-struct GateGradient {
+struct GateGradient : OneItem<GateGradient> {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 4;
@@ -335,17 +336,14 @@ struct GateGradient {
     return GatePiece::grid(params.sequences, params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const count = GatePiece::count(params.sequences);
-    for (int number = blockIdx.x; number < count; number += gridDim.x) {
-      add_up(params, shared, GatePiece(params.sequences, params.heads, number));
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return GatePiece::turn_blocks(params.sequences);
   }
+  CUTE_DEVICE static int count(Params const& params) { return GatePiece::count(params.sequences); }
 
- private:
-  CUTE_DEVICE static void add_up(Params const& params, SharedStorage& shared,
-                                 GatePiece const& piece) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    GatePiece const piece(params.sequences, params.heads, number);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
@@ -386,6 +384,7 @@ struct GateGradient {
     }
   }
 
+ private:
   // What comes after the piece.
   CUTE_DEVICE static double after(Params const& params, GatePiece const& piece, int warp,
                                   int lane) {

@@ -12,11 +12,12 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/gate_tile.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
 
-struct Gates {
+struct Gates : OneItem<Gates> {
   using Tile = collective::GateTile;
   static constexpr int kHeads = Tile::kHeads;  // of a block, one a warp
   static constexpr int kTileTokens = Tile::kTokens;
@@ -40,20 +41,17 @@ struct Gates {
 
   /// (chunk, heads)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.chunk_blocks()),
+    return dim3(static_cast<unsigned>(params.sequences.most_chunks()),
                 static_cast<unsigned>((params.heads + kHeads - 1) / kHeads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const count = params.sequences.num_chunks();
-    for (int number = blockIdx.x; number < count; number += gridDim.x) {
-      add_up(params, shared, number);
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
   }
+  CUTE_DEVICE static int count(Params const& params) { return params.sequences.num_chunks(); }
 
- private:
-  CUTE_DEVICE static void add_up(Params const& params, SharedStorage& shared, int number) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
@@ -106,6 +104,7 @@ struct Gates {
     }
   }
 
+ private:
   // Inclusive sums of one head's tile, in place, on top of `carry`; returns the last of them. The
   // order of summation is fixed by the lanes.
   CUTE_DEVICE static double scan(SharedStorage& shared, int head, int lane, double carry) {

@@ -25,6 +25,7 @@
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -48,7 +49,7 @@ struct GradientRange {
   float delta;         // max sqrt(inverse_i) |delta_i|
 };
 
-struct ChooseGradientExponents {
+struct ChooseGradientExponents : OneItem<ChooseGradientExponents> {
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
@@ -79,21 +80,17 @@ struct ChooseGradientExponents {
 
   /// (sequence, head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.walk_blocks()),
+    return dim3(static_cast<unsigned>(params.sequences.listed),
                 static_cast<unsigned>(params.heads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const count = params.sequences.num_listed();
-    for (int place = blockIdx.x; place < count; place += gridDim.x) {
-      choose(params, shared, place);
-      __syncthreads();
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
   }
+  CUTE_DEVICE static int count(Params const& params) { return params.sequences.num_listed(); }
 
- private:
-  CUTE_DEVICE static void choose(Params const& params, SharedStorage& shared, int place) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int place) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
     Sequence const sequence = params.sequences.get(place);
@@ -152,6 +149,7 @@ struct ChooseGradientExponents {
         });
   }
 
+ private:
   // The largest e with x 2^e <= 1, or one less; 0 for x = 0.
   CUTE_DEVICE static int below_one(float x) {
     return x == 0.0f ? 0

@@ -18,6 +18,7 @@
 #include "retention/detail/reduce.hpp"
 #include "retention/detail/rescale.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -30,7 +31,7 @@ struct GradientRowsTraits {
 };
 
 template <class Traits>
-struct GradientRows {
+struct GradientRows : OneItem<GradientRows<Traits>> {
   using Element = typename Traits::Element;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -78,24 +79,18 @@ struct GradientRows {
 
   /// (tile, key head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.tiles().chunk_blocks()),
+    return dim3(static_cast<unsigned>(params.tiles().most_chunks()),
                 static_cast<unsigned>(params.heads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / kTileTokens);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return params.tiles().num_chunks(); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     Sequences const tiles = params.tiles();
-    int const count = tiles.num_chunks();
-#pragma unroll 1
-    for (int number = blockIdx.x; number < count; number += gridDim.x) {
-      prepare(params, shared, tiles, number);
-      __syncthreads();
-    }
-  }
-
- private:
-  CUTE_DEVICE static void prepare(Params const& params, SharedStorage& shared,
-                                  Sequences const& tiles, int number) {
     int const warp = static_cast<int>(threadIdx.x) / 32;
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const head = blockIdx.y;
@@ -162,6 +157,7 @@ struct GradientRows {
     }
   }
 
+ private:
   static constexpr int kLoads = 4;  // 16-byte loads in flight of each tensor
 
   struct Products {

@@ -34,7 +34,7 @@ struct KeyGradientTraits {
 };
 
 template <class Traits>
-struct KeyGradient {
+struct KeyGradient : OneItem<KeyGradient<Traits>> {
   using Element = typename Traits::Element;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -83,17 +83,13 @@ struct KeyGradient {
 
   CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-#pragma unroll 1
-    for (int number = blockIdx.x; number < Rows::tiles(params.sequences); number += gridDim.x) {
-      write(params, shared, number);
-      __syncthreads();
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Rows::turn_blocks(params);
   }
+  CUTE_DEVICE static int count(Params const& params) { return Rows::tiles(params.sequences); }
 
- private:
-  CUTE_DEVICE static void write(Params const& params, SharedStorage& shared, int number) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const head = blockIdx.y;
     Rows const rows = Rows::find(params.sequences, number);
@@ -178,6 +174,7 @@ struct KeyGradient {
     }
   }
 
+ private:
   CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
     return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
   }

@@ -12,6 +12,7 @@
 #include "retention/collective/tile.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -62,7 +63,10 @@ struct KeyRows {
   CUTE_HOST static dim3 grid(Params const& params) {
     return Tiles{params.sequences, 1}.grid(params.heads);
   }
-  /// Blocks take tiles as of `RowTiles`.
+  template <class Params>
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Tiles{params.sequences, 1}.turn_blocks();
+  }
   CUTE_DEVICE static int tiles(Sequences const& sequences) { return Tiles{sequences, 1}.count(); }
 
   CUTE_DEVICE static KeyRows find(Sequences const& sequences, int number) {

@@ -18,6 +18,7 @@
 #include "retention/collective/intra_chunk.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/rescale.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -32,7 +33,7 @@ struct OutputTraits {
 };
 
 template <class Traits>
-struct Output {
+struct Output : OneItem<Output<Traits>> {
   using Element = typename Traits::Element;
   using Tiling = typename Traits::Tiling;
 
@@ -99,22 +100,19 @@ struct Output {
     return Tiles{params.sequences, params.group}.grid(params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    Tiles const tiles{params.sequences, params.group};
-#pragma unroll 1
-    for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
-      write(params, shared, tiles, number);
-      __syncthreads();
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Tiles{params.sequences, params.group}.turn_blocks();
+  }
+  CUTE_DEVICE static int count(Params const& params) {
+    return Tiles{params.sequences, params.group}.count();
   }
 
- private:
-  CUTE_DEVICE static void write(Params const& params, SharedStorage& shared, Tiles const& tiles,
-                                int number) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
     int const head = blockIdx.y;
+    Tiles const tiles{params.sequences, params.group};
     Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);
     Rows const rows = tiles.rows(tile, sequence);
@@ -190,6 +188,7 @@ struct Output {
     store(params, shared.tile, shared.work.rows, output, normalizer);
   }
 
+ private:
   // Without exponents, that of keys whose elements are below 1.
   CUTE_DEVICE static int score_exponent(Params const& params, std::int64_t sequence_head) {
     constexpr int kOfUnitKeys = kHeadDim == 32 ? 5 : kHeadDim == 64 ? 6 : 7;

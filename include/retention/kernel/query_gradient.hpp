@@ -20,6 +20,7 @@
 #include "retention/collective/intra_query_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -34,7 +35,7 @@ struct QueryGradientTraits {
 };
 
 template <class Traits>
-struct QueryGradient {
+struct QueryGradient : OneItem<QueryGradient<Traits>> {
   using Element = typename Traits::Element;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -113,21 +114,18 @@ struct QueryGradient {
     return Tiles{params.sequences, params.group}.grid(params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    Tiles const tiles{params.sequences, params.group};
-#pragma unroll 1
-    for (int number = blockIdx.x; number < tiles.count(); number += gridDim.x) {
-      write(params, shared, tiles, number);
-      __syncthreads();
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Tiles{params.sequences, params.group}.turn_blocks();
+  }
+  CUTE_DEVICE static int count(Params const& params) {
+    return Tiles{params.sequences, params.group}.count();
   }
 
- private:
-  CUTE_DEVICE static void write(Params const& params, SharedStorage& shared, Tiles const& tiles,
-                                int number) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const head = blockIdx.y;
+    Tiles const tiles{params.sequences, params.group};
     Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);
     Rows const rows = tiles.rows(tile, sequence);
@@ -200,6 +198,7 @@ struct QueryGradient {
     store(params, shared, gradient, products);
   }
 
+ private:
   CUTE_DEVICE static int exponent(int const* exponents, std::int64_t index) {
     return !kHasExponents || exponents == nullptr ? 0 : exponents[index];
   }

@@ -30,7 +30,13 @@ struct PackedTiles {
     return token / sequences.chunk_size * in_chunk() + token % sequences.chunk_size / tokens;
   }
   CUTE_HOST_DEVICE int count() const { return start(sequences.length) + sequences.num_listed(); }
-  CUTE_HOST_DEVICE std::int64_t blocks() const { return sequences.blocks(start(sequences.length)); }
+  /// At most so many.
+  CUTE_HOST std::int64_t most() const {
+    return std::int64_t{start(sequences.length)} + sequences.listed;
+  }
+  CUTE_HOST std::int64_t turn_blocks() const {
+    return sequences.turn_blocks(start(sequences.length));
+  }
 
   /// For a number below count(); beyond the end of its sequence where there is no tile.
   CUTE_HOST_DEVICE Tile find(int number) const {
@@ -60,15 +66,17 @@ struct RowTiles {
   Sequences const& sequences;
   int group;  // at most kRows
 
-  /// (blocks, key head). Nothing to do where x is 0.
+  /// (tile, key head). Nothing to do where x is 0.
   CUTE_HOST dim3 grid(int heads) const {
-    std::int64_t const blocks = sequences.packed() ? packed_tiles().blocks()
+    std::int64_t const blocks = sequences.packed() ? packed_tiles().most()
                                 : is_quadratic()   ? tiles().num_slots()
                                                    : sequences.num_slots() * chunk_tiles();
     return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads), 1);
   }
 
-  /// Blocks take tiles from that of their index on, every gridDim.x-th of so many.
+  CUTE_HOST std::int64_t turn_blocks() const { return packed_tiles().turn_blocks(); }
+
+  /// How many numbers there are.
   CUTE_DEVICE int count() const {
     return sequences.packed() ? packed_tiles().count() : static_cast<int>(gridDim.x);
   }

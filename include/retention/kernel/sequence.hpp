@@ -142,26 +142,14 @@ struct Sequences {
     return {low, ahead < 0 ? INT32_MAX : ahead};
   }
 
-  /// Blocks for work of which `of_tokens` bounds what the tokens make, and each of those listed
-  /// adds one item at most. Where these are many and short, blocks take several items, each every
-  /// so many: most capacity is not used, and idle blocks take their time as well.
-  CUTE_HOST_DEVICE std::int64_t blocks(std::int64_t of_tokens) const {
-    return of_tokens + sequence_blocks(of_tokens);
-  }
-  /// Of chunks.
-  CUTE_HOST_DEVICE std::int64_t chunk_blocks() const {
-    return packed() ? blocks(length / chunk_size) : num_slots();
-  }
-  /// That walk along a sequence each.
-  CUTE_HOST_DEVICE std::int64_t walk_blocks() const {
-    return packed() ? sequence_blocks(length / chunk_size) : count;
+  /// Blocks that take turns, see kernel/items.hpp, where tokens make up to `of_tokens` items and
+  /// each of those listed another one.
+  CUTE_HOST std::int64_t turn_blocks(std::int64_t of_tokens) const {
+    constexpr int kFew = 128;
+    return packed() ? 2 * of_tokens + kFew : INT32_MAX;
   }
 
  private:
-  CUTE_HOST_DEVICE std::int64_t sequence_blocks(std::int64_t of_tokens) const {
-    constexpr int kFew = 128;
-    return cute::min(std::int64_t{listed}, of_tokens + kFew);
-  }
   CUTE_HOST_DEVICE int start(SequenceList::Entry const& entry) const {
     return entry.first_token / chunk_size;
   }

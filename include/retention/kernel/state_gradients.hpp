@@ -74,6 +74,8 @@ struct StateGradients {
     // powers of two, of which bf16 holds half a word each.
     Distances distance[2];
     std::uint32_t factor[kScaled ? 2 : 1][kScaled ? kThreads : 1];
+    std::int64_t without;       // slots of chunks ahead of those of gradients, times heads
+    std::int64_t segment_head;  // of the gradient before the segment
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
@@ -180,6 +182,13 @@ struct StateGradients {
       storage.distance[thread] = {distance(params.query_stride), distance(params.d_output_stride),
                                   distance(params.row_stride)};
     }
+    if (thread == 0) {
+      storage.without = params.sequences.without_slots(
+                            sequence, gradient_slots(params.final_state_gradient != nullptr)) *
+                        static_cast<std::int64_t>(params.heads);
+      Slots const slots = params.sequence_starts ? Slots::kAll : Slots::kButFirst;
+      storage.segment_head = segments.slot(in_segments, segment.index, slots) * params.heads + head;
+    }
     __syncthreads();
 
     constexpr int kQueryColumns = Mainloop::kKeyColumns;
@@ -249,10 +258,6 @@ struct StateGradients {
     // Of exponents; those of gradients are fewer.
     std::int64_t slot_head =
         (sequence.first_slot + first_token / chunk_size + chunks - 1) * params.heads + head;
-    std::int64_t const without =
-        params.sequences.without_slots(sequence,
-                                       gradient_slots(params.final_state_gradient != nullptr)) *
-        static_cast<std::int64_t>(params.heads);
     // Cumulative gate of a chunk.
     float const* gate = params.gate == nullptr
                             ? nullptr
@@ -296,7 +301,7 @@ struct StateGradients {
 #pragma unroll 1
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
       if (params.d_states != nullptr && follows(chunk) && stores) {
-        store_rounded(params, slot_head, slot_head - without, value_offset, scale, mainloop,
+        store_rounded(params, slot_head, slot_head - storage.without, value_offset, scale, mainloop,
                       storage.rows[thread / 32], accumulators);
       }
       int const chunk_tile = chunk * chunk_tiles;
@@ -344,9 +349,7 @@ struct StateGradients {
     }
     cute::cp_async_wait<0>();
     if (starts && stores) {
-      std::int64_t const segment_slot = segments.slot(
-          in_segments, segment.index, params.sequence_starts ? Slots::kAll : Slots::kButFirst);
-      std::int64_t const segment_head = segment_slot * params.heads + head;
+      std::int64_t const segment_head = storage.segment_head;
       StateTile::store(
           params.initial_state_gradient + segment_head * kStateDim * kValueDim + value_offset,
           params.initial_key_sum_gradient + segment_head * kStateDim, value_offset == 0,

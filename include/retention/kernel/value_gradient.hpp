@@ -28,7 +28,7 @@ struct ValueGradientTraits {
 };
 
 template <class Traits>
-struct ValueGradient {
+struct ValueGradient : OneItem<ValueGradient<Traits>> {
   using Element = typename Traits::Element;
   using Tiling = typename Traits::Tiling;
 
@@ -71,17 +71,13 @@ struct ValueGradient {
 
   CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-#pragma unroll 1
-    for (int number = blockIdx.x; number < Rows::tiles(params.sequences); number += gridDim.x) {
-      write(params, shared, number);
-      __syncthreads();
-    }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Rows::turn_blocks(params);
   }
+  CUTE_DEVICE static int count(Params const& params) { return Rows::tiles(params.sequences); }
 
- private:
-  CUTE_DEVICE static void write(Params const& params, SharedStorage& shared, int number) {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const head = blockIdx.y;
     Rows const rows = Rows::find(params.sequences, number);
@@ -144,6 +140,7 @@ struct ValueGradient {
                gradient);
   }
 
+ private:
   CUTE_DEVICE static int key_exponent(Params const& params, int sequence, int head) {
     return params.exponents.key == nullptr
                ? 0
