@@ -71,7 +71,7 @@ constexpr std::array kForwardSizes = {
     "element",        "degree",        "head_dim",    "value_dim",   "sequences",  "tokens",
     "heads",          "query_heads",   "query_batch", "query_token", "query_head", "key_batch",
     "key_token",      "key_head",      "value_batch", "value_token", "value_head", "log_gate_batch",
-    "log_gate_token", "log_gate_head", "chunk_size",
+    "log_gate_token", "log_gate_head", "chunk_size",  "whole_until",
 };
 constexpr std::array kForwardPointers = {
     "query",           "key",    "value",           "log_gate",   "cu_seqlens",  "initial_state",
@@ -163,6 +163,7 @@ retention::device::ForwardArguments read_forward(Reader& size, Reader& at) {
   a.log_gate_strides = size.strides();
   a.output_strides = retention::device::Strides::contiguous(a.tokens, a.query_heads, a.value_dim);
   a.chunk_size = size.size();
+  a.whole_until = size.size();
   a.query = at.pointer<void>();
   a.key = at.pointer<void>();
   a.value = at.pointer<void>();
@@ -341,8 +342,8 @@ Arguments and errors as in forward_can_implement.)");
       nb::sig("def forward_chunk_size(sizes: tuple[int, ...], pointers: tuple[int, ...]) "
               "-> int"),
       R"(Tokens of a chunk as forward takes it, given or chosen: from the number of tokens up,
-no chunks; 0 for sizes that make no sense. Of the pointers it matters whether that of
-cu_seqlens is 0.
+no chunks; 0 for sizes that make no sense. Packed sequences of up to whole_until tokens
+are one chunk all the same.
 
 Arguments and errors as in forward_can_implement.)");
 

@@ -116,6 +116,9 @@ Status check_sizes(ForwardArguments const& a) {
     return Status(got("chunk_size", a.chunk_size) + "0 or a positive multiple of " +
                   std::to_string(ForwardPlan::kTokenMultiple));
   }
+  if (a.whole_until < 0) {
+    return Status(got("whole_until", a.whole_until) + "0 or more");
+  }
   if (a.segment_tokens < 0 ||
       (a.segment_tokens > 0 && (a.chunk_size == 0 || a.segment_tokens % a.chunk_size != 0))) {
     return Status(got("segment_tokens", a.segment_tokens) +

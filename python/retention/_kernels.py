@@ -158,21 +158,14 @@ def saves_output(Q: Tensor, V: Tensor, deg: int) -> bool:
 # ---- from tensors to the kernels ----------------------------------------------------------------
 
 
-def chunk_tokens(t: int, chunk_size: int | None, switch_over: int | None) -> int:
-    """What to ask of the kernels: a multiple of 64, from t up for the quadratic form; 0: any.
+def chunk_sizes(t: int, chunk_size: int | None, switch_over: int | None) -> tuple[int, int]:
+    """``chunk_size`` and ``whole_until``, as the kernels take them: 0 leaves them the choice.
 
-    ``t`` counts all packed sequences: their lengths are on the device. One that is no longer than a
-    chunk has the quadratic form anyway.
+    A chunk is a multiple of 64 tokens. Packed sequences, of ``t`` tokens together, are compared
+    with ``switch_over`` one by one: their lengths are on the device.
     """
-    if switch_over is None:
-        switch_over = chunk_size
-    if switch_over is None:
-        return 0
-    if t > switch_over:
-        if chunk_size is None:
-            return 0
-        t = min(t, max(1, chunk_size))
-    return -(-t // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+    chunk = 0 if chunk_size is None else -(-min(t, chunk_size) // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+    return chunk, 0 if switch_over is None else min(t, max(1, switch_over))
 
 
 class Layout(NamedTuple):
@@ -383,7 +376,7 @@ def _make_plan(
         *(_ELEMENTS[Q.dtype], deg, *head_dims, sequences, t, h, hq),
         *(stride for row in strides for stride in row or (0, 0, 0)),
         *((0, 0, 0) if log_G is None else log_G.stride()),
-        chunk_tokens(t, chunk_size, switch_over),
+        *chunk_sizes(t, chunk_size, switch_over),
     )
     # Only which addresses are null matters here, and that the others are aligned.
     given = [log_G is not None, cu_seqlens is not None, *[initial_state is not None] * 2]

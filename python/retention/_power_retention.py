@@ -70,7 +70,7 @@ def power_retention(
             a multiple of 64. Default: chosen by shape.
         switch_over_seq_len: at or below this length the quadratic form is used. Default: the chunk
             size, or where that is left to us, the length from which chunks are faster. Packed
-            sequences on a CUDA device are compared by their total.
+            sequences are compared one by one.
         sum_of_keys: ``[n, h, D]``, in the dtype of ``initial_state``: required with it.
         cu_seqlens: int32 ``[n + 1]``: b is 1 and sequence i is tokens ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]``, each with a state of its own. A sequence of length 0 hands its

@@ -139,6 +139,11 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
       call.fill(&d_output[at], dv, c.gradient_magnitude, d_outputs[index]);
     }
   }
+  for (size_t t = 0; t < call.tokens; ++t) {
+    for (size_t n = 0; n < heads * group && !call.is_owned(t); ++n) {
+      call.spoil(&d_output[call.output_layout.at(0, t, n)], dv, t);
+    }
+  }
   // As large as the gradients that outputs hand to a state: products of keys, values and 1 / z.
   std::vector<State> d_final(call.states());
   std::normal_distribution<double> normal;
@@ -171,6 +176,22 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   results.download();
   for (unsigned const wanted : parts) {
     run_part(call, a, results, wanted, seed);
+  }
+
+  for (size_t t = 0; t < call.tokens; ++t) {
+    auto const is_zero = [&](auto& gradient, Layout const& layout, size_t width) {
+      bool zero = true;
+      for (size_t i = 0; i < width; ++i) {
+        zero = zero && gradient[layout.at(0, t, 0) + i] == 0;
+      }
+      return zero;
+    };
+    if (!call.is_owned(t)) {
+      RETENTION_CHECK(is_zero(results.query, query_layout, heads * group * d));
+      RETENTION_CHECK(is_zero(results.key, key_layout, heads * d));
+      RETENTION_CHECK(is_zero(results.value, value_layout, heads * dv));
+      RETENTION_CHECK(c.gate == 0.0 || is_zero(results.gate, gate_layout, heads));
+    }
   }
 
   std::vector<Gradients> expected(call.states());
@@ -327,9 +348,17 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"packed, one chunk", {70, 0, 33}, 0, 0, true, 2, 3, 0.0}, {kQuery | kValue, kKey});
   auto const with_resets = [](int every, Case c) {
     c.resets = every;
+    c.aligned = true;  // as with strong gates: a query sees few keys
     return c;
   };
   run(with_resets(3, {"resets, one chunk", {150}, 0, 0, false, 1, 2, -0.5}));
+  Case padded{"packed, padded", {0, 30, 0, 70, 0}, 64, 0, true, 1, 2, -0.1};
+  padded.lead = 37;
+  padded.tail = 75;
+  run(padded);
+  Case empty{"packed, all empty", {0, 0, 0}, 64, 0, true, 1, 1, -0.1};
+  empty.tail = 5;
+  run(empty);
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
@@ -339,11 +368,37 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     run(with_resets(3, {"resets, packed", {70, 0, 1}, 64, 64, true, 1, 2, -0.1, true, true}));
     // Odd seeds keep the workspace of forward.
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
+    padded.name = "packed, padded, strided, with states";
+    padded.segment_tokens = 64;
+    padded.initial = padded.final = padded.strided = true;
+    run(padded);
     Case small{"small values", {100}, 64, 0, false, 2, 1, -0.2, false, true, false, 1, 1, 1e-3};
     small.aligned = true;
     run(small);
     run({"packed", {70, 0, 1}, 64, 64, true, 1, 1, -0.1, true, true},
         {kQuery, kKey, kValue, kGate, kInitial, kQuery | kGate, kKey | kValue});
+    // The form of each by its own length.
+    Case mixed{"packed, mixed", {0, 100, 101, 0, 64, 65, 1, 0}, 64, 64, true, 1, 2, -0.1};
+    mixed.whole_until = 100;
+    mixed.tail = 20;
+    run(mixed);
+    run(mixed);
+    mixed.name = "packed, mixed, initial states";
+    mixed.lengths = {0, 100, 101, 1, 0};
+    mixed.initial = true;
+    run(mixed);
+    mixed.name = "packed, mixed, final states";
+    mixed.final = true;
+    mixed.initial = false;
+    run(mixed);
+    mixed.name = "packed, mixed, with states";
+    mixed.initial = true;
+    run(mixed);
+    mixed.name = "packed, mixed, no gates";
+    mixed.gate = 0.0;
+    run(mixed);
+    run({"packed, among empty", retention::test::among_empty(70, 200), 64, 64, true, 1, 1, -0.1});
+    run({"packed, one token each", retention::test::one_token_each(), 64, 0, true, 1, 1, -0.1});
     Case strong{"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true};
     strong.aligned = true;
     run(strong);

@@ -35,7 +35,26 @@ struct Case {
   double gradient_magnitude = 1.0;
   bool aligned = false;  // queries resemble their tokens' keys: no row is left without weight
   int resets = 0;        // every so many tokens a gate leaves nothing; 0 for none
+  int lead = 0;          // tokens before the first packed sequence: NaN
+  int tail = 0;          // tokens behind the last one: infinite and NaN
+  int whole_until = 0;
 };
+
+/// Two sequences among many empty ones.
+inline std::vector<int> among_empty(int first, int second) {
+  std::vector<int> lengths(300, 0);
+  lengths[100] = first;
+  lengths[101] = second;
+  return lengths;
+}
+
+/// Sequences of one token by the hundred, and some of more.
+inline std::vector<int> one_token_each() {
+  std::vector<int> lengths(250, 1);
+  lengths[7] = 140;
+  lengths[200] = 70;
+  return lengths;
+}
 
 /// A [b, t, heads, width] tensor in memory.
 struct Layout {
@@ -72,7 +91,9 @@ class Call {
   size_t const sequences = c.lengths.size();
   // Rows of a batch have one length.
   size_t const batch = c.packed ? 1 : sequences;
-  size_t const tokens = total(c.lengths) / batch;
+  size_t const owned = total(c.lengths) / batch;  // tokens of sequences, in a row of the batch
+  size_t const lead = static_cast<size_t>(c.lead);
+  size_t const tokens = lead + owned + static_cast<size_t>(c.tail);
 
   Layout const query_layout{c.strided, batch, tokens, heads * group, d};
   Layout const key_layout{c.strided, batch, tokens, heads, d};
@@ -99,7 +120,19 @@ class Call {
 
   Call(Configuration const& configuration_, Case const& c_, std::uint64_t seed)
       : c(c_), configuration(configuration_), rng(static_cast<unsigned>(seed)) {
-    cu_seqlens[0] = 0;
+    for (size_t t = 0; t < tokens; ++t) {
+      if (!is_owned(t)) {
+        for (size_t n = 0; n < heads * group; ++n) {
+          spoil(&query[query_layout.at(0, t, n)], d, t + n);
+        }
+        for (size_t h = 0; h < heads; ++h) {
+          spoil(&key[key_layout.at(0, t, h)], d, t + h);
+          spoil(&value[value_layout.at(0, t, h)], dv, t + h + 1);
+          gate[gate_layout.at(0, t, h)] = t % 2 == 0 ? NAN : -INFINITY;
+        }
+      }
+    }
+    cu_seqlens[0] = c.lead;
     for (size_t s = 0; s < sequences; ++s) {
       cu_seqlens[s + 1] = cu_seqlens[s] + c.lengths[s];
       for (size_t h = 0; h < heads; ++h) {
@@ -113,6 +146,15 @@ class Call {
   /// Where a sequence is: its row of the batch, and its first token there.
   size_t row(size_t s) const { return c.packed ? 0 : s; }
   size_t first_token(size_t s) { return c.packed ? static_cast<size_t>(cu_seqlens[s]) : 0; }
+
+  /// Whether some sequence has token t of a row.
+  bool is_owned(size_t t) const { return lead <= t && t < lead + owned; }
+  /// Writes what no sum may see.
+  void spoil(std::uint16_t* target, size_t width, size_t which) const {
+    for (size_t i = 0; i < width; ++i) {
+      target[i] = encode(element, which % 2 == 0 ? NAN : i % 2 == 0 ? INFINITY : -INFINITY);
+    }
+  }
 
   /// Writes `width` random numbers as the element type holds them, and appends these to `copy`.
   void fill(std::uint16_t* target, size_t width, double magnitude, std::vector<float>& copy) {
@@ -150,6 +192,7 @@ class Call {
     a.final_state = c.final ? final_state.upload() : nullptr;
     a.final_key_sum = c.final ? final_key_sum.upload() : nullptr;
     a.chunk_size = c.chunk_size;
+    a.whole_until = c.whole_until;
     a.segment_tokens = c.segment_tokens;
     return a;
   }

@@ -19,9 +19,11 @@ namespace {
 using emulator::GlobalArray;
 using retention::detail::CumulativeGate;
 using retention::kernel::Direction;
+using retention::kernel::Slots;
 using retention::test::first_slot_of;
 using retention::test::kRoundoff;
 using retention::test::Order;
+using retention::test::slot_of;
 using std::size_t;
 
 struct Case {
@@ -91,7 +93,6 @@ void run(Case const& c, std::uint64_t seed) {
 
   for (size_t s = 0; s < sequences; ++s) {
     auto const chunks = static_cast<size_t>((c.lengths[s] + c.chunk_size - 1) / c.chunk_size);
-    size_t const first_item = first_slot_of(segments, s);
     size_t const first_slot = first_slot_of(where, s);
     for (size_t h = 0; h < heads; ++h) {
       std::vector<double> decay(chunks, 1.0);
@@ -113,7 +114,11 @@ void run(Case const& c, std::uint64_t seed) {
           magnitude[i] = std::abs(whole[i]);
         }
         auto store_end = [&](size_t segment) {
-          float* target = part.ends.data() + ((first_item + segment) * heads + h) * part.size;
+          auto const kept = c.finals                            ? Slots::kAll
+                            : kDirection == Direction::kForward ? Slots::kButLast
+                                                                : Slots::kButFirst;
+          size_t const end = slot_of(segments, s, segment, kept) * heads + h;
+          float* target = part.ends.data() + end * part.size;
           for (size_t i = 0; i < part.size; ++i) {
             target[i] = static_cast<float>(own[i]);
             own[i] = 0.0;

@@ -128,6 +128,16 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   }
   call.download();
 
+  for (size_t t = 0; t < call.tokens; ++t) {
+    for (size_t n = 0; n < heads * group && !call.is_owned(t); ++n) {
+      size_t const at = call.output_layout.at(0, t, n);
+      bool zero = call.normalizer[t * heads * group + n] == 0.0f;
+      for (size_t e = 0; e < dv; ++e) {
+        zero = zero && call.output[at + e] == 0 && (!refines || call.residual[at + e] == 0);
+      }
+      RETENTION_CHECK(zero);
+    }
+  }
   double const u = retention::test::roundoff(call.element);
   std::vector<Errors> errors(call.inputs.size());
   retention::test::parallel_for(call.inputs.size(), [&](size_t index) {
@@ -203,9 +213,13 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
     }
   }
   // Of the whole output: single rows may owe more to the cancellation of a state's terms.
-  double const error = std::sqrt(all.actual / all.size) / u;
-  double const plain_error = std::sqrt(all.plain / all.size) / u;
-  double const normalizer_error = std::sqrt(all.normalizer / all.normalizer_size) / u;
+  // Of no tokens, no error.
+  auto const relative = [&](double error, double size) {
+    return error == 0.0 ? 0.0 : std::sqrt(error / size) / u;
+  };
+  double const error = relative(all.actual, all.size);
+  double const plain_error = relative(all.plain, all.size);
+  double const normalizer_error = relative(all.normalizer, all.normalizer_size);
   std::cout << c.name << ": " << to_string(configuration) << ": error " << error
             << " roundings (plain formula " << plain_error << "), normalizer " << normalizer_error
             << ", state " << state_error << " of its bound\n";
@@ -232,6 +246,13 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     return c;
   };
   run(with_resets(3, {"resets, one chunk", {150}, 0, 0, false, 1, 2, -0.5}));
+  Case padded{"packed, padded", {0, 50, 0, 80, 0}, 64, 0, true, 1, 2, -0.1};
+  padded.lead = 37;
+  padded.tail = 75;
+  run(padded);
+  Case empty{"packed, all empty", {0, 0, 0}, 64, 0, true, 1, 1, -0.1};
+  empty.tail = 5;
+  run(empty);
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
@@ -246,6 +267,22 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"chunks", {150, 150}, 64, 0, false, 2, 1, -0.2, false, true});
   run({"segments", {330}, 64, 128, false, 1, 2, -0.05, true, true});
   run({"packed", {70, 0, 1, 140}, 64, 64, true, 1, 1, -0.1, true, true});
+  padded.name = "packed, padded, strided, with states";
+  padded.segment_tokens = 64;
+  padded.initial = padded.final = padded.strided = true;
+  run(padded);
+  // The form of each by its own length.
+  Case mixed{"packed, mixed", {0, 150, 151, 0, 64, 65, 1, 200, 0}, 64, 64, true, 1, 2, -0.1};
+  mixed.whole_until = 150;
+  mixed.tail = 20;
+  run(mixed);
+  mixed.name = "packed, mixed, with states";
+  mixed.lengths = {0, 150, 151, 1, 0};
+  mixed.initial = mixed.final = true;
+  run(mixed);
+  run({"packed, among empty ones", retention::test::among_empty(70, 200), 64, 64, true, 1, 1,
+       -0.1});
+  run({"packed, one token each", retention::test::one_token_each(), 64, 0, true, 1, 1, -0.1});
   run({"strong gates, strided", {90, 90}, 64, 0, false, 2, 2, -60.0, true, true, true});
   run({"large keys", {130}, 64, 0, false, 1, 1, -0.1, false, true, false, 100.0, 1e3, 10.0});
   // A host takes long for their references: the size that most models have must do.

@@ -29,6 +29,7 @@ using retention::test::encode;
 using retention::test::first_slot_of;
 using retention::test::launch;
 using retention::test::Order;
+using retention::test::slot_of;
 using std::size_t;
 
 enum class Fill { kNormal, kCancelling, kNaN };
@@ -116,13 +117,13 @@ void run_case(Case const& c, std::uint64_t seed) {
       kIsHalf ? retention::ElementType::kFloat16 : retention::ElementType::kBFloat16;
   // 16-bit numbers, stored as 2^-exponent of what they stand for.
   auto const fill = [&](GlobalArray<std::uint16_t>& x, GlobalArray<int>& exponents, size_t item,
-                        size_t width) {
+                        size_t place, size_t width) {
     std::vector<double> values(width);
     int const exponent = kIsHalf ? static_cast<int>(rng() % 41) - 20 : 0;
     exponents[item] = exponent;
     for (size_t i = 0; i < width; ++i) {
-      x[item * width + i] = encode(element, normal(rng));
-      values[i] = std::ldexp(decode(element, x[item * width + i]), exponent);
+      x[place * width + i] = encode(element, normal(rng));
+      values[i] = std::ldexp(decode(element, x[place * width + i]), exponent);
     }
     return values;
   };
@@ -154,17 +155,23 @@ void run_case(Case const& c, std::uint64_t seed) {
             x.product_magnitude += std::abs(decay * y[i] * z[i]);
           }
         };
-        add(fill(state, state_exponents, item, elements),
-            fill(d_state, d_state_exponents, item, elements));
-        add(fill(key_sum, key_sum_exponents, item, D),
-            fill(d_key_sum, d_key_sum_exponents, item, D));
+        auto const place = [&](retention::kernel::Slots which) {
+          return slot_of(where, s, static_cast<size_t>(first / chunk_size), which) * heads + h;
+        };
+        size_t const at = place(retention::kernel::state_slots(has_initial));
+        size_t const d_at = place(retention::kernel::gradient_slots(has_final));
+        add(fill(state, state_exponents, item, at, elements),
+            fill(d_state, d_state_exponents, item, d_at, elements));
+        add(fill(key_sum, key_sum_exponents, item, at, D),
+            fill(d_key_sum, d_key_sum_exponents, item, d_at, D));
       }
     }
   }
 
-  auto const pieces = static_cast<size_t>(GatePiece::per_chunk(chunk_size));
+  bool const has_pieces = chunk_size > GatePiece::kTokens;
   GlobalArray<double> products("products", items * size_t{Products::kParts});
-  GlobalArray<GatePieceSum> sums("sums", pieces > 1 ? items * pieces : 0);
+  GlobalArray<GatePieceSum> sums(
+      "sums", has_pieces ? static_cast<size_t>(GatePiece::num_slots(where)) * heads : 0);
   typename Products::Params product{};
   auto const data = [](GlobalArray<std::uint16_t>& x) {
     return reinterpret_cast<Element const*>(x.data());
@@ -199,10 +206,11 @@ void run_case(Case const& c, std::uint64_t seed) {
   second.state_d_gate = has_states ? state_d_gate.data() : nullptr;
   second.sums = sums.data();
   second.products = has_states ? products.data() : nullptr;
+  second.products_of_single_chunks = has_initial && has_final;
   second.sequences = where;
   second.heads = c.heads;
   if ((has_states && !launch<Products>(product, seed)) ||
-      (pieces > 1 && !launch<GateGradientSums>(first, seed)) ||
+      (has_pieces && !launch<GateGradientSums>(first, seed)) ||
       !launch<GateGradient>(second, seed)) {
     return;
   }

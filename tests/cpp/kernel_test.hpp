@@ -35,28 +35,37 @@ struct SequenceLayout {
   std::size_t batch;
   std::size_t tokens;                     // in a row of the batch
   std::vector<std::size_t> starts = {0};  // [sequences + 1] tokens of the sequences before
-  int first_token;                        // what `cu_seqlens` starts from
-  emulator::GlobalArray<int> cu_seqlens;
+  int first_token;                        // where the first one starts
+  emulator::GlobalArray<kernel::SequenceList::Entry> list;  // all of them, empty ones too
+  emulator::GlobalArray<int> listed;
 
   SequenceLayout(std::vector<int> const& lengths, bool packed_, int first_token_ = 0)
       : sequences(lengths.size()),
         packed(packed_),
         batch(packed ? 1 : sequences),
         first_token(first_token_),
-        cu_seqlens("cu_seqlens", sequences + 1, true) {
+        list("sequences", sequences, true),
+        listed("number of sequences", 1, true) {
     for (int const length : lengths) {
       starts.push_back(starts.back() + static_cast<std::size_t>(length));
     }
     int const longest = *std::max_element(lengths.begin(), lengths.end());
     tokens = packed ? starts.back() : static_cast<std::size_t>(longest);
-    for (std::size_t s = 0; s <= sequences; ++s) {
-      cu_seqlens[s] = first_token + static_cast<int>(starts[s]);
+    for (std::size_t s = 0; s < sequences; ++s) {
+      list[s] = {static_cast<int>(s), first_token + static_cast<int>(starts[s]), lengths[s], 0};
     }
+    listed[0] = static_cast<int>(sequences);
   }
 
   kernel::Sequences in_chunks(int chunk_size) const {
-    return {packed ? cu_seqlens.data() : nullptr, first_token + static_cast<int>(tokens),
-            chunk_size, static_cast<int>(sequences)};
+    auto const count = static_cast<int>(sequences);
+    kernel::SequenceList const all{list.data(), listed.data()};
+    return {packed ? all : kernel::SequenceList{},
+            first_token + static_cast<int>(tokens),
+            chunk_size,
+            count,
+            count,
+            chunk_size};
   }
 
   kernel::TokenStride strides(Order order, std::size_t heads, std::size_t width = 1) const {
@@ -113,6 +122,13 @@ class GateSum {
 
 inline std::size_t first_slot_of(kernel::Sequences const& sequences, std::size_t s) {
   return static_cast<std::size_t>(sequences.get(static_cast<int>(s)).first_slot);
+}
+
+/// Of a chunk among those that have slots.
+inline std::size_t slot_of(kernel::Sequences const& sequences, std::size_t s, std::size_t chunk,
+                           kernel::Slots slots) {
+  return static_cast<std::size_t>(
+      sequences.slot(sequences.get(static_cast<int>(s)), static_cast<int>(chunk), slots));
 }
 
 /// Relative error of one conversion to Element, at most.

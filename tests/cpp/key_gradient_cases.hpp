@@ -252,8 +252,10 @@ class KeyGradientProblem {
       if (chunk + 1 == gradients.size() && !c_.final) {
         continue;  // left as NaN: nobody may read it
       }
-      state_exponents_[slot] = store(gradients[chunk].state, &d_states_[slot * kState * kValue]);
-      key_sum_exponents_[slot] = store(gradients[chunk].key_sum, &d_key_sums_[slot * kState]);
+      size_t const place =
+          slot_of(params.sequences, s, chunk, kernel::gradient_slots(c_.final)) * heads + h;
+      state_exponents_[slot] = store(gradients[chunk].state, &d_states_[place * kState * kValue]);
+      key_sum_exponents_[slot] = store(gradients[chunk].key_sum, &d_key_sums_[place * kState]);
     }
     expected_.push_back(key_gradients(in, rows, c_.chunk_size));
     inputs_.push_back(std::move(in));

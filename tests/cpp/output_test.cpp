@@ -179,10 +179,14 @@ void run(Case const& c, std::uint64_t seed) {
           continue;  // left as NaN: nobody may read it
         }
         size_t const slot = (first_slot + chunk) * heads + h;
+        size_t const place = retention::test::slot_of(params.sequences, s, chunk,
+                                                      retention::kernel::state_slots(c.initial)) *
+                                 heads +
+                             h;
         int const state_exponent =
-            store_scaled(expected[chunk].state.value, &states[slot * D * dv]);
+            store_scaled(expected[chunk].state.value, &states[place * D * dv]);
         int const key_sum_exponent =
-            store_scaled(expected[chunk].key_sum.value, &key_sums[slot * D]);
+            store_scaled(expected[chunk].key_sum.value, &key_sums[place * D]);
         if (kExponents) {
           state_exponents[slot] = state_exponent;
           key_sum_exponents[slot] = key_sum_exponent;

@@ -228,8 +228,12 @@ void run(Case const& c, std::uint64_t seed) {
       }
       for (size_t chunk = c.initial ? 0 : 1; chunk < chunks; ++chunk) {
         size_t const slot = (first_slot + chunk) * heads + h;
-        int const e = store_scaled(before_chunks[chunk].state.value, &states[slot * D * dv]);
-        int const sum_e = store_scaled(before_chunks[chunk].key_sum.value, &key_sums[slot * D]);
+        size_t const place = retention::test::slot_of(params.sequences, s, chunk,
+                                                      retention::kernel::state_slots(c.initial)) *
+                                 heads +
+                             h;
+        int const e = store_scaled(before_chunks[chunk].state.value, &states[place * D * dv]);
+        int const sum_e = store_scaled(before_chunks[chunk].key_sum.value, &key_sums[place * D]);
         if (kExponents) {
           state_exponents[slot] = e;
           key_sum_exponents[slot] = sum_e;

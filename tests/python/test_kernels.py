@@ -37,26 +37,22 @@ def configurations():
 @pytest.mark.parametrize(
     ("t", "chunk_size", "switch_over", "expected"),
     [
-        (1000, None, None, 0),  # the library's choice
-        (1000, 64, None, 64),
-        (1000, 65, None, 128),
-        (1000, 1, None, 64),
-        (64, 64, None, 64),
-        (65, 64, None, 64),
-        (1000, 1000, None, 1024),  # not longer than a chunk: the quadratic form
-        (1000, 5000, None, 1024),
-        (1000, 2**40, 0, 1024),  # in chunks, of which there is one
-        (1000, 128, 999, 128),
-        (1000, 128, 1000, 1024),
-        (1000, None, 999, 0),
-        (1000, None, 1000, 1024),
-        (1, None, 0, 0),
-        (1, 64, 0, 64),
-        (1, 64, 1, 64),
+        (1000, None, None, (0, 0)),  # the library's choice
+        (1000, 64, None, (64, 0)),
+        (1000, 65, None, (128, 0)),
+        (1000, 1, None, (64, 0)),
+        (64, 64, None, (64, 0)),
+        (1000, 1000, None, (1024, 0)),
+        (1000, 2**40, None, (1024, 0)),
+        (1000, 2**40, 0, (1024, 1)),  # in chunks, of which there is one
+        (1000, 128, 999, (128, 999)),
+        (1000, 128, 2**40, (128, 1000)),
+        (1000, None, 999, (0, 999)),
+        (1, None, 0, (0, 1)),
     ],
 )
-def test_chunk_tokens(t, chunk_size, switch_over, expected):
-    assert _kernels.chunk_tokens(t, chunk_size, switch_over) == expected
+def test_chunk_sizes_as_the_kernels_take_them(t, chunk_size, switch_over, expected):
+    assert _kernels.chunk_sizes(t, chunk_size, switch_over) == expected
 
 
 SIZES = {
@@ -81,6 +77,7 @@ SIZES = {
     "log_gate_token": 2,
     "log_gate_head": 1,
     "chunk_size": 0,
+    "whole_until": 0,
 }
 POINTERS = {
     "query": 256,
@@ -212,6 +209,7 @@ def test_refused_arguments_are_not_run():
         ({"tokens": 0}, "tokens: got 0, expected at least 1"),
         ({"sequences": 0}, "sequences: got 0, expected at least 1"),
         ({"chunk_size": 65}, "chunk_size: got 65, expected 0 or a positive multiple of 64"),
+        ({"whole_until": -1}, "whole_until: got -1, expected 0 or more"),
     ],
 )
 def test_can_implement_names_the_argument(changes, message):
@@ -237,9 +235,15 @@ def test_workspace_sizes():
     assert chunked >= 2 * 8 * 2 * D * (64 + 1) * 2
     states = {"initial_state": 16, "initial_key_sum": 16}
     assert _C.forward_workspace_size(*packed(chunk_size=128, **states)) >= 2 * 2 * D * (64 + 1) * 2
-    # Many short packed sequences: what they hold, and not a state each.
-    many = packed(tokens=100_000, sequences=10_000, cu_seqlens=16)
-    assert _C.forward_workspace_size(*many) < 2 * 100_000 * 2 * 4
+    # Many packed sequences, empty as they may be: no state each, but a few numbers.
+    for element in (0, 1):
+        few, many = (
+            _C.forward_workspace_size(
+                *packed(element=element, tokens=100_000, sequences=n, cu_seqlens=16)
+            )
+            for n in (2, 10_002)
+        )
+        assert many - few < 10_000 * 256
     # Whether states are held is the library's choice at this length: less would be no choice.
     assert _C.forward_workspace_size(*packed(tokens=2**20)) > 2**20
 
@@ -296,7 +300,12 @@ def test_can_implement_of_backward_names_the_argument(emulator, changes, message
         ({"chunk_size": 640}, 128),  # the quadratic form: a tile that has all 100 tokens
         ({}, 128),
         ({"tokens": 2**20}, 512),
-        ({"tokens": 2**20, "sequences": 2**14, "cu_seqlens": 4}, 2**20 + 64),
+        ({"tokens": 2**20, "sequences": 2**14, "cu_seqlens": 4}, 512),
+        ({"tokens": 1000, "chunk_size": 128, "whole_until": 999}, 128),
+        ({"tokens": 1000, "chunk_size": 128, "whole_until": 1000}, 1024),
+        ({"tokens": 3000, "whole_until": 3000}, 3008),
+        ({"tokens": 2000, "whole_until": 1000}, 512),
+        ({"tokens": 400, "whole_until": 1}, 448),  # no longer than the chunk that is chosen
         ({"tokens": 0}, 0),
         ({"chunk_size": 65}, 0),
     ],
@@ -481,6 +490,7 @@ def test_what_is_passed_to_the_kernels(device):
         "log_gate_token": 2,
         "log_gate_head": 1,
         "chunk_size": 128,
+        "whole_until": 0,
     }
     assert dict(zip(_C.FORWARD_POINTERS, pointers, strict=True)) == {
         "query": inputs["Q"].data_ptr(),
@@ -1047,7 +1057,7 @@ def test_the_memory_of_a_training_step(device):
         "log_G": torch.empty(shape[:3], device="meta"),
     }
     strides = [(x.stride()[:3]) for x in inputs.values()]
-    sizes = (0, 2, d, d, 1, t, h, h, *(n for stride in strides for n in stride), 1024)
+    sizes = (0, 2, d, d, 1, t, h, h, *(n for stride in strides for n in stride), 1024, 0)
     forward = packed(**dict(zip(SIZES, sizes, strict=True)), output_residual=256)
     backward = packed_backward(
         **dict(zip(SIZES, sizes, strict=True)),

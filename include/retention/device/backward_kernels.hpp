@@ -11,6 +11,7 @@
 //     carry             what a segment hands on to those before it
 //     value, key gradient
 //     gate gradient     from what queries and keys left for it, and states and their gradients
+//     unowned           packed sequences only: zeros for tokens of none of them
 
 #pragma once
 
@@ -66,7 +67,7 @@ struct BackwardKernels {
         return status;
       }
     }
-    if (Status status = launcher.template launch<Rows>(call.rows()); !status) {
+    if (Status status = launch_items<Rows>(launcher, call.rows()); !status) {
       return status;
     }
     if constexpr (kScaled) {
@@ -76,13 +77,13 @@ struct BackwardKernels {
           return status;
         }
       }
-      if (Status status = launcher.template launch<kernel::ChooseGradientExponents>(call.choose());
+      if (Status status = launch_items<kernel::ChooseGradientExponents>(launcher, call.choose());
           !status) {
         return status;
       }
     }
     if (plan.runs_queries) {
-      if (Status status = launcher.template launch<QueryGradient>(call.query()); !status) {
+      if (Status status = launch_items<QueryGradient>(launcher, call.query()); !status) {
         return status;
       }
     }
@@ -97,16 +98,23 @@ struct BackwardKernels {
       }
     }
     if (plan.arguments.d_value != nullptr) {
-      if (Status status = launcher.template launch<ValueGradient>(call.value()); !status) {
+      if (Status status = launch_items<ValueGradient>(launcher, call.value()); !status) {
         return status;
       }
     }
     if (plan.runs_keys) {
-      if (Status status = launcher.template launch<KeyGradient>(call.key()); !status) {
+      if (Status status = launch_items<KeyGradient>(launcher, call.key()); !status) {
         return status;
       }
     }
-    return plan.arguments.d_log_gate == nullptr ? Status{} : run_gates(call, launcher);
+    if (plan.arguments.d_log_gate != nullptr) {
+      if (Status status = run_gates(call, launcher); !status) {
+        return status;
+      }
+    }
+    return call.a.cu_seqlens == nullptr
+               ? Status{}
+               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
   }
 
  private:
@@ -258,7 +266,9 @@ struct BackwardKernels {
           plan.segmented ? in<float>(plan.d_segment_key_sum) : arguments.d_initial_key_sum;
       p.sequence_starts = arguments.d_initial_state != nullptr;
       p.exponents = exponents;
-      p.sequences = forward.sequences;
+      p.sequences = forward.listed(arguments.d_initial_state != nullptr ? kAllSequences
+                                   : arguments.d_final_state != nullptr ? kPresentSequences
+                                                                        : kChunkedSequences);
       p.heads = a.heads;
       p.group = a.query_heads / a.heads;
       p.segment_tokens = a.segment_tokens;
@@ -269,6 +279,7 @@ struct BackwardKernels {
       typename Carry::Params p{};
       p.states = in<Element>(plan.d_states);
       p.key_sums = in<Element>(plan.d_key_sums);
+      p.slots = kernel::gradient_slots(arguments.d_final_state != nullptr);
       p.segment_state = in<float>(plan.d_segment_state);
       p.segment_key_sum = in<float>(plan.d_segment_key_sum);
       p.gate = forward.gate;
@@ -277,7 +288,8 @@ struct BackwardKernels {
       p.key_sum_exponents = exponents.key_sum;
       p.sequence_state = arguments.d_initial_state;
       p.sequence_key_sum = arguments.d_initial_key_sum;
-      p.sequences = forward.sequences;
+      p.sequences =
+          forward.listed(arguments.d_initial_state != nullptr ? kAllSequences : kCutSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -330,6 +342,11 @@ struct BackwardKernels {
       return p;
     }
 
+    // A sequence of one chunk has states on both sides of it where both are given.
+    bool products_of_single_chunks() const {
+      return a.initial_state != nullptr && arguments.d_final_state != nullptr;
+    }
+
     typename StateProducts::Params products() const {
       typename StateProducts::Params p{};
       p.states = in_forward<Element>(plan.forward.states);
@@ -341,7 +358,8 @@ struct BackwardKernels {
       p.products = in<double>(plan.products);
       p.exponents = forward.exponents;
       p.gradient_exponents = exponents;
-      p.sequences = forward.sequences;
+      p.sequences =
+          forward.listed(products_of_single_chunks() ? kPresentSequences : kChunkedSequences);
       p.heads = a.heads;
       p.state_dim = kStateDim;
       p.value_dim = ValueDim;
@@ -373,9 +391,20 @@ struct BackwardKernels {
       p.state_d_gate = in<float>(plan.state_d_gate);
       p.sums = in<kernel::GatePieceSum>(plan.gate_sums);
       p.products = in<double>(plan.products);
+      p.products_of_single_chunks = products_of_single_chunks();
       p.sequences = forward.sequences;
       p.heads = a.heads;
       return p;
+    }
+
+    kernel::UnownedRows::Params unowned_rows() const {
+      auto const rows = [&](void* data, int heads, int width) {
+        return PlannedCall::rows_of(static_cast<Element*>(data), heads * width);
+      };
+      return forward.unowned(rows(arguments.d_query, a.query_heads, HeadDim),
+                             rows(arguments.d_key, a.heads, HeadDim),
+                             rows(arguments.d_value, a.heads, ValueDim),
+                             PlannedCall::rows_of(arguments.d_log_gate, a.heads));
     }
   };
 
@@ -387,12 +416,12 @@ struct BackwardKernels {
       }
     }
     if (call.plan.gate_sums.bytes != 0) {
-      if (Status status = launcher.template launch<kernel::GateGradientSums>(call.gate_sums());
+      if (Status status = launch_items<kernel::GateGradientSums>(launcher, call.gate_sums());
           !status) {
         return status;
       }
     }
-    return launcher.template launch<kernel::GateGradient>(call.gate());
+    return launch_items<kernel::GateGradient>(launcher, call.gate());
   }
 };
 

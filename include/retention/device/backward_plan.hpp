@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -39,12 +40,12 @@ struct BackwardPlan {
   Region d_gate;             // [b, t, h] of the gate's cumulative sum
   Region state_d_gate;       // [b, t, h] what keys have of it from states
   Region products;           // [slots, h, kProductParts] of states and their gradients
-  Region gate_sums;          // [h, slots, pieces of a chunk] of d_gate, where those are several:
+  Region gate_sums;          // [h, slots of pieces] of d_gate, where a chunk may have several:
                              // see kernel::GatePieceSum
-  Region d_states;           // [slots, h, D, dv] after each chunk, in the element type
-  Region d_key_sums;         // [slots, h, D]
-  Region d_segment_state;    // [items, h, D, dv] fp32, of each segment alone
-  Region d_segment_key_sum;  // [items, h, D]
+  Region d_states;           // [state_slots, h, D, dv] after each chunk, in the element type
+  Region d_key_sums;         // [state_slots, h, D]
+  Region d_segment_state;    // [segment_slots, h, D, dv] fp32, of each segment alone
+  Region d_segment_key_sum;  // [segment_slots, h, D]
   // fp16 only, see kernel/gradient_exponents.hpp.
   Region tile_ranges;       // [tile slots, h]
   Region final_ranges;      // [n, h, kStateParts]
@@ -83,7 +84,9 @@ struct BackwardPlan {
     std::int64_t const heads = a.heads;
     std::int64_t const tokens = (a.cu_seqlens != nullptr ? 1 : sequences) * a.tokens;
     std::int64_t const slots = plan.forward.slots;
-    std::int64_t const items = plan.forward.items;
+    std::int64_t const state_slots = ForwardPlan::slots_of(a, a.chunk_size, has_final);
+    std::int64_t const segment_slots =
+        ForwardPlan::slots_of(a, a.segment_tokens, arguments.d_initial_state != nullptr);
     Regions regions(plan.recomputes ? plan.forward.workspace_bytes : 0);
     plan.query = regions.take(tokens * a.query_heads * a.head_dim, 2);
     for (Region* row : {&plan.inverse, &plan.delta, &plan.weight, &plan.scale}) {
@@ -98,29 +101,38 @@ struct BackwardPlan {
       if (plan.gate_of_states) {
         plan.products = regions.take(slots * heads * kProductParts, sizeof(double));
       }
-      if (a.chunk_size > kGateTokens) {
-        std::int64_t const pieces = (a.chunk_size - 1) / kGateTokens + 1;
-        plan.gate_sums = regions.take(slots * pieces * heads, 2 * sizeof(double));
+      // Of a packed sequence that is one chunk, pieces are no longer than chunks of others.
+      int const piece = std::min(+kGateTokens, a.chunk_size);
+      bool const packed = a.cu_seqlens != nullptr;
+      if (a.chunk_size > piece || (packed && a.whole_until > piece)) {
+        std::int64_t const pieces = (a.chunk_size - 1) / piece + 1;
+        std::int64_t const in_chunks =
+            packed ? a.tokens / a.chunk_size * pieces + a.tokens % a.chunk_size / piece + sequences
+                   : slots * pieces;
+        plan.gate_sums = regions.take(in_chunks * heads, 2 * sizeof(double));
       }
     }
     // By the time that gradients of states are written, none but the gates' gradient reads the
     // states any more.
-    bool const reuses = plan.recomputes && plan.forward.reads_states && !plan.gate_of_states;
+    bool const reuses = plan.recomputes && plan.forward.reads_states && !plan.gate_of_states &&
+                        plan.forward.state_slots >= state_slots;
     if (plan.reads_gradients) {
       plan.d_states =
-          reuses ? plan.forward.states : regions.take(slots * heads * D * a.value_dim, 2);
-      plan.d_key_sums = reuses ? plan.forward.key_sums : regions.take(slots * heads * D, 2);
+          reuses ? plan.forward.states : regions.take(state_slots * heads * D * a.value_dim, 2);
+      plan.d_key_sums = reuses ? plan.forward.key_sums : regions.take(state_slots * heads * D, 2);
     }
     if (plan.segmented) {
-      bool const there = plan.recomputes && plan.forward.segmented;
-      plan.d_segment_state = there ? plan.forward.segment_state
-                                   : regions.take(items * heads * D * a.value_dim, sizeof(float));
-      plan.d_segment_key_sum =
-          there ? plan.forward.segment_key_sum : regions.take(items * heads * D, sizeof(float));
+      bool const there =
+          plan.recomputes && plan.forward.segmented && plan.forward.segment_slots >= segment_slots;
+      plan.d_segment_state =
+          there ? plan.forward.segment_state
+                : regions.take(segment_slots * heads * D * a.value_dim, sizeof(float));
+      plan.d_segment_key_sum = there ? plan.forward.segment_key_sum
+                                     : regions.take(segment_slots * heads * D, sizeof(float));
     }
     if (a.element == ElementType::kFloat16) {
       plan.tile_ranges =
-          regions.take(ForwardPlan::slots_of(a, kTileTokens) * heads, 6 * sizeof(float));
+          regions.take(ForwardPlan::slots_of(a, kTileTokens, true) * heads, 6 * sizeof(float));
       for (Region* exponents :
            {&plan.weight_exponents, &plan.delta_exponents, &plan.state_exponents,
             &plan.key_sum_exponents, &plan.score_exponents}) {

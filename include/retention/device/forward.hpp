@@ -63,7 +63,9 @@ struct ForwardArguments {
   float const* log_gate = nullptr;  // [b, t, h]; null: no decay
   Strides log_gate_strides;
 
-  int const* cu_seqlens = nullptr;         // [n + 1]: sequence i is tokens [i] to [i + 1] - 1
+  /// [n + 1]: sequence i is tokens [i] to [i + 1] - 1. Tokens before the first or behind the last
+  /// are not read, and their results and gradients are 0.
+  int const* cu_seqlens = nullptr;
   float const* initial_state = nullptr;    // [n, h, D, dv]; null: zero
   float const* initial_key_sum = nullptr;  // [n, h, D]; with initial_state
 
@@ -78,7 +80,10 @@ struct ForwardArguments {
   float* final_state = nullptr;  // [n, h, D, dv]; null: not wanted. Rows as in symmetric_power.hpp
   float* final_key_sum = nullptr;  // [n, h, D]; with final_state
 
-  int chunk_size = 0;      // tokens, a multiple of 64; 0: chosen by shape. From t up: no chunks
+  int chunk_size = 0;  // tokens, a multiple of 64; 0: chosen by shape. From t up: no chunks
+  /// A sequence of so many tokens or fewer is one chunk: the quadratic form. 0: chosen by shape
+  /// where chunk_size is, else chunk_size. Packed sequences are compared one by one, on the device.
+  int whole_until = 0;
   int segment_tokens = 0;  // a multiple of chunk_size; 0: chosen so that the device is filled
 };
 
@@ -92,8 +97,8 @@ RETENTION_API Status can_implement(ForwardArguments const& arguments);
 RETENTION_API std::size_t workspace_size(ForwardArguments const& arguments);
 
 /// Tokens of a chunk as `run` takes it, given or chosen, the same on every device: from t up, no
-/// chunks; 0 for sizes that make no sense. Of the pointers it matters whether cu_seqlens is null.
-/// Given as chunk_size, it makes the same call.
+/// chunks; 0 for sizes that make no sense. Packed sequences of up to whole_until tokens are one
+/// chunk all the same.
 RETENTION_API int chunk_size(ForwardArguments const& arguments);
 
 /// Enqueues the work on `stream` of the current device, with no allocation and no synchronisation,

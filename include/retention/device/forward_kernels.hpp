@@ -1,10 +1,12 @@
 // The forward pass of one configuration as a sequence of kernels.
 //
+//     lists      packed sequences only: those that there are, and those of several chunks
 //     gates      cumulative log gates within each chunk
 //     exponents  fp16 only: the powers of two that keep keys and states in range
 //     states     the state before every chunk, by segments of a sequence side by side
 //     carry      what a segment hands on to those after it
 //     output     every query against the state before its chunk and the tokens of its chunk
+//     unowned    packed sequences only: zeros for tokens of none of them
 //
 // A sequence of one chunk without an initial state needs no states: the quadratic form.
 
@@ -16,28 +18,75 @@
 #include "retention/kernel/exponents.hpp"
 #include "retention/kernel/gates.hpp"
 #include "retention/kernel/output.hpp"
+#include "retention/kernel/sequence_lists.hpp"
+#include "retention/kernel/unowned_rows.hpp"
 
 namespace retention::device {
 
 /// What the kernels of a call share, forward and backward.
 struct PlannedCall {
+  ForwardPlan const& forward_plan;
+  void* forward_workspace;
   ForwardArguments const& a;
-  kernel::Sequences sequences;
+  kernel::Sequences sequences;      // that are there
   kernel::TokenStride gate_stride;  // of the cumulative gates, [b, h, t]
   detail::CumulativeGate* gate;
   kernel::Exponents exponents;
 
   PlannedCall(ForwardPlan const& plan, void* workspace)
-      : a(plan.arguments),
-        sequences{a.cu_seqlens, a.tokens, a.chunk_size, a.sequences},
+      : forward_plan(plan),
+        forward_workspace(workspace),
+        a(plan.arguments),
+        sequences(listed(kPresentSequences)),
         gate_stride{std::int64_t{a.heads} * a.tokens, 1, a.tokens},
         gate(plan.gate.in<detail::CumulativeGate>(workspace)),
         exponents{plan.key_exponents.in<int>(workspace), plan.score_exponents.in<int>(workspace),
                   plan.state_exponents.in<int>(workspace),
                   plan.key_sum_exponents.in<int>(workspace)} {}
 
+  /// Those of a list; rows of a batch are all of them.
+  kernel::Sequences listed(SequenceListKind kind) const {
+    if (a.cu_seqlens == nullptr) {
+      return {{}, a.tokens, a.chunk_size, a.sequences, a.sequences, a.whole_until};
+    }
+    PlannedList const& list = forward_plan.lists[kind];
+    auto const* entries = list.region.in<kernel::SequenceList::Entry>(forward_workspace);
+    return {{entries + 1, &entries->index},
+            a.tokens,
+            a.chunk_size,
+            a.sequences,
+            list.most,
+            a.whole_until};
+  }
+
   static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
+
+  /// To clear up to four tensors, see `rows_of`.
+  template <class... Tensors>
+  kernel::UnownedRows::Params unowned(Tensors const&... tensors) const {
+    return {a.cu_seqlens, a.sequences, a.tokens, {tensors...}};
+  }
+  /// Of a packed [t, heads, width] tensor, null for none.
+  template <class T>
+  static kernel::UnownedRows::Tensor rows_of(T* data, Strides const& s, int heads, int width) {
+    constexpr int kInWord = sizeof(std::uint32_t) / sizeof(T);
+    return {reinterpret_cast<std::uint32_t*>(data), s.token / kInWord, s.head / kInWord, heads,
+            width / kInWord};
+  }
+  /// Of a contiguous one.
+  template <class T>
+  static kernel::UnownedRows::Tensor rows_of(T* data, int width) {
+    return rows_of(data, Strides::contiguous(0, 1, width), 1, width);
+  }
 };
+
+/// Launches a kernel of kernel/items.hpp.
+template <class Kernel, class Launcher>
+Status launch_items(Launcher const& launcher, typename Kernel::Params const& params) {
+  using InTurns = kernel::InTurns<Kernel>;
+  return InTurns::pays(params) ? launcher.template launch<InTurns>(params)
+                               : launcher.template launch<Kernel>(params);
+}
 
 template <class Element, int HeadDim, int ValueDim>
 struct ForwardKernels {
@@ -53,7 +102,9 @@ struct ForwardKernels {
                                                         sizeof(typename Output::SharedStorage));
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
-                    kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts,
+                    kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts &&
+                    sizeof(kernel::SequenceList::Entry) == ForwardPlan::kListEntry &&
+                    kernel::SequenceLists::kLists == kSequenceLists,
                 "the plan reserves memory for them");
 
   /// `launcher.launch<Kernel>(params)` runs one kernel after those launched before, and returns a
@@ -63,24 +114,34 @@ struct ForwardKernels {
     if (Status status = run_states(plan, workspace, launcher); !status) {
       return status;
     }
-    return launcher.template launch<Output>(Call(plan, workspace).output());
+    Call const call(plan, workspace);
+    if (Status status = launch_items<Output>(launcher, call.output()); !status) {
+      return status;
+    }
+    return plan.arguments.cu_seqlens == nullptr
+               ? Status{}
+               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
   }
 
   /// All that comes before the output, which backward computes again.
   template <class Launcher>
   static Status run_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
     Call const call(plan, workspace);
+    if (plan.arguments.cu_seqlens != nullptr) {
+      if (Status status = launcher.template launch<kernel::SequenceLists>(call.lists()); !status) {
+        return status;
+      }
+    }
     if (plan.arguments.log_gate != nullptr) {
-      if (Status status = launcher.template launch<kernel::Gates>(call.gates()); !status) {
+      if (Status status = launch_items<kernel::Gates>(launcher, call.gates()); !status) {
         return status;
       }
     }
     if constexpr (kScaled) {
-      if (Status status = launcher.template launch<Ranges>(call.ranges()); !status) {
+      if (Status status = launch_items<Ranges>(launcher, call.ranges()); !status) {
         return status;
       }
-      if (Status status = launcher.template launch<kernel::ChooseExponents>(call.choose());
-          !status) {
+      if (Status status = launch_items<kernel::ChooseExponents>(launcher, call.choose()); !status) {
         return status;
       }
     }
@@ -105,6 +166,18 @@ struct ForwardKernels {
 
     Call(ForwardPlan const& plan_, void* workspace_)
         : PlannedCall(plan_, workspace_), plan(plan_), workspace(workspace_) {}
+
+    kernel::SequenceLists::Params lists() const {
+      kernel::SequenceLists::Params p{};
+      p.cu_seqlens = a.cu_seqlens;
+      p.count = a.sequences;
+      p.length = a.tokens;
+      for (int i = 0; i < kSequenceLists; ++i) {
+        auto* entries = plan.lists[i].region.template in<kernel::SequenceList::Entry>(workspace);
+        p.lists[i] = {&entries->index, entries + 1, plan.lists[i].limit, plan.lists[i].most};
+      }
+      return p;
+    }
 
     kernel::Gates::Params gates() const {
       kernel::Gates::Params p{};
@@ -169,7 +242,9 @@ struct ForwardKernels {
           plan.segmented ? plan.segment_key_sum.template in<float>(workspace) : a.final_key_sum;
       p.sequence_ends = a.final_state != nullptr;
       p.exponents = exponents;
-      p.sequences = sequences;
+      p.sequences = listed(a.final_state != nullptr     ? kAllSequences
+                           : a.initial_state != nullptr ? kPresentSequences
+                                                        : kChunkedSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -179,6 +254,7 @@ struct ForwardKernels {
       typename Carry::Params p{};
       p.states = plan.states.template in<Element>(workspace);
       p.key_sums = plan.key_sums.template in<Element>(workspace);
+      p.slots = kernel::state_slots(a.initial_state != nullptr);
       p.segment_state = plan.segment_state.template in<float>(workspace);
       p.segment_key_sum = plan.segment_key_sum.template in<float>(workspace);
       p.gate = gate;
@@ -187,7 +263,7 @@ struct ForwardKernels {
       p.key_sum_exponents = exponents.key_sum;
       p.sequence_state = a.final_state;
       p.sequence_key_sum = a.final_key_sum;
-      p.sequences = sequences;
+      p.sequences = listed(a.final_state != nullptr ? kAllSequences : kCutSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -216,6 +292,14 @@ struct ForwardKernels {
       p.group = a.query_heads / a.heads;
       p.initial_states = a.initial_state != nullptr;
       return p;
+    }
+
+    kernel::UnownedRows::Params unowned_rows() const {
+      auto const outputs = [&](void* data) {
+        return rows_of(static_cast<Element*>(data), a.output_strides, a.query_heads, ValueDim);
+      };
+      return unowned(outputs(a.output), outputs(a.output_residual),
+                     rows_of(a.normalizer, a.query_heads));
     }
   };
 };

@@ -23,6 +23,22 @@ struct Region {
   }
 };
 
+/// Lists of packed sequences, see kernel/sequence_lists.hpp.
+enum SequenceListKind {
+  kAllSequences,      // those without tokens too
+  kPresentSequences,  // of any tokens
+  kChunkedSequences,  // of several chunks
+  kCutSequences,      // of several segments
+  kSequenceLists,
+};
+
+/// A list of sequences of more than `limit` tokens, of which there are at most `most`.
+struct PlannedList {
+  int limit = 0;
+  int most = 0;
+  Region region;  // [1 + most] entries, the first of which holds their number
+};
+
 /// Divides a workspace into regions, one after the other.
 class Regions {
  public:
@@ -46,18 +62,24 @@ struct ForwardPlan {
   static constexpr std::size_t kAlignment = Regions::kAlignment;
   static constexpr int kStateParts = 32;  // that a state's range is found in
 
-  ForwardArguments arguments;  // with chunk_size and segment_tokens filled in
-  bool reads_states = false;   // whether queries read a state
-  bool makes_states = false;   // whether states are computed, to be read or as the final one
-  bool segmented = false;      // whether a sequence is cut and a carry follows
-  std::int64_t slots = 0;      // of chunks, see kernel/sequence.hpp
-  std::int64_t items = 0;      // of segments
+  static constexpr std::size_t kListEntry = 16;  // bytes
+
+  // With chunk_size, whole_until and segment_tokens filled in.
+  ForwardArguments arguments;
+  bool reads_states = false;  // whether queries read a state
+  bool makes_states = false;  // whether states are computed, to be read or as the final one
+  bool segmented = false;     // whether a sequence is cut and a carry follows
+  // See kernel/sequence.hpp.
+  std::int64_t slots = 0;          // of chunks
+  std::int64_t state_slots = 0;    // of states before them
+  std::int64_t segment_slots = 0;  // of states after segments
 
   // Workspace. What backward reads comes first, in the same place whether a final state is wanted
   // or not.
+  PlannedList lists[kSequenceLists];  // of packed sequences
   Region gate;      // [b, h, t] pairs of floats: cumulative log gates since the chunk's start
-  Region states;    // [slots, h, D, dv] before each chunk, in the element type
-  Region key_sums;  // [slots, h, D]
+  Region states;    // [state_slots, h, D, dv] before each chunk, in the element type
+  Region key_sums;  // [state_slots, h, D]
   // fp16 only, see kernel/exponents.hpp.
   Region chunk_ranges;       // [slots, h]
   Region initial_ranges;     // [n, h, kStateParts]
@@ -65,8 +87,8 @@ struct ForwardPlan {
   Region score_exponents;    // [n, h]
   Region state_exponents;    // [slots, h]
   Region key_sum_exponents;  // [slots, h]
-  Region segment_state;      // [items, h, D, dv] fp32, of each segment alone
-  Region segment_key_sum;    // [items, h, D]
+  Region segment_state;      // [segment_slots, h, D, dv] fp32, of each segment alone
+  Region segment_key_sum;    // [segment_slots, h, D]
   std::size_t workspace_bytes = 0;
 
   /// For arguments that can be implemented. Without states, it is what comes before them in the
@@ -78,18 +100,16 @@ struct ForwardPlan {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     bool const packed = a.cu_seqlens != nullptr;
     std::int64_t const rows = packed ? 1 : a.sequences;
-    if (a.chunk_size == 0) {
-      a.chunk_size = choose_chunk(a);
-    }
-    // More than t tokens a chunk are one chunk. More, not as many: then the slot of a packed
-    // sequence is its index.
-    a.chunk_size = std::min(a.chunk_size, round_up(a.tokens + 1, kTokenMultiple));
-    plan.slots = slots_of(a, a.chunk_size);
+    choose_chunk(a);
+    plan.slots = slots_of(a, a.chunk_size, true);
+    plan.state_slots = slots_of(a, a.chunk_size, a.initial_state != nullptr);
     plan.reads_states = a.chunk_size < a.tokens || a.initial_state != nullptr;
     plan.makes_states = plan.reads_states || a.final_state != nullptr;
 
     int const one_segment = round_up(a.tokens + 1, a.chunk_size);
-    if (a.segment_tokens == 0) {
+    if (a.chunk_size > a.tokens) {
+      a.segment_tokens = one_segment;
+    } else if (a.segment_tokens == 0) {
       a.segment_tokens = choose_segment(a, plan.makes_states, D, multiprocessors);
     }
     a.segment_tokens = std::min(a.segment_tokens, one_segment);
@@ -97,16 +117,22 @@ struct ForwardPlan {
       plan.reads_states = plan.makes_states = false;
     }
     plan.segmented = plan.makes_states && a.segment_tokens < a.tokens;
-    plan.items = slots_of(a, a.segment_tokens);
+    plan.segment_slots = slots_of(a, a.segment_tokens, a.final_state != nullptr);
 
     std::int64_t const heads = a.heads;
     Regions regions;
+    if (packed) {
+      plan.lists[kAllSequences] = list(a, regions, -1);
+      plan.lists[kPresentSequences] = list(a, regions, 0);
+      plan.lists[kChunkedSequences] = list(a, regions, a.whole_until);
+      plan.lists[kCutSequences] = list(a, regions, std::max(a.whole_until, a.segment_tokens));
+    }
     if (a.log_gate != nullptr) {
       plan.gate = regions.take(rows * heads * a.tokens, 2 * sizeof(float));
     }
     if (plan.reads_states) {
-      plan.states = regions.take(plan.slots * heads * D * a.value_dim, 2);
-      plan.key_sums = regions.take(plan.slots * heads * D, 2);
+      plan.states = regions.take(plan.state_slots * heads * D * a.value_dim, 2);
+      plan.key_sums = regions.take(plan.state_slots * heads * D, 2);
     }
     if (a.element == ElementType::kFloat16) {
       plan.chunk_ranges = regions.take(plan.slots * heads, 5 * sizeof(float));
@@ -119,17 +145,19 @@ struct ForwardPlan {
       }
     }
     if (plan.segmented) {
-      plan.segment_state = regions.take(plan.items * heads * D * a.value_dim, sizeof(float));
-      plan.segment_key_sum = regions.take(plan.items * heads * D, sizeof(float));
+      plan.segment_state =
+          regions.take(plan.segment_slots * heads * D * a.value_dim, sizeof(float));
+      plan.segment_key_sum = regions.take(plan.segment_slots * heads * D, sizeof(float));
     }
     plan.workspace_bytes = regions.bytes();
     return plan;
   }
 
-  /// Of pieces of `size` tokens, as kernel::Sequences::num_slots.
-  static std::int64_t slots_of(ForwardArguments const& a, int size) {
+  /// Of pieces of `size` tokens, as kernel::Sequences has them: of all, or, when packed, of all but
+  /// one of each sequence.
+  static std::int64_t slots_of(ForwardArguments const& a, int size, bool all) {
     return a.cu_seqlens != nullptr
-               ? std::int64_t{a.tokens / size} + a.sequences
+               ? std::int64_t{a.tokens / size} + (all ? a.sequences : 0)
                : std::int64_t{a.sequences} * ((std::int64_t{a.tokens} + size - 1) / size);
   }
 
@@ -145,20 +173,35 @@ struct ForwardPlan {
   // is costs a token half as many products, and what every state takes a part of one over it:
   // together they are least where it is as the root of `even`. On an H200 that was 256 tokens at
   // d = dv = 32, 512 at 64 and 1,024 at 128.
-  static int choose_chunk(ForwardArguments const& a) {
+  static void choose_chunk(ForwardArguments& a) {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     std::int64_t const even = 4 * D * a.value_dim / (a.head_dim + a.value_dim);
-    // Every packed sequence has a slot for a state, needed or not: short ones, by their average,
-    // would ask for far more memory than they hold.
-    bool const short_sequences = a.cu_seqlens != nullptr && a.tokens / a.sequences <= even / 4;
-    if (a.tokens <= even / 2 || short_sequences) {
-      return round_up(a.tokens + std::int64_t{1}, kTokenMultiple);
+    bool const given = a.chunk_size != 0;
+    if (a.whole_until == 0) {
+      a.whole_until =
+          given ? a.chunk_size : static_cast<int>(std::min<std::int64_t>(even / 2, INT32_MAX));
     }
-    int chunk = 128;
-    while (chunk < 2048 && std::int64_t{chunk} * chunk < 32 * even) {
-      chunk *= 2;
+    if (!given) {
+      a.chunk_size = 128;
+      while (a.chunk_size < 2048 && std::int64_t{a.chunk_size} * a.chunk_size < 32 * even) {
+        a.chunk_size *= 2;
+      }
     }
-    return chunk;
+    // More than t tokens a chunk are one chunk. More, not as many: then the slot of a packed
+    // sequence is its index.
+    int const one_chunk = round_up(a.tokens + std::int64_t{1}, kTokenMultiple);
+    if (a.tokens <= a.whole_until && (!given || a.chunk_size < a.tokens)) {
+      a.chunk_size = one_chunk;
+    }
+    a.chunk_size = std::min(a.chunk_size, one_chunk);
+    // Of packed sequences, which the device compares.
+    a.whole_until = std::min(std::max(a.whole_until, a.chunk_size), one_chunk);
+  }
+
+  static PlannedList list(ForwardArguments const& a, Regions& regions, int limit) {
+    // Nobody else has the tokens of a sequence.
+    int const most = limit < 0 ? a.sequences : std::min(a.sequences, a.tokens / (limit + 1));
+    return {limit, most, regions.take(std::int64_t{most} + 1, kListEntry)};
   }
 
   // The states of a sequence are made one chunk after another, by D dv / 16384 blocks a head, two

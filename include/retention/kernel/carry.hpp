@@ -62,10 +62,11 @@ struct Carry {
   struct Params {
     Element* states;    // [slots, h, D, dv] of each chunk, updated; null to skip
     Element* key_sums;  // [slots, h, D], updated; with states
+    Slots slots;        // of states
     // What each segment alone ends with; of the last of a walk with sequence_state only. A segment
-    // is an item, with a number as a chunk has a slot (`Sequences::segments`).
-    float const* segment_state;          // [items, h, D, dv]
-    float const* segment_key_sum;        // [items, h, D]
+    // has a slot as a chunk has (`Sequences::segments`).
+    float const* segment_state;          // [slots of segments, h, D, dv]
+    float const* segment_key_sum;        // [slots of segments, h, D]
     detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride gate_stride;
     int const* state_exponents;    // [slots, h] of states, fp16 only; null for zeros
@@ -73,14 +74,14 @@ struct Carry {
     // What the sequence ends with: its final state, or the gradient of its initial one.
     float* sequence_state;    // [count, h, D, dv]; null to skip
     float* sequence_key_sum;  // [count, h, D]; with sequence_state
-    Sequences sequences;
+    Sequences sequences;      // those listed are joined
     int heads;
     int segment_tokens;  // a multiple of the chunk size
   };
 
   /// (piece of the state and sequence, piece fastest; head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(kBlocks) * static_cast<unsigned>(params.sequences.count),
+    return dim3(static_cast<unsigned>(kBlocks) * static_cast<unsigned>(params.sequences.listed),
                 static_cast<unsigned>(params.heads));
   }
 
@@ -88,11 +89,16 @@ struct Carry {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
-    int const index = static_cast<int>(blockIdx.x / kBlocks);
+    int const place = static_cast<int>(blockIdx.x / kBlocks);
     int const block = static_cast<int>(blockIdx.x % kBlocks);
-    Sequence const sequence = params.sequences.get(index);
-    int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
-    int const segment_chunks = params.segment_tokens / params.sequences.chunk_size;
+    if (place >= params.sequences.num_listed()) {
+      return;
+    }
+    Sequence const sequence = params.sequences.get(place);
+    Sequences const cut = params.sequences.segments(params.segment_tokens);
+    Sequence const in_segments = cut.get(place);
+    int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
+    int const segment_chunks = cute::ceil_div(in_segments.chunk_size, sequence.chunk_size);
     if (chunks <= segment_chunks && params.sequence_state == nullptr) {
       return;  // one segment, and nobody asks for its end
     }
@@ -106,12 +112,15 @@ struct Carry {
     float* const result = is_state ? params.sequence_state : params.sequence_key_sum;
     int const* const exponents = is_state ? params.state_exponents : params.key_sum_exponents;
 
-    std::int64_t const first_item =
-        params.sequences.segments(params.segment_tokens).get(index).first_slot * params.heads +
-        head;
+    std::int64_t const first_end = cut.slot(in_segments, 0,
+                                            params.sequence_state != nullptr ? Slots::kAll
+                                            : kBackward                      ? Slots::kButFirst
+                                                                             : Slots::kButLast) *
+                                       params.heads +
+                                   head;
     int const segments = cute::max(cute::ceil_div(chunks, segment_chunks), 1);
     auto load_end = [&](int segment, float (&x)[kPiece]) {
-      load(ends + (first_item + static_cast<std::int64_t>(segment) * params.heads) * size + element,
+      load(ends + (first_end + static_cast<std::int64_t>(segment) * params.heads) * size + element,
            x);
     };
     float carry[kPiece] = {};
@@ -130,7 +139,8 @@ struct Carry {
         log_decay =
             load_factors(params, shared, sequence, head, chunk, batch, log_decay, exponents);
         if (params.states != nullptr && owns) {
-          std::int64_t const slot_head = (sequence.first_slot + chunk) * params.heads + head;
+          std::int64_t const slot_head =
+              params.sequences.slot(sequence, chunk, params.slots) * params.heads + head;
           add(shared, batch, carry, target + slot_head * size + element,
               (kBackward ? -1 : 1) * params.heads * size);
         }
@@ -146,7 +156,7 @@ struct Carry {
       }
     }
     if (result != nullptr && owns) {
-      std::int64_t const item = static_cast<std::int64_t>(index) * params.heads + head;
+      std::int64_t const item = static_cast<std::int64_t>(sequence.index) * params.heads + head;
       float4* const out = reinterpret_cast<float4*>(result + item * size + element);
       out[0] = {carry[0], carry[1], carry[2], carry[3]};
       out[1] = {carry[4], carry[5], carry[6], carry[7]};
@@ -178,7 +188,7 @@ struct Carry {
     float scale = 1.0f;
     if (thread < count) {
       if (params.gate != nullptr) {
-        std::int64_t const end = (chunk + std::int64_t{1}) * params.sequences.chunk_size;
+        std::int64_t const end = (chunk + std::int64_t{1}) * sequence.chunk_size;
         std::int64_t const last = cute::min(end, std::int64_t{sequence.length}) - 1;
         gate = params.gate[params.gate_stride.at(sequence, last, head)].total();
       }

@@ -60,6 +60,9 @@ struct ChunkStates {
     typename StateTile::Rows rows[Traits::kWarps];
     detail::CumulativeGate gate[kStages][kTileTokens];
     detail::CumulativeGate end_gate[kTileTokens];  // each thread's own: here it takes no registers
+    // What the main loop need not have in registers.
+    std::int64_t without;       // slots of chunks ahead of those of states, times heads
+    std::int64_t segment_head;  // of the state after the segment
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
@@ -72,27 +75,28 @@ struct ChunkStates {
     TokenStride gate_stride;
 
     // Each sequence is cut into segments, which know nothing of each other: all but the first start
-    // from a state of zero, and `states` and `final_state` are of the segment alone. A segment is
-    // an item, with a number as a chunk has a slot (`Sequences::segments`).
+    // from a state of zero, and `states` and `final_state` are of the segment alone. A segment has
+    // a number and a slot as a chunk has (`Sequences::segments`).
     float const* initial_state;    // [count, h, D, dv] of each sequence; null for zero
     float const* initial_key_sum;  // [count, h, D]; with initial_state
-    Element* states;               // [slots, h, D, dv] before each chunk; null to skip
-    Element* key_sums;             // [slots, h, D]; with states
-    float* final_state;            // [items, h, D, dv]; null to skip
-    float* final_key_sum;          // [items, h, D]; with final_state
-    bool sequence_ends;            // whether final_state is wanted of last segments too
+    // Before each chunk; not before a sequence's first, where it is zero. Null to skip.
+    Element* states;       // [slots, h, D, dv], by `state_slots`
+    Element* key_sums;     // [slots, h, D]; with states
+    float* final_state;    // [slots of segments, h, D, dv]; null to skip
+    float* final_key_sum;  // [slots of segments, h, D]; with final_state
+    bool sequence_ends;    // whether final_state is wanted of last segments, and has slots for them
 
     Exponents exponents;  // for fp16
-    Sequences sequences;
+    Sequences sequences;  // those listed get their states
     int heads;
     int segment_tokens;  // a multiple of the chunk size
   };
 
-  /// blockIdx = (item and slice of the state, head); slices of an item are neighbours, because they
-  /// read the same keys and values.
+  /// blockIdx = (segment and slice of the state, head); slices of a segment are neighbours, because
+  /// they read the same keys and values.
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const items = params.sequences.segments(params.segment_tokens).num_slots();
-    return dim3(static_cast<unsigned>(items * kSlices), static_cast<unsigned>(params.heads));
+    std::int64_t const segments = params.sequences.segments(params.segment_tokens).most_chunks();
+    return dim3(static_cast<unsigned>(segments * kSlices), static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
@@ -101,7 +105,11 @@ struct ChunkStates {
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
     int const slice = static_cast<int>(blockIdx.x % kSlices);
-    int const item = static_cast<int>(blockIdx.x / kSlices);
+    int const number = static_cast<int>(blockIdx.x / kSlices);
+    Sequences const segments = params.sequences.segments(params.segment_tokens);
+    if (number >= segments.num_chunks()) {
+      return;
+    }
     int const value_offset = slice / kRowSlices * kValueTile;
     int const first_task = slice % kRowSlices * Traits::kWarps;
     int const task = first_task + __shfl_sync(0xffffffffu, thread / 32, 0);  // uniform in a warp
@@ -110,15 +118,16 @@ struct ChunkStates {
     bool const stores = task < Mainloop::kTasks;
     Mainloop const mainloop(thread % 32, stores ? task : Mainloop::kTasks - 1);
 
-    Chunk const segment = params.sequences.segments(params.segment_tokens).find(item);
+    Chunk const segment = segments.find(number);
+    Sequence const in_segments = segments.get(segment.sequence);
     Sequence const sequence = params.sequences.get(segment.sequence);
-    int const chunk_size = params.sequences.chunk_size;
-    std::int64_t const first = static_cast<std::int64_t>(segment.index) * params.segment_tokens;
+    int const chunk_size = sequence.chunk_size;
+    std::int64_t const first = static_cast<std::int64_t>(segment.index) * in_segments.chunk_size;
     if (segment.index > 0 && first >= sequence.length) {
-      return;  // an item without a segment; an empty sequence has one
+      return;  // a number without a segment; an empty sequence has one
     }
     int const first_token = static_cast<int>(first);
-    int const tokens = cute::min(params.segment_tokens, sequence.length - first_token);
+    int const tokens = cute::min(in_segments.chunk_size, sequence.length - first_token);
     bool const ends = params.final_state != nullptr &&
                       (first_token + tokens < sequence.length || params.sequence_ends);
     // The last chunk counts for nothing but the state after it.
@@ -162,7 +171,7 @@ struct ChunkStates {
       cute::cp_async_fence();
     };
 
-    int const scale = key_scale(params, segment.sequence, head);
+    int const scale = tokens == 0 ? 0 : key_scale(params, sequence.index, head);
     if (gate == nullptr && thread < kTileTokens) {
 #pragma unroll
       for (int stage = 0; stage < kStages; ++stage) {
@@ -178,7 +187,7 @@ struct ChunkStates {
     typename Mainloop::Accumulators accumulators;
     if (params.initial_state != nullptr && segment.index == 0) {
       std::int64_t const sequence_head =
-          static_cast<std::int64_t>(segment.sequence) * params.heads + head;
+          static_cast<std::int64_t>(sequence.index) * params.heads + head;
       float const factor = detail::power_of_two(scale);
       StateTile::load(params.initial_state + sequence_head * kStateDim * kValueDim + value_offset,
                       params.initial_key_sum + sequence_head * kStateDim, factor, factor, mainloop,
@@ -187,7 +196,15 @@ struct ChunkStates {
       StateTile::clear(accumulators);
     }
 
+    // Of exponents; those of states are fewer.
     std::int64_t slot_head = (sequence.first_slot + first_token / chunk_size) * params.heads + head;
+    if (thread == 0) {
+      storage.without =
+          params.sequences.without_slots(sequence, state_slots(params.initial_state != nullptr)) *
+          static_cast<std::int64_t>(params.heads);
+      Slots const slots = params.sequence_ends ? Slots::kAll : Slots::kButLast;
+      storage.segment_head = segments.slot(in_segments, segment.index, slots) * params.heads + head;
+    }
     // Cumulative gate of the chunk from `begin` on.
     auto gate_of_chunk = [&](int begin) {
       int const last = cute::min(begin + chunk_size, tokens) - 1;
@@ -216,9 +233,10 @@ struct ChunkStates {
         storage.end_gate[thread] = next_end_gate;
       }
       next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
-      if (params.states != nullptr && stores) {
-        store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
-                      accumulators);
+      if (params.states != nullptr && stores &&
+          (params.initial_state != nullptr || first_token > 0 || done > 0)) {
+        store_rounded(params, slot_head, slot_head - storage.without, value_offset, scale, mainloop,
+                      storage.rows[thread / 32], accumulators);
       }
       if (done == used) {
         break;
@@ -258,10 +276,10 @@ struct ChunkStates {
     }
     cute::cp_async_wait<0>();
     if (ends && stores) {
-      std::int64_t const item_head = static_cast<std::int64_t>(item) * params.heads + head;
+      std::int64_t const segment_head = storage.segment_head;
       float const factor = detail::power_of_two(-scale);
-      StateTile::store(params.final_state + item_head * kStateDim * kValueDim + value_offset,
-                       params.final_key_sum + item_head * kStateDim, value_offset == 0, factor,
+      StateTile::store(params.final_state + segment_head * kStateDim * kValueDim + value_offset,
+                       params.final_key_sum + segment_head * kStateDim, value_offset == 0, factor,
                        factor, mainloop, accumulators);
     }
   }
@@ -281,8 +299,8 @@ struct ChunkStates {
   }
 
   CUTE_DEVICE static void store_rounded(Params const& params, std::int64_t slot_head,
-                                        int value_offset, int scale, Mainloop const& mainloop,
-                                        typename StateTile::Rows& rows,
+                                        std::int64_t state_head, int value_offset, int scale,
+                                        Mainloop const& mainloop, typename StateTile::Rows& rows,
                                         typename Mainloop::Accumulators& accumulators) {
     float state_scale = 1.0f;
     float sum_scale = 1.0f;
@@ -293,8 +311,8 @@ struct ChunkStates {
       state_scale = stored(params.exponents.state);
       sum_scale = stored(params.exponents.key_sum);
     }
-    StateTile::store_rounded(params.states + slot_head * kStateDim * kValueDim + value_offset,
-                             params.key_sums + slot_head * kStateDim, value_offset == 0,
+    StateTile::store_rounded(params.states + state_head * kStateDim * kValueDim + value_offset,
+                             params.key_sums + state_head * kStateDim, value_offset == 0,
                              state_scale, sum_scale, mainloop, rows, accumulators);
   }
 };

@@ -23,6 +23,7 @@
 #include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::detail {
@@ -138,7 +139,7 @@ struct StateRanges {
 };
 
 template <class Element_>
-struct ChunkRanges {
+struct ChunkRanges : OneItem<ChunkRanges<Element_>> {
   using Element = Element_;
   static_assert(cute::is_same_v<Element, cute::half_t>, "other types have range enough");
 
@@ -173,41 +174,48 @@ struct ChunkRanges {
     int state_dim;  // D, a multiple of 4; with initial_state
   };
 
-  /// (slot, then sequence and part of its initial state, part fastest; head)
+  /// (sequence and part of its initial state, part fastest, then chunk; head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const states =
-        params.initial_state == nullptr
-            ? 0
-            : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
-    return dim3(static_cast<unsigned>(params.sequences.num_slots() + states),
+    return dim3(static_cast<unsigned>(state_parts(params) + params.sequences.most_chunks()),
                 static_cast<unsigned>(params.heads));
   }
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return state_parts(params) +
+           params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
+  }
+  CUTE_DEVICE static int count(Params const& params) {
+    return static_cast<int>(state_parts(params)) + params.sequences.num_chunks();
+  }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    std::int64_t const block = blockIdx.x;
-    std::int64_t const slots = params.sequences.num_slots();
-    if (block < slots) {
-      chunk_range(params, shared, static_cast<int>(block));
+    int const parts = static_cast<int>(state_parts(params));
+    if (number >= parts) {
+      chunk_range(params, shared, number - parts);
     } else {
       StateRanges::find({params.initial_state, params.initial_key_sum, params.initial_ranges,
                          params.sequences.count, params.heads, params.state_dim, params.value_dim},
-                        shared.initial, static_cast<int>(block - slots));
+                        shared.initial, number);
     }
   }
 
  private:
-  CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int slot) {
+  CUTE_HOST_DEVICE static std::int64_t state_parts(Params const& params) {
+    return params.initial_state == nullptr
+               ? 0
+               : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
+  }
+
+  CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int number) {
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
-    Chunk const chunk = params.sequences.find(slot);
+    Chunk const chunk = params.sequences.find(number);
     Sequence const sequence = params.sequences.get(chunk.sequence);
-    std::int64_t const first = static_cast<std::int64_t>(chunk.index) * params.sequences.chunk_size;
+    std::int64_t const first = static_cast<std::int64_t>(chunk.index) * sequence.chunk_size;
     if (first >= sequence.length) {
-      return;  // a slot without a chunk
+      return;  // a number without a chunk
     }
-    int const tokens =
-        cute::min(params.sequences.chunk_size, sequence.length - static_cast<int>(first));
+    int const tokens = cute::min(sequence.chunk_size, sequence.length - static_cast<int>(first));
 
     Element const* keys = params.key + params.key_stride.at(sequence, first, head);
     float key = max_magnitude(keys, params.key_stride.token, params.head_dim, tokens);
@@ -252,8 +260,8 @@ struct ChunkRanges {
       // Each term went through tokens / kThreads + 13 additions.
       float const additions = static_cast<float>(tokens / kThreads + 16);
       count *= params.gate == nullptr ? 1.0f : 1.0f + 0x1p-23f * additions;
-      params.ranges[static_cast<std::int64_t>(slot) * params.heads + head] = {
-          key, norm, value, count, end_gate.total()};
+      std::int64_t const slot = sequence.first_slot + chunk.index;
+      params.ranges[slot * params.heads + head] = {key, norm, value, count, end_gate.total()};
     }
   }
 
@@ -427,7 +435,7 @@ struct BoundScan {
   }
 };
 
-struct ChooseExponents {
+struct ChooseExponents : OneItem<ChooseExponents> {
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
@@ -453,18 +461,24 @@ struct ChooseExponents {
 
   /// (sequence, head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.count), static_cast<unsigned>(params.heads));
+    return dim3(static_cast<unsigned>(params.sequences.listed),
+                static_cast<unsigned>(params.heads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return params.sequences.num_listed(); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int place) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    Sequence const sequence = params.sequences.get(place);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
     int const head = blockIdx.y;
-    Sequence const sequence = params.sequences.get(static_cast<int>(blockIdx.x));
-    int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
-    std::int64_t const item = static_cast<std::int64_t>(blockIdx.x) * params.heads + head;
+    int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
+    std::int64_t const item = static_cast<std::int64_t>(sequence.index) * params.heads + head;
     std::int64_t const first = sequence.first_slot * params.heads + head;
 
     float maxima[5] = {};  // |k|, |v|, |S_0|, |z_0|, |k|_2^2

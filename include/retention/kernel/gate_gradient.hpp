@@ -34,6 +34,8 @@
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
+#include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -52,16 +54,17 @@ struct StateProducts {
   };
 
   struct Params {
-    Element const* states;               // [slots, h, D, dv] before each chunk, 16-byte aligned, as
-    Element const* key_sums;             // [slots, h, D]     all of these
-    Element const* state_gradients;      // [slots, h, D, dv] after each chunk
+    // Before each chunk, by `state_slots`, and after each, by `gradient_slots`; 16-byte aligned.
+    Element const* states;               // [slots, h, D, dv]
+    Element const* key_sums;             // [slots, h, D]
+    Element const* state_gradients;      // [slots, h, D, dv]
     Element const* key_sum_gradients;    // [slots, h, D]
     detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start
     TokenStride gate_stride;
     double* products;     // [slots, h, kParts], to be added up
     Exponents exponents;  // for fp16
     GradientExponents gradient_exponents;
-    Sequences sequences;
+    Sequences sequences;  // those listed get products
     int heads;
     int state_dim;         // D, a multiple of 8
     int value_dim;         // dv
@@ -69,28 +72,30 @@ struct StateProducts {
     bool final_gradients;  // whether the gradient after its last chunk is not zero
   };
 
-  /// (slot and part, part fastest; head)
+  /// (chunk and part, part fastest; head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.num_slots()) * kParts,
+    return dim3(static_cast<unsigned>(params.sequences.most_chunks()) * kParts,
                 static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const part = static_cast<int>(blockIdx.x % kParts);
-    int const slot = static_cast<int>(blockIdx.x / kParts);
+    int const number = static_cast<int>(blockIdx.x / kParts);
     int const head = blockIdx.y;
-    Chunk const chunk = params.sequences.find(slot);
+    if (number >= params.sequences.num_chunks()) {
+      return;
+    }
+    Chunk const chunk = params.sequences.find(number);
     Sequence const sequence = params.sequences.get(chunk.sequence);
-    std::int64_t const start = std::int64_t{chunk.index} * params.sequences.chunk_size;
-    std::int64_t const end =
-        cute::min(start + params.sequences.chunk_size, std::int64_t{sequence.length});
+    std::int64_t const start = std::int64_t{chunk.index} * sequence.chunk_size;
+    std::int64_t const end = cute::min(start + sequence.chunk_size, std::int64_t{sequence.length});
     if (start >= end) {
-      return;  // a slot without a chunk
+      return;  // a number without a chunk
     }
     bool const has_state = params.initial_states || start > 0;
     bool const has_gradient = params.final_gradients || end < sequence.length;
-    std::int64_t const item = std::int64_t{slot} * params.heads + head;
+    std::int64_t const item = (sequence.first_slot + chunk.index) * params.heads + head;
     double sum = 0.0;
     if (has_state && has_gradient) {
       float const decay =
@@ -99,10 +104,15 @@ struct StateProducts {
       if (decay != 0.0f) {
         std::int64_t const sums = params.state_dim;
         std::int64_t const elements = sums * params.value_dim;
-        double const state = product(params.states + item * elements,
-                                     params.state_gradients + item * elements, elements, part);
-        double const key_sum = product(params.key_sums + item * sums,
-                                       params.key_sum_gradients + item * sums, sums, part);
+        auto const place = [&](Slots slots) {
+          return params.sequences.slot(sequence, chunk.index, slots) * params.heads + head;
+        };
+        std::int64_t const before = place(state_slots(params.initial_states));
+        std::int64_t const after = place(gradient_slots(params.final_gradients));
+        double const state = product(params.states + before * elements,
+                                     params.state_gradients + after * elements, elements, part);
+        double const key_sum = product(params.key_sums + before * sums,
+                                       params.key_sum_gradients + after * sums, sums, part);
         sum = scaled(state, params.exponents.state, params.gradient_exponents.state, item) +
               scaled(key_sum, params.exponents.key_sum, params.gradient_exponents.key_sum, item);
         sum *= double{decay};
@@ -161,42 +171,78 @@ struct GatePiece {
   static constexpr int kTokens = 1024;
 
   Sequence sequence;
-  int slot;         // of the chunk
-  int chunk_start;  // in the sequence
+  std::int64_t slot;      // of the chunk
+  std::int64_t sum_slot;  // of the piece
+  int chunk_start;        // in the sequence
   int chunk_tokens;
-  int pieces;       // of the chunk, some of them empty in a sequence's last
   int index;        // of the piece in its chunk
+  int size;         // of a whole piece
   int first_token;  // in the sequence
-  int tokens;       // at most 0 where there is no such piece
+  int tokens;       // 0 where there is no such piece
   int first_head;
   int heads;
 
-  CUTE_DEVICE GatePiece(Sequences const& sequences, int all_heads)
-      : pieces(per_chunk(sequences.chunk_size)) {
-    slot = static_cast<int>(blockIdx.x) / pieces;
-    index = static_cast<int>(blockIdx.x) % pieces;
-    Chunk const chunk = sequences.find(slot);
-    sequence = sequences.get(chunk.sequence);
+  CUTE_DEVICE GatePiece(Sequences const& sequences, int all_heads, int number)
+      : size(piece_tokens(sequences)) {
+    PackedTiles const tiles{sequences, size};
+    typename PackedTiles::Tile tile;
+    if (sequences.packed()) {
+      tile = tiles.find(number);
+    } else {
+      Chunk const chunk = sequences.find(number / tiles.in_chunk());
+      tile = {chunk.sequence, chunk.index, number % tiles.in_chunk()};
+    }
+    sequence = sequences.get(tile.sequence);
+    slot = sequence.first_slot + tile.chunk;
+    int const pieces_before = tile.chunk * tiles.in_chunk() + tile.index;
+    sum_slot =
+        sequences.packed()
+            ? static_cast<std::int64_t>(tiles.start(static_cast<int>(sequence.first_token))) +
+                  sequence.index + pieces_before
+            : number;
+    index = tile.index;
     std::int64_t const start =
-        cute::min(std::int64_t{chunk.index} * sequences.chunk_size, std::int64_t{sequence.length});
-    std::int64_t const end = cute::min(start + sequences.chunk_size, std::int64_t{sequence.length});
-    std::int64_t const first = start + std::int64_t{index} * kTokens;
+        cute::min(std::int64_t{tile.chunk} * sequence.chunk_size, std::int64_t{sequence.length});
+    std::int64_t const end = cute::min(start + sequence.chunk_size, std::int64_t{sequence.length});
+    std::int64_t const first = start + std::int64_t{index} * size;
     chunk_start = static_cast<int>(start);
     chunk_tokens = static_cast<int>(end - start);
     first_token = static_cast<int>(cute::min(first, std::int64_t{sequence.length}));
     tokens =
-        static_cast<int>(cute::max(cute::min(end - first, std::int64_t{kTokens}), std::int64_t{0}));
+        static_cast<int>(cute::max(cute::min(end - first, std::int64_t{size}), std::int64_t{0}));
     first_head = static_cast<int>(blockIdx.y) * collective::GateTile::kHeads;
     heads = cute::min(cute::Int<collective::GateTile::kHeads>{}, all_heads - first_head);
   }
 
-  CUTE_HOST_DEVICE static constexpr int per_chunk(int chunk_size) {
-    return (chunk_size - 1) / kTokens + 1;
+  /// Whether there is a product of the states on both sides of the chunk: see `StateProducts`.
+  CUTE_DEVICE bool has_product(bool of_single_chunks) const {
+    return of_single_chunks || sequence.length > sequence.chunk_size;
   }
-  /// (chunk and piece, piece fastest; heads)
+
+  CUTE_HOST_DEVICE static int piece_tokens(Sequences const& sequences) {
+    return cute::min(+kTokens, sequences.chunk_size);
+  }
+  /// Numbers of pieces.
+  CUTE_HOST_DEVICE static int count(Sequences const& sequences) {
+    PackedTiles const tiles{sequences, piece_tokens(sequences)};
+    return sequences.packed() ? tiles.count()
+                              : static_cast<int>(sequences.num_slots()) * tiles.in_chunk();
+  }
+  /// Slots of pieces, of each head.
+  CUTE_HOST_DEVICE static std::int64_t num_slots(Sequences const& sequences) {
+    PackedTiles const tiles{sequences, piece_tokens(sequences)};
+    return sequences.packed() ? std::int64_t{tiles.start(sequences.length)} + sequences.count
+                              : sequences.num_slots() * tiles.in_chunk();
+  }
+  CUTE_HOST static std::int64_t turn_blocks(Sequences const& sequences) {
+    return PackedTiles{sequences, piece_tokens(sequences)}.turn_blocks();
+  }
+  /// (piece; heads)
   CUTE_HOST static dim3 grid(Sequences const& sequences, int heads) {
     constexpr int kHeads = collective::GateTile::kHeads;
-    return dim3(static_cast<unsigned>(sequences.num_slots() * per_chunk(sequences.chunk_size)),
+    PackedTiles const tiles{sequences, piece_tokens(sequences)};
+    std::int64_t const blocks = sequences.packed() ? tiles.most() : num_slots(sequences);
+    return dim3(static_cast<unsigned>(blocks),
                 static_cast<unsigned>((heads + kHeads - 1) / kHeads));
   }
 };
@@ -207,7 +253,7 @@ struct GatePieceSum {
   std::int64_t resets;  // not 0 where there are any
 };
 
-struct GateGradientSums {
+struct GateGradientSums : OneItem<GateGradientSums> {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 4;
@@ -222,7 +268,7 @@ struct GateGradientSums {
     float const* log_gate;  // [b, t, h]
     TokenStride d_gate_stride;
     TokenStride log_gate_stride;
-    GatePieceSum* sums;  // [h, slots, pieces of a chunk]
+    GatePieceSum* sums;  // [h, slots of pieces]
     Sequences sequences;
     int heads;
   };
@@ -231,12 +277,17 @@ struct GateGradientSums {
     return GatePiece::grid(params.sequences, params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return GatePiece::turn_blocks(params.sequences);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return GatePiece::count(params.sequences); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    GatePiece const piece(params.sequences, params.heads, number);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
-    GatePiece const piece(params.sequences, params.heads);
     if (piece.tokens <= 0) {
       return;
     }
@@ -282,12 +333,13 @@ struct GateGradientSums {
     }
     sum = detail::reduce_warp(sum, detail::Plus{});
     if (warp < piece.heads && lane == 0) {
-      params.sums[(piece.first_head + warp) * std::int64_t{gridDim.x} + blockIdx.x] = {sum, resets};
+      params.sums[(piece.first_head + warp) * GatePiece::num_slots(params.sequences) +
+                  piece.sum_slot] = {sum, resets};
     }
   }
 };
 
-struct GateGradient {
+struct GateGradient : OneItem<GateGradient> {
   using Tile = collective::GateTile;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr int kMinBlocks = 3;
@@ -306,8 +358,9 @@ struct GateGradient {
     TokenStride log_gate_stride;
     TokenStride d_log_gate_stride;
     float const* state_d_gate;  // [b, t, h] k . dk / 2 of the state after the chunk; null for none
-    GatePieceSum const* sums;   // [h, slots, pieces of a chunk]; unused where that is one
+    GatePieceSum const* sums;   // [h, slots of pieces]; unused where chunks are one
     double const* products;     // [slots, h, kParts]; null for none
+    bool products_of_single_chunks;  // whether sequences of one chunk have them as well
     Sequences sequences;
     int heads;
   };
@@ -316,12 +369,17 @@ struct GateGradient {
     return GatePiece::grid(params.sequences, params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return GatePiece::turn_blocks(params.sequences);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return GatePiece::count(params.sequences); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    GatePiece const piece(params.sequences, params.heads, number);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
-    GatePiece const piece(params.sequences, params.heads);
     if (piece.tokens <= 0) {
       return;
     }
@@ -372,10 +430,9 @@ struct GateGradient {
     int const head = piece.first_head + warp;
     double sum = 0.0;
     // In a sequence's last chunk, those without tokens have no sum.
-    int const left = piece.sequence.length - piece.first_token;
-    int const pieces = cute::min(piece.pieces, piece.index + GatePiece::per_chunk(left));
-    GatePieceSum const* const sums =
-        params.sums + (head * std::int64_t{gridDim.x} + blockIdx.x - piece.index);
+    int const pieces = cute::ceil_div(piece.chunk_tokens, piece.size);
+    GatePieceSum const* const sums = params.sums + (head * GatePiece::num_slots(params.sequences) +
+                                                    piece.sum_slot - piece.index);
     bool resets = false;  // in those pieces; the same in all of a warp
 #pragma unroll 1
     for (int start = piece.index + 1; start < pieces && !resets; start += 32) {
@@ -396,8 +453,9 @@ struct GateGradient {
         sum += terms[token * params.d_gate_stride.token];
       }
     }
-    if (params.products != nullptr && lane < kParts) {
-      sum += params.products[(std::int64_t{piece.slot} * params.heads + head) * kParts + lane];
+    if (params.products != nullptr && lane < kParts &&
+        piece.has_product(params.products_of_single_chunks)) {
+      sum += params.products[(piece.slot * params.heads + head) * kParts + lane];
     }
     return detail::reduce_warp(sum, detail::Plus{});
   }

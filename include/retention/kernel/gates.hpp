@@ -13,11 +13,12 @@
 
 #include "retention/collective/gate_tile.hpp"
 #include "retention/detail/cumulative_gate.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
 
-struct Gates {
+struct Gates : OneItem<Gates> {
   using Tile = collective::GateTile;
   static constexpr int kHeads = Tile::kHeads;  // of a block, one a warp
   static constexpr int kTileTokens = Tile::kTokens;
@@ -38,28 +39,32 @@ struct Gates {
     int heads;
   };
 
-  /// (slot, heads)
+  /// (chunk, heads)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.num_slots()),
+    return dim3(static_cast<unsigned>(params.sequences.most_chunks()),
                 static_cast<unsigned>((params.heads + kHeads - 1) / kHeads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return params.sequences.num_chunks(); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = threadIdx.x;
     int const warp = thread / 32;
     int const lane = thread % 32;
     int const first_head = static_cast<int>(blockIdx.y) * kHeads;
     int const heads = cute::min(cute::Int<kHeads>{}, params.heads - first_head);
-    Chunk const chunk = params.sequences.find(static_cast<int>(blockIdx.x));
+    Chunk const chunk = params.sequences.find(number);
     Sequence const sequence = params.sequences.get(chunk.sequence);
-    std::int64_t const first_token =
-        static_cast<std::int64_t>(chunk.index) * params.sequences.chunk_size;
+    std::int64_t const first_token = static_cast<std::int64_t>(chunk.index) * sequence.chunk_size;
     if (first_token >= sequence.length) {
-      return;  // a slot without a chunk
+      return;  // a number without a chunk
     }
     int const tokens =
-        cute::min(params.sequences.chunk_size, sequence.length - static_cast<int>(first_token));
+        cute::min(sequence.chunk_size, sequence.length - static_cast<int>(first_token));
 
     float const* source =
         params.log_gate + params.log_gate_stride.at(sequence, first_token, first_head);

@@ -25,6 +25,7 @@
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -48,7 +49,7 @@ struct GradientRange {
   float delta;         // max sqrt(inverse_i) |delta_i|
 };
 
-struct ChooseGradientExponents {
+struct ChooseGradientExponents : OneItem<ChooseGradientExponents> {
   static constexpr int kThreads = 512;
   static constexpr int kMinBlocks = 2;
   static constexpr int kWarps = kThreads / 32;
@@ -79,26 +80,31 @@ struct ChooseGradientExponents {
 
   /// (sequence, head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.sequences.count), static_cast<unsigned>(params.heads));
+    return dim3(static_cast<unsigned>(params.sequences.listed),
+                static_cast<unsigned>(params.heads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / params.sequences.chunk_size);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return params.sequences.num_listed(); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int place) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = threadIdx.x;
-    int const index = blockIdx.x;
     int const head = blockIdx.y;
-    Sequence const sequence = params.sequences.get(index);
-    int const chunks = cute::ceil_div(sequence.length, params.sequences.chunk_size);
+    Sequence const sequence = params.sequences.get(place);
+    int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
     int const tiles = cute::ceil_div(sequence.length, cute::Int<kTileTokens>{});
-    int const chunk_tiles = params.sequences.chunk_size / kTileTokens;
+    int const chunk_tiles = sequence.chunk_size / kTileTokens;
     std::int64_t const first = sequence.first_slot * params.heads + head;
     std::int64_t const first_tile =
-        params.sequences.segments(kTileTokens).get(index).first_slot * params.heads + head;
+        params.sequences.pieces(kTileTokens).get(place).first_slot * params.heads + head;
 
     if (thread < 32) {
       StateRange range{0.0f, 0.0f};
       if (params.final_ranges != nullptr) {
-        std::int64_t const item = static_cast<std::int64_t>(index) * params.heads + head;
+        std::int64_t const item = static_cast<std::int64_t>(sequence.index) * params.heads + head;
         range = params.final_ranges[item * kStateParts + thread];
       }
       range.state = detail::reduce_warp(range.state, detail::Maximum{});

@@ -19,6 +19,7 @@
 #include "retention/detail/reduce.hpp"
 #include "retention/detail/rescale.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -31,7 +32,7 @@ struct GradientRowsTraits {
 };
 
 template <class Traits>
-struct GradientRows {
+struct GradientRows : OneItem<GradientRows<Traits>> {
   using Element = typename Traits::Element;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -74,26 +75,31 @@ struct GradientRows {
     int group;  // query heads that share a key head, hq / h
 
     /// The sequences in tiles: their slots are those of `ranges`.
-    CUTE_HOST_DEVICE Sequences tiles() const { return sequences.segments(kTileTokens); }
+    CUTE_HOST_DEVICE Sequences tiles() const { return sequences.pieces(kTileTokens); }
   };
 
   /// (tile, key head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.tiles().num_slots()),
+    return dim3(static_cast<unsigned>(params.tiles().most_chunks()),
                 static_cast<unsigned>(params.heads));
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return params.sequences.turn_blocks(params.sequences.length / kTileTokens);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return params.tiles().num_chunks(); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    Sequences const tiles = params.tiles();
     int const warp = static_cast<int>(threadIdx.x) / 32;
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int const head = blockIdx.y;
-    Sequences const tiles = params.tiles();
-    Chunk const tile = tiles.find(static_cast<int>(blockIdx.x));
+    Chunk const tile = tiles.find(number);
     Sequence const sequence = tiles.get(tile.sequence);
     std::int64_t const first = static_cast<std::int64_t>(tile.index) * kTileTokens;
     if (first >= sequence.length) {
-      return;  // a slot without a tile
+      return;  // a number without a tile
     }
 
     // A warp's tokens; lane r takes care of the numbers of row r.
@@ -146,7 +152,8 @@ struct GradientRows {
       }
     }
     if constexpr (kHasExponents) {
-      store_range(params, shared, range, warp, lane);
+      std::int64_t const slot = sequence.first_slot + tile.index;
+      store_range(params.ranges[slot * params.heads + head], shared, range, warp, lane);
     }
   }
 
@@ -284,7 +291,7 @@ struct GradientRows {
   }
 
   // Lanes and warps in a fixed order: the same in every run.
-  CUTE_DEVICE static void store_range(Params const& params, SharedStorage& shared,
+  CUTE_DEVICE static void store_range(GradientRange& target, SharedStorage& shared,
                                       GradientRange range, int warp, int lane) {
     range.weight = detail::reduce_warp(range.weight, detail::Maximum{});
     range.weight_delta = detail::reduce_warp(range.weight_delta, detail::Maximum{});
@@ -307,7 +314,7 @@ struct GradientRows {
         range.gradient = fmaxf(range.gradient, other.gradient);
         range.delta = fmaxf(range.delta, other.delta);
       }
-      params.ranges[static_cast<std::int64_t>(blockIdx.x) * params.heads + blockIdx.y] = range;
+      target = range;
     }
   }
 };

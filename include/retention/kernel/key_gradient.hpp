@@ -34,7 +34,7 @@ struct KeyGradientTraits {
 };
 
 template <class Traits>
-struct KeyGradient {
+struct KeyGradient : OneItem<KeyGradient<Traits>> {
   using Element = typename Traits::Element;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -83,15 +83,20 @@ struct KeyGradient {
 
   CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Rows::turn_blocks(params);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return Rows::tiles(params.sequences); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const thread = threadIdx.x;
+    int const thread = Intra::this_thread();
     int const head = blockIdx.y;
-    Rows const rows = Rows::find(params.sequences, static_cast<int>(blockIdx.x));
+    Rows const rows = Rows::find(params.sequences, number);
     if (rows.count <= 0) {
       return;  // the same for the whole block
     }
-    std::int64_t const slot_head = rows.slot * params.heads + head;
+    std::int64_t const slot_head = rows.slot_head(params, head);
     int const score_exponent = exponent(params.gradient_exponents.score, slot_head);
     typename Intra::Work const work = intra_work<Intra>(params, rows, head, score_exponent);
     if (thread == 0) {
@@ -107,9 +112,10 @@ struct KeyGradient {
       shared.gate_source = params.query_d_gate + rows.at(params.row_stride, head * params.group);
     }
     bool const has_state = rows.has_state(params);
+    std::int64_t const state_head = rows.state_head(params, head);
     Contract contract(shared.contract,
-                      params.d_states + slot_head * Contract::kStateDim * kValueDim,
-                      params.d_key_sums + slot_head * Contract::kStateDim, thread);
+                      params.d_states + state_head * Contract::kStateDim * kValueDim,
+                      params.d_key_sums + state_head * Contract::kStateDim, thread);
     if (has_state) {
       contract.prefetch();
     } else {

@@ -13,6 +13,7 @@
 #include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -29,7 +30,8 @@ struct KeyRowsParams {
   detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
   float const* inverse;                // [b, t, hq] 0 where a query has no weight
   float const* delta;                  // [b, t, hq]
-  Element const* d_states;  // [slots, h, D, dv] after each chunk; null where there is none to read
+  // After each chunk, by `gradient_slots`; null where there is none to read.
+  Element const* d_states;    // [slots, h, D, dv]
   Element const* d_key_sums;  // [slots, h, D]
   TokenStride query_stride;
   TokenStride key_stride;
@@ -51,33 +53,45 @@ struct KeyRows {
   using Tiles = RowTiles<kRows, HeavyTiles::kFirst>;
 
   Sequence sequence;
-  int sequence_index;
-  int chunk_start;    // in the sequence
-  int first_token;    // of the rows, in the chunk
-  int count;          // not above 0 where there are none
-  int end_token;      // of the chunk
-  std::int64_t slot;  // of the gradient of the state after the chunk
+  int chunk;        // of the sequence
+  int chunk_start;  // in the sequence
+  int first_token;  // of the rows, in the chunk
+  int count;        // not above 0 where there are none
+  int end_token;    // of the chunk
 
   /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
   template <class Params>
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const tiles = Tiles{params.sequences, 1}.count();
-    return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(params.heads), 1);
+    return Tiles{params.sequences, 1}.grid(params.heads);
   }
+  template <class Params>
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Tiles{params.sequences, 1}.turn_blocks();
+  }
+  CUTE_DEVICE static int tiles(Sequences const& sequences) { return Tiles{sequences, 1}.count(); }
 
-  CUTE_DEVICE static KeyRows find(Sequences const& sequences, int block) {
+  CUTE_DEVICE static KeyRows find(Sequences const& sequences, int number) {
     Tiles const tiles{sequences, 1};
-    typename Tiles::Tile const tile = tiles.find(block);
+    typename Tiles::Tile const tile = tiles.find(number);
     Sequence const sequence = sequences.get(tile.sequence);
     collective::TileRows const rows = tiles.rows(tile, sequence);
-    int const chunk_start = tile.chunk * sequences.chunk_size;
-    return {sequence,
-            tile.sequence,
-            chunk_start,
-            rows.first_token,
-            rows.tokens,
-            cute::min(sequence.length - chunk_start, sequences.chunk_size),
-            sequence.first_slot + tile.chunk};
+    int const chunk_start = tile.chunk * sequence.chunk_size;
+    return {sequence,    tile.chunk,
+            chunk_start, rows.first_token,
+            rows.tokens, cute::min(sequence.length - chunk_start, sequence.chunk_size)};
+  }
+
+  /// Of the chunk and a head.
+  template <class Params>
+  CUTE_DEVICE std::int64_t slot_head(Params const& params, int head) const {
+    return (sequence.first_slot + chunk) * params.heads + head;
+  }
+  /// Of the gradient of the state after the chunk.
+  template <class Params>
+  CUTE_DEVICE std::int64_t state_head(Params const& params, int head) const {
+    return params.sequences.slot(sequence, chunk, gradient_slots(params.final_gradients)) *
+               params.heads +
+           head;
   }
 
   template <class Params>

@@ -18,6 +18,7 @@
 #include "retention/collective/intra_chunk.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/rescale.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -32,7 +33,7 @@ struct OutputTraits {
 };
 
 template <class Traits>
-struct Output {
+struct Output : OneItem<Output<Traits>> {
   using Element = typename Traits::Element;
   using Tiling = typename Traits::Tiling;
 
@@ -75,7 +76,8 @@ struct Output {
     Element const* key;                  // [b, t, h, d]
     Element const* value;                // [b, t, h, dv]
     detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
-    Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
+    // Before each chunk, by `state_slots`; may be null for one chunk.
+    Element const* states;    // [slots, h, D, dv]
     Element const* key_sums;  // [slots, h, D]
     Element* output;          // [b, t, hq, dv]
     Element* residual;        // [b, t, hq, dv] o - output, strides as output's; null: not wanted
@@ -95,24 +97,29 @@ struct Output {
 
   /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const tiles = Tiles{params.sequences, params.group}.count();
-    return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(params.heads), 1);
+    return Tiles{params.sequences, params.group}.grid(params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Tiles{params.sequences, params.group}.turn_blocks();
+  }
+  CUTE_DEVICE static int count(Params const& params) {
+    return Tiles{params.sequences, params.group}.count();
+  }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const thread = threadIdx.x;
+    int const thread = Intra::this_thread();
     int const lane = thread % 32;
     int const head = blockIdx.y;
-
     Tiles const tiles{params.sequences, params.group};
-    Tile const tile = tiles.find(static_cast<int>(blockIdx.x));
+    Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);
     Rows const rows = tiles.rows(tile, sequence);
     if (rows.tokens <= 0) {
       return;  // the same for the whole block
     }
-    int const first_token = tile.chunk * params.sequences.chunk_size;
+    int const first_token = tile.chunk * sequence.chunk_size;
 
     auto const at = [&](TokenStride const& stride, int h) {
       return stride.at(sequence, first_token, h);
@@ -124,7 +131,7 @@ struct Output {
     int weight_exponent = 0;
     if constexpr (kHasExponents) {
       std::int64_t const sequence_head =
-          static_cast<std::int64_t>(tile.sequence) * params.heads + head;
+          static_cast<std::int64_t>(sequence.index) * params.heads + head;
       weight_exponent =
           2 * (score_exponent(params, sequence_head) + kQueryExponent) - kWeightExponent;
     }
@@ -149,8 +156,12 @@ struct Output {
     bool const has_state = tile.chunk > 0 || params.initial_states;
     std::int64_t const slot_head =
         (sequence.first_slot + tile.chunk) * static_cast<std::int64_t>(params.heads) + head;
-    Apply apply(shared.apply, params.states + slot_head * Apply::kStateDim * kValueDim,
-                params.key_sums + slot_head * Apply::kStateDim, thread);
+    std::int64_t const state_head =
+        params.sequences.slot(sequence, tile.chunk, state_slots(params.initial_states)) *
+            params.heads +
+        head;
+    Apply apply(shared.apply, params.states + state_head * Apply::kStateDim * kValueDim,
+                params.key_sums + state_head * Apply::kStateDim, thread);
     if (has_state) {
       apply.prefetch();
     } else {
@@ -259,11 +270,11 @@ struct Output {
     int const first_row = thread / 32 * Tiling::kWarpRows + lane / 4;
     int const head = blockIdx.y;
     Sequence const sequence = params.sequences.get(tile.sequence);
-    int const first_token = tile.chunk * params.sequences.chunk_size;
+    int const first_token = tile.chunk * sequence.chunk_size;
     float unit = 1.0f;  // what a weight of 1 in the accumulators stands for
     if constexpr (kHasExponents) {
       std::int64_t const sequence_head =
-          static_cast<std::int64_t>(tile.sequence) * params.heads + head;
+          static_cast<std::int64_t>(sequence.index) * params.heads + head;
       unit = detail::power_of_two(2 * score_exponent(params, sequence_head) - kWeightExponent);
     }
 #pragma unroll

@@ -20,6 +20,7 @@
 #include "retention/collective/intra_query_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
+#include "retention/kernel/items.hpp"
 #include "retention/kernel/row_tiles.hpp"
 #include "retention/kernel/sequence.hpp"
 
@@ -34,7 +35,7 @@ struct QueryGradientTraits {
 };
 
 template <class Traits>
-struct QueryGradient {
+struct QueryGradient : OneItem<QueryGradient<Traits>> {
   using Element = typename Traits::Element;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
@@ -88,7 +89,8 @@ struct QueryGradient {
     float const* inverse;  // [b, t, hq], as delta and scale; 0 where a row has no weight
     float const* delta;
     float const* scale;
-    Element const* states;    // [slots, h, D, dv] before each chunk; may be null for one chunk
+    // Before each chunk, by `state_slots`; may be null for one chunk.
+    Element const* states;    // [slots, h, D, dv]
     Element const* key_sums;  // [slots, h, D]
     Element* d_query;         // [b, t, hq, d]; null for not wanted, as d_gate
     float* d_gate;            // [b, t, hq] by row_stride
@@ -109,23 +111,28 @@ struct QueryGradient {
 
   /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const tiles = Tiles{params.sequences, params.group}.count();
-    return dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(params.heads), 1);
+    return Tiles{params.sequences, params.group}.grid(params.heads);
   }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const thread = threadIdx.x;
-    int const head = blockIdx.y;
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Tiles{params.sequences, params.group}.turn_blocks();
+  }
+  CUTE_DEVICE static int count(Params const& params) {
+    return Tiles{params.sequences, params.group}.count();
+  }
 
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
+    SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const thread = Intra::this_thread();
+    int const head = blockIdx.y;
     Tiles const tiles{params.sequences, params.group};
-    Tile const tile = tiles.find(static_cast<int>(blockIdx.x));
+    Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);
     Rows const rows = tiles.rows(tile, sequence);
     if (rows.tokens <= 0) {
       return;  // the same for the whole block
     }
-    int const first_token = tile.chunk * params.sequences.chunk_size;
+    int const first_token = tile.chunk * sequence.chunk_size;
     std::int64_t const slot_head =
         (sequence.first_slot + tile.chunk) * static_cast<std::int64_t>(params.heads) + head;
     auto const at = [&](TokenStride const& stride, int h) {
@@ -153,8 +160,12 @@ struct QueryGradient {
       shared.exponent = exponent(params.gradient_exponents.score, slot_head);
     }
     bool const has_state = tile.chunk > 0 || params.initial_states;
-    Contract contract(shared.contract, params.states + slot_head * Contract::kStateDim * kValueDim,
-                      params.key_sums + slot_head * Contract::kStateDim, thread);
+    std::int64_t const state_head =
+        params.sequences.slot(sequence, tile.chunk, state_slots(params.initial_states)) *
+            params.heads +
+        head;
+    Contract contract(shared.contract, params.states + state_head * Contract::kStateDim * kValueDim,
+                      params.key_sums + state_head * Contract::kStateDim, thread);
     if (has_state) {
       contract.prefetch();
     } else {
@@ -305,7 +316,7 @@ struct QueryGradient {
     int const head = blockIdx.y;
     Rows const rows = shared.work.rows;
     Sequence const sequence = params.sequences.get(shared.tile.sequence);
-    int const first_token = shared.tile.chunk * params.sequences.chunk_size;
+    int const first_token = shared.tile.chunk * sequence.chunk_size;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll

@@ -10,78 +10,148 @@ namespace retention::kernel {
 struct Sequence {
   std::int64_t batch;        // row of the batch; 0 when packed
   std::int64_t first_token;  // in that row; 0 unless packed
-  std::int64_t first_slot;   // of the states before its chunks
+  std::int64_t first_slot;   // of its chunks
+  int index;                 // among all sequences
   int length;
+  int chunk_size;
 };
 
 /// A chunk of a sequence.
 struct Chunk {
-  int sequence;
-  int index;  // in the sequence
+  int sequence;  // place among those listed
+  int index;     // in the sequence
 };
 
-/// `count` sequences, each cut into chunks. Every chunk has a *slot*: a number of its own, in the
-/// order of sequences and chunks. Packed sequences leave some slots without a chunk, so that a slot
-/// follows from `cu_seqlens` by a sum and a chunk from its slot by a search, on the device.
+/// Which chunks of a packed sequence have slots.
+enum class Slots { kAll, kButFirst, kButLast };
+
+/// For states before chunks: that of a first chunk is there where it was given.
+CUTE_HOST_DEVICE constexpr Slots state_slots(bool initial_states) {
+  return initial_states ? Slots::kAll : Slots::kButFirst;
+}
+/// For gradients of states after chunks: likewise that of a last chunk.
+CUTE_HOST_DEVICE constexpr Slots gradient_slots(bool final_gradients) {
+  return final_gradients ? Slots::kAll : Slots::kButLast;
+}
+
+/// Some of the packed sequences, in their order, as kernel/sequence_lists.hpp finds them on the
+/// device: batches of a fixed capacity may hold thousands of empty ones.
+struct SequenceList {
+  struct alignas(16) Entry {
+    int index;  // among all sequences
+    int first_token;
+    int length;
+    int unused;
+  };
+  Entry const* entries;
+  int const* count;
+};
+
+/// Sequences, each cut into chunks. Every chunk has a *slot*, its place in memory, and a *number*,
+/// by which blocks find their work; both in the order of sequences and chunks. Packed sequences
+/// leave some of them without a chunk, so that they follow from where a sequence starts by a sum,
+/// and a chunk from its number by a search, on the device.
 struct Sequences {
-  // [count + 1] on the device, for packed sequences; else null. Rising from 0 to `length`.
-  int const* cu_seqlens;
-  int length;  // tokens in each row of the batch; in all of them when packed
+  SequenceList list;  // of packed sequences; else null
+  int length;         // tokens in each row of the batch; in all of them when packed
   int chunk_size;
-  int count;
+  int count;        // of all sequences
+  int listed;       // at most; all unless packed
+  int whole_until;  // packed sequences of no more tokens than this are one chunk
 
-  CUTE_HOST_DEVICE bool packed() const { return cu_seqlens != nullptr; }
+  CUTE_HOST_DEVICE bool packed() const { return list.entries != nullptr; }
 
-  /// Chunks of a row of the batch; the most that any packed sequence can have.
+  /// Chunks of a row of the batch.
   CUTE_HOST_DEVICE int max_chunks() const { return (length + chunk_size - 1) / chunk_size; }
 
-  /// What the sequences need at most.
+  /// Slots::kAll of them.
   CUTE_HOST_DEVICE std::int64_t num_slots() const {
     return packed() ? static_cast<std::int64_t>(length / chunk_size) + count
                     : static_cast<std::int64_t>(count) * max_chunks();
   }
 
-  /// The same sequences, cut into larger pieces.
+  /// The same sequences in larger parts, which consist of whole chunks.
   CUTE_HOST_DEVICE Sequences segments(int segment_tokens) const {
-    return {cu_seqlens, length, segment_tokens, count};
+    return {list, length, segment_tokens, count, listed, cute::max(segment_tokens, whole_until)};
+  }
+  /// The same sequences in pieces, whatever their chunks are.
+  CUTE_HOST_DEVICE Sequences pieces(int tokens) const {
+    return {list, length, tokens, count, listed, tokens};
   }
 
-  CUTE_HOST_DEVICE Sequence get(int index) const {
+  /// Of those listed, how many there are.
+  CUTE_HOST_DEVICE int num_listed() const { return packed() ? *list.count : count; }
+
+  /// Of those listed.
+  CUTE_HOST_DEVICE Sequence get(int place) const {
     if (!packed()) {
-      return {index, 0, static_cast<std::int64_t>(index) * max_chunks(), length};
+      return {place, 0, static_cast<std::int64_t>(place) * max_chunks(), place, length, chunk_size};
     }
-    int const first = bound(index);
-    return {0, first, packed_slot(index, first), cute::max(bound(index + 1) - first, 0)};
+    SequenceList::Entry const entry = list.entries[place];
+    // One chunk of a multiple of 64 tokens, as all are.
+    int const size = entry.length <= whole_until ? (whole_until + 63) / 64 * 64 : chunk_size;
+    // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
+    // has to add up the chunks of the sequences before.
+    return {0,           entry.first_token, static_cast<std::int64_t>(start(entry)) + entry.index,
+            entry.index, entry.length,      size};
   }
 
-  /// The chunk of a slot; beyond the end of its sequence where the slot has none.
-  CUTE_HOST_DEVICE Chunk find(int slot) const {
+  /// The slot of a chunk among those of some chunks. Where each sequence has one without, they are
+  /// no more than chunks fit into all tokens, however many sequences there are.
+  CUTE_HOST_DEVICE std::int64_t slot(Sequence const& sequence, int chunk, Slots slots) const {
+    return sequence.first_slot + chunk - without_slots(sequence, slots);
+  }
+  /// What slots of all chunks are ahead of these.
+  CUTE_HOST_DEVICE int without_slots(Sequence const& sequence, Slots slots) const {
+    return !packed() || slots == Slots::kAll ? 0
+                                             : sequence.index + (slots == Slots::kButFirst ? 1 : 0);
+  }
+
+  /// How many numbers there are, some of them of no chunk.
+  CUTE_HOST_DEVICE int num_chunks() const {
+    return packed() ? length / chunk_size + *list.count : static_cast<int>(num_slots());
+  }
+  /// At most so many.
+  CUTE_HOST_DEVICE std::int64_t most_chunks() const {
+    return packed() ? static_cast<std::int64_t>(length / chunk_size) + listed : num_slots();
+  }
+
+  /// The chunk of a number below num_chunks(); beyond the end of its sequence where there is none.
+  CUTE_HOST_DEVICE Chunk find(int number) const {
     if (!packed()) {
-      return {slot / max_chunks(), slot % max_chunks()};
+      return {number / max_chunks(), number % max_chunks()};
     }
-    int low = 0;  // first slot of `low` <= slot < first slot of `high`
-    int high = count;
+    return search(number, [&](SequenceList::Entry const& entry) { return start(entry); });
+  }
+
+  /// The last of those listed whose first number is not above `number`, and what that is ahead of
+  /// it: too much for any sequence where there is none. `first` is what the tokens before it have.
+  template <class First>
+  CUTE_HOST_DEVICE Chunk search(int number, First first) const {
+    int low = 0;
+    int high = *list.count;
     while (high - low > 1) {
       int const middle = low + (high - low) / 2;
-      if (packed_slot(middle, bound(middle)) <= slot) {
+      if (first(list.entries[middle]) + middle <= number) {
         low = middle;
       } else {
         high = middle;
       }
     }
-    int const first_slot = static_cast<int>(packed_slot(low, bound(low)));
-    return {low, cute::max(slot - first_slot, 0)};
+    int const ahead = number - low - first(list.entries[low]);
+    return {low, ahead < 0 ? INT32_MAX : ahead};
+  }
+
+  /// Blocks that take turns, see kernel/items.hpp, where tokens make up to `of_tokens` items and
+  /// each of those listed another one.
+  CUTE_HOST std::int64_t turn_blocks(std::int64_t of_tokens) const {
+    constexpr int kFew = 128;
+    return packed() ? 2 * of_tokens + kFew : INT32_MAX;
   }
 
  private:
-  // Nobody on the host has read these: whatever they are, no access may leave the tensors.
-  CUTE_HOST_DEVICE int bound(int index) const {
-    return cute::min(cute::max(cu_seqlens[index], 0), length);
-  }
-  // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
-  // has to add up the chunks of the sequences before.
-  CUTE_HOST_DEVICE std::int64_t packed_slot(int index, int first) const {
-    return static_cast<std::int64_t>(first / chunk_size) + index;
+  CUTE_HOST_DEVICE int start(SequenceList::Entry const& entry) const {
+    return entry.first_token / chunk_size;
   }
 };
 

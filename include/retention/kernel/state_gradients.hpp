@@ -75,6 +75,8 @@ struct StateGradients {
     // powers of two, of which bf16 holds half a word each.
     Distances distance[2];
     std::uint32_t factor[kScaled ? 2 : 1][kScaled ? kThreads : 1];
+    std::int64_t without;       // slots of chunks ahead of those of gradients, times heads
+    std::int64_t segment_head;  // of the gradient before the segment
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
@@ -91,19 +93,21 @@ struct StateGradients {
 
     // Each sequence is cut into segments, which know nothing of each other: all but the last start
     // from a gradient of zero, and `d_states` and `initial_state_gradient` are of the segment
-    // alone. A segment is an item, with a number as a chunk has a slot (`Sequences::segments`).
+    // alone. A segment has a number and a slot as a chunk has (`Sequences::segments`).
     float const* final_state_gradient;    // [count, h, D, dv] of each sequence; null for zero
     float const* final_key_sum_gradient;  // [count, h, D]; with final_state_gradient
     // After each chunk; after the last of a sequence, where it is zero, only with
     // final_state_gradient.
-    Element* d_states;                // [slots, h, D, dv]; null to skip
-    Element* d_key_sums;              // [slots, h, D]; with d_states
-    float* initial_state_gradient;    // [items, h, D, dv] before the first chunk; null to skip
-    float* initial_key_sum_gradient;  // [items, h, D]; with initial_state_gradient
-    bool sequence_starts;  // whether initial_state_gradient is wanted of first segments too
+    Element* d_states;    // [slots, h, D, dv], by `gradient_slots`; null to skip
+    Element* d_key_sums;  // [slots, h, D]; with d_states
+    // Before the first chunk of each segment; of first segments too with sequence_starts, and has
+    // slots for them then.
+    float* initial_state_gradient;    // [slots of segments, h, D, dv]; null to skip
+    float* initial_key_sum_gradient;  // [slots of segments, h, D]; with initial_state_gradient
+    bool sequence_starts;
 
     GradientExponents exponents;  // for fp16
-    Sequences sequences;
+    Sequences sequences;          // those listed get their gradients
     int heads;
     int group;           // query heads a key head
     int segment_tokens;  // a multiple of the chunk size
@@ -117,11 +121,11 @@ struct StateGradients {
   };
 
  public:
-  /// blockIdx = (item and slice of the state, key head); slices of an item are neighbours, because
-  /// they read the same queries and rows of d_output.
+  /// blockIdx = (segment and slice of the state, key head); slices of a segment are neighbours,
+  /// because they read the same queries and rows of d_output.
   CUTE_HOST static dim3 grid(Params const& params) {
-    std::int64_t const items = params.sequences.segments(params.segment_tokens).num_slots();
-    return dim3(static_cast<unsigned>(items * kSlices), static_cast<unsigned>(params.heads));
+    std::int64_t const segments = params.sequences.segments(params.segment_tokens).most_chunks();
+    return dim3(static_cast<unsigned>(segments * kSlices), static_cast<unsigned>(params.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
@@ -130,7 +134,11 @@ struct StateGradients {
     int const thread = threadIdx.x;
     int const head = blockIdx.y;
     int const slice = static_cast<int>(blockIdx.x % kSlices);
-    int const item = static_cast<int>(blockIdx.x / kSlices);
+    int const number = static_cast<int>(blockIdx.x / kSlices);
+    Sequences const segments = params.sequences.segments(params.segment_tokens);
+    if (number >= segments.num_chunks()) {
+      return;
+    }
     int const value_offset = slice / kRowSlices * kValueTile;
     int const first_task = slice % kRowSlices * Traits::kWarps;
     int const task = first_task + __shfl_sync(0xffffffffu, thread / 32, 0);  // uniform in a warp
@@ -139,15 +147,16 @@ struct StateGradients {
     bool const stores = task < Mainloop::kTasks;
     Mainloop const mainloop(thread % 32, stores ? task : Mainloop::kTasks - 1);
 
-    Chunk const segment = params.sequences.segments(params.segment_tokens).find(item);
+    Chunk const segment = segments.find(number);
+    Sequence const in_segments = segments.get(segment.sequence);
     Sequence const sequence = params.sequences.get(segment.sequence);
-    int const chunk_size = params.sequences.chunk_size;
-    std::int64_t const first = static_cast<std::int64_t>(segment.index) * params.segment_tokens;
+    int const chunk_size = sequence.chunk_size;
+    std::int64_t const first = static_cast<std::int64_t>(segment.index) * in_segments.chunk_size;
     if (segment.index > 0 && first >= sequence.length) {
-      return;  // an item without a segment; an empty sequence has one
+      return;  // a number without a segment; an empty sequence has one
     }
     int const first_token = static_cast<int>(first);
-    int const tokens = cute::min(params.segment_tokens, sequence.length - first_token);
+    int const tokens = cute::min(in_segments.chunk_size, sequence.length - first_token);
     bool const is_last = first_token + tokens == sequence.length;
     bool const starts =
         params.initial_state_gradient != nullptr && (first_token > 0 || params.sequence_starts);
@@ -173,6 +182,13 @@ struct StateGradients {
       };
       storage.distance[thread] = {distance(params.query_stride), distance(params.d_output_stride),
                                   distance(params.row_stride)};
+    }
+    if (thread == 0) {
+      storage.without = params.sequences.without_slots(
+                            sequence, gradient_slots(params.final_state_gradient != nullptr)) *
+                        static_cast<std::int64_t>(params.heads);
+      Slots const slots = params.sequence_starts ? Slots::kAll : Slots::kButFirst;
+      storage.segment_head = segments.slot(in_segments, segment.index, slots) * params.heads + head;
     }
     __syncthreads();
 
@@ -240,6 +256,7 @@ struct StateGradients {
       load_d_output(stage);
     }
 
+    // Of exponents; those of gradients are fewer.
     std::int64_t slot_head =
         (sequence.first_slot + first_token / chunk_size + chunks - 1) * params.heads + head;
     // Cumulative gate of a chunk.
@@ -265,7 +282,7 @@ struct StateGradients {
     typename Mainloop::Accumulators accumulators;
     if (params.final_state_gradient != nullptr && is_last) {
       std::int64_t const sequence_head =
-          static_cast<std::int64_t>(segment.sequence) * params.heads + head;
+          static_cast<std::int64_t>(sequence.index) * params.heads + head;
       StateTile::load(
           params.final_state_gradient + sequence_head * kStateDim * kValueDim + value_offset,
           params.final_key_sum_gradient + sequence_head * kStateDim,
@@ -285,8 +302,8 @@ struct StateGradients {
 #pragma unroll 1
     for (int chunk = chunks - 1; chunk >= 0; --chunk) {
       if (params.d_states != nullptr && follows(chunk) && stores) {
-        store_rounded(params, slot_head, value_offset, scale, mainloop, storage.rows[thread / 32],
-                      accumulators);
+        store_rounded(params, slot_head, slot_head - storage.without, value_offset, scale, mainloop,
+                      storage.rows[thread / 32], accumulators);
       }
       int const chunk_tile = chunk * chunk_tiles;
       if (chunk_tile < first_tile) {
@@ -333,10 +350,10 @@ struct StateGradients {
     }
     cute::cp_async_wait<0>();
     if (starts && stores) {
-      std::int64_t const item_head = static_cast<std::int64_t>(item) * params.heads + head;
+      std::int64_t const segment_head = storage.segment_head;
       StateTile::store(
-          params.initial_state_gradient + item_head * kStateDim * kValueDim + value_offset,
-          params.initial_key_sum_gradient + item_head * kStateDim, value_offset == 0,
+          params.initial_state_gradient + segment_head * kStateDim * kValueDim + value_offset,
+          params.initial_key_sum_gradient + segment_head * kStateDim, value_offset == 0,
           detail::power_of_two(-scale.state), detail::power_of_two(-scale.key_sum), mainloop,
           accumulators);
     }
@@ -368,8 +385,9 @@ struct StateGradients {
   }
 
   CUTE_DEVICE static void store_rounded(Params const& params, std::int64_t slot_head,
-                                        int value_offset, Scale const& scale,
-                                        Mainloop const& mainloop, typename StateTile::Rows& rows,
+                                        std::int64_t state_head, int value_offset,
+                                        Scale const& scale, Mainloop const& mainloop,
+                                        typename StateTile::Rows& rows,
                                         typename Mainloop::Accumulators& accumulators) {
     auto stored = [&](int exponent, int const* exponents) {
       return detail::power_of_two(-exponent - (exponents == nullptr ? 0 : exponents[slot_head]));
@@ -380,8 +398,8 @@ struct StateGradients {
       state_factor = stored(scale.state, params.exponents.state);
       sum_factor = stored(scale.key_sum, params.exponents.key_sum);
     }
-    StateTile::store_rounded(params.d_states + slot_head * kStateDim * kValueDim + value_offset,
-                             params.d_key_sums + slot_head * kStateDim, value_offset == 0,
+    StateTile::store_rounded(params.d_states + state_head * kStateDim * kValueDim + value_offset,
+                             params.d_key_sums + state_head * kStateDim, value_offset == 0,
                              state_factor, sum_factor, mainloop, rows, accumulators);
   }
 };

@@ -28,7 +28,7 @@ struct ValueGradientTraits {
 };
 
 template <class Traits>
-struct ValueGradient {
+struct ValueGradient : OneItem<ValueGradient<Traits>> {
   using Element = typename Traits::Element;
   using Tiling = typename Traits::Tiling;
 
@@ -71,22 +71,27 @@ struct ValueGradient {
 
   CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
 
-  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+  CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
+    return Rows::turn_blocks(params);
+  }
+  CUTE_DEVICE static int count(Params const& params) { return Rows::tiles(params.sequences); }
+
+  CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
-    int const thread = threadIdx.x;
+    int const thread = Intra::this_thread();
     int const head = blockIdx.y;
-    Rows const rows = Rows::find(params.sequences, static_cast<int>(blockIdx.x));
+    Rows const rows = Rows::find(params.sequences, number);
     if (rows.count <= 0) {
       return;  // the same for the whole block
     }
     int key_scale = 0;
     if constexpr (kHasExponents) {
       // At most 30, for elements are not below 2^-24: two factors of fp16.
-      key_scale = cute::min(kKeyExponent - key_exponent(params, rows.sequence_index, head), 30);
+      key_scale = cute::min(kKeyExponent - key_exponent(params, rows.sequence.index, head), 30);
     }
     typename Intra::Work const work =
         intra_work<Intra>(params, rows, head, kWeightExponent - 2 * key_scale);
-    std::int64_t const slot_head = rows.slot * params.heads + head;
+    std::int64_t const slot_head = rows.slot_head(params, head);
     if (thread == 0) {
       shared.work = work;
       shared.target = params.d_value + rows.at(params.d_value_stride, head);
@@ -96,7 +101,8 @@ struct ValueGradient {
     cute::clear(gradient);
 
     bool const has_state = rows.has_state(params);
-    Apply apply(shared.apply, params.d_states + slot_head * Apply::kStateDim * kValueDim, nullptr,
+    std::int64_t const state_head = rows.state_head(params, head);
+    Apply apply(shared.apply, params.d_states + state_head * Apply::kStateDim * kValueDim, nullptr,
                 thread);
     if (has_state) {
       apply.prefetch();

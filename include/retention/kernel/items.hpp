@@ -1,0 +1,61 @@
+// Kernels whose blocks have one item of work each, such as a tile or a chunk. Such a `Kernel` has
+//
+//     grid(params)                 a block for every number that there may be; y: heads
+//     turn_blocks(params)          how many of these are launched at most
+//     count(params)                numbers that there are, on the device
+//     work(params, smem, number)   for an item, if the number has one
+//
+// Numbers of packed sequences are bounded by their count, of which thousands may be empty or short.
+// Idle blocks take their time as well: where the grid would be far larger than the tokens imply,
+// fewer blocks take items in turns. That loop is a kernel of its own, since it would cost the main
+// loops registers.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cute/tensor.hpp>
+
+namespace retention::kernel {
+
+/// An item a block.
+template <class Kernel>
+struct OneItem {
+  template <class Params>
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    int const number = blockIdx.x;
+    if (number < Kernel::count(params)) {
+      Kernel::work(params, smem, number);
+    }
+  }
+};
+
+/// The same kernel in turns: a block has every gridDim.x-th item from its own on.
+template <class Kernel>
+struct InTurns {
+  using Params = typename Kernel::Params;
+  using SharedStorage = typename Kernel::SharedStorage;
+  static constexpr int kThreads = Kernel::kThreads;
+  // With some more registers, for where a block is.
+  static constexpr int kMinBlocks = std::max(1, Kernel::kMinBlocks - 1);
+
+  CUTE_HOST static dim3 grid(Params const& params) {
+    dim3 grid = Kernel::grid(params);
+    grid.x = static_cast<unsigned>(
+        std::min(std::int64_t{grid.x}, std::int64_t{Kernel::turn_blocks(params)}));
+    return grid;
+  }
+  CUTE_HOST static bool pays(Params const& params) {
+    return grid(params).x < Kernel::grid(params).x;
+  }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+#pragma unroll 1
+    for (int number = blockIdx.x; number < Kernel::count(params); number += gridDim.x) {
+      Kernel::work(params, smem, number);
+      __syncthreads();  // shared memory is free
+    }
+  }
+};
+
+}  // namespace retention::kernel
