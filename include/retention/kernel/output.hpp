@@ -65,7 +65,7 @@ struct Output {
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
     typename Intra::Work work;
-    detail::CumulativeGate row_gate[kRows];
+    detail::CumulativeGate row_gate[kRows];  // since the chunk's start, less weight_exponent
   };
   static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
 
@@ -135,7 +135,7 @@ struct Output {
                                     params.value_stride.token,
                                     params.gate_stride.token,
                                     rows,
-                                    -weight_exponent};
+                                    detail::power_of_two(-weight_exponent)};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -156,7 +156,7 @@ struct Output {
     } else {
       Intra::prefetch(shared.intra, work);
     }
-    load_queries(params, shared, query, gate, rows, thread);
+    load_queries(params, shared, query, gate, weight_exponent, rows, thread);
     if (has_state) {
       apply(shared.query, first_row, lane, output, normalizer);
       __syncthreads();  // the keys come where the state was
@@ -169,7 +169,8 @@ struct Output {
       }
       Intra::prefetch(shared.intra, shared.work);
       // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
-      float const decay = detail::exp2(shared.row_gate[first_row].total());
+      float const decay =
+          detail::exp2(shared.row_gate[first_row].total() + static_cast<float>(weight_exponent));
       scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
@@ -193,7 +194,7 @@ struct Output {
   // Rows that stand for nothing are zero.
   CUTE_DEVICE static void load_queries(Params const& params, SharedStorage& shared,
                                        Element const* query, detail::CumulativeGate const* gate,
-                                       Rows const& rows, int thread) {
+                                       int weight_exponent, Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
     // Loaded first, to arrive together with the queries.
     detail::CumulativeGate row_gate[kRows / kThreads] = {};
@@ -234,7 +235,8 @@ struct Output {
     }
 #pragma unroll
     for (int i = 0; i < kRows / kThreads; ++i) {
-      shared.row_gate[thread + i * kThreads] = row_gate[i];
+      shared.row_gate[thread + i * kThreads] = {
+          row_gate[i].high, row_gate[i].low - static_cast<float>(weight_exponent)};
     }
   }
 
