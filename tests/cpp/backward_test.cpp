@@ -351,7 +351,6 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     c.aligned = true;  // as with strong gates: a query sees few keys
     return c;
   };
-  run(with_resets(3, {"resets, one chunk", {150}, 0, 0, false, 1, 2, -0.5}));
   Case padded{"packed, padded", {0, 30, 0, 70, 0}, 64, 0, true, 1, 2, -0.1};
   padded.lead = 37;
   padded.tail = 75;
@@ -363,9 +362,6 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 200000;
   if (retention::test::kOnDevice || !large) {
-    run(with_resets(41, {"a few resets", {150}, 64, 64, false, 1, 1, -0.05, true, true}));
-    run(with_resets(2, {"resets", {210}, 192, 192, false, 1, 1, -0.2, false, true}));
-    run(with_resets(3, {"resets, packed", {70, 0, 1}, 64, 64, true, 1, 2, -0.1, true, true}));
     // Odd seeds keep the workspace of forward.
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});
     padded.name = "packed, padded, strided, with states";
@@ -408,18 +404,22 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     run({"no gates", {100}, 64, 0, false, 1, 1, 0.0, true},
         {kQuery, kKey, kValue, kInitial, kQuery | kKey, kQuery | kValue, kQuery | kInitial});
     run({"no gates, kept", {100}, 64, 0, false, 1, 1, 0.0, true}, {kQuery, kKey, kInitial});
+    run(with_resets(41, {"a few resets", {150}, 64, 64, false, 1, 1, -0.05, true, true}));
+    run(with_resets(2, {"resets", {210}, 192, 192, false, 1, 1, -0.2, false, true}));
+    run(with_resets(3, {"resets, packed", {70, 0, 1}, 64, 64, true, 1, 2, -0.1, true, true}));
   }
+  run(with_resets(3, {"resets, one chunk", {150}, 0, 0, false, 1, 2, -0.5}));
   // A host takes long for their references: the size that most models have must do.
   bool const usual = configuration.head_dim == 64 && configuration.value_dim == 64;
   if (retention::test::kOnDevice && usual && !unchecked) {
     run({"long", {1700}, 512, 0, false, 2, 2, -0.01, true, true});
-    run(with_resets(3, {"long, resets", {1700}, 512, 0, false, 2, 2, -0.01, true, true}));
-    run(with_resets(2, {"long, one chunk, resets", {1500}, 2048, 0, false, 1, 1, -0.01}));
     run({"long, one chunk", {1500}, 0, 0, false, 1, 1, -0.01});
     run({"long, packed", {1000, 0, 1, 63, 64, 65, 1500}, 256, 512, true, 2, 2, -0.02, true, true});
     run({"many sequences", std::vector<int>(100, 40), 64, 0, true, 2, 1, -0.02, false, true});
     run({"long, no gates", {1300}, 128, 0, false, 3, 1, 0.0, false, true, true});
     run({"many heads a group", {300}, 128, 0, false, 1, 16, -0.05});
+    run(with_resets(3, {"long, resets", {1700}, 512, 0, false, 2, 2, -0.01, true, true}));
+    run(with_resets(2, {"long, one chunk, resets", {1500}, 2048, 0, false, 1, 1, -0.01}));
   }
 #ifdef RETENTION_EMULATOR
   run_nothing_in_vain(configuration);

@@ -332,8 +332,8 @@ void run_all_cases(std::uint64_t seed) {
   test({"packed", 64, {65, 0, 1, 130}, true, 1, G::kMild, true});
   test({"segments", 64, {260}, false, 1, G::kMild, true, 2});
   test({"strong gates", 128, {200}, false, 1, G::kStrong, true});
-  test({"resets", 256, {400}, false, 1, G::kResets, true});
   test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000});
+  test({"resets", 256, {400}, false, 1, G::kResets, true});
 }
 
 /// What depends little on the configuration.

@@ -364,6 +364,17 @@ void run_all_cases(std::uint64_t seed) {
                   c.log_gate = 3.0f, c.steady = true, c.chunk_size = 192,
                   c.lengths = {1, 150, 0, 90}, c.packed = true, c.group = 3, c.heads = 2;
                 }),
+      make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
+      make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
+      make_case("keys of 100, small queries, large values",
+                [](Case& c) {
+                  c.key_scale = 100.0f, c.query_scale = 1e-4f, c.value_scale = 1000.0f,
+                  c.initial = true;
+                }),
+      make_case("keys of 30000, large queries",
+                [](Case& c) {
+                  c.key_scale = 30000.0f, c.query_scale = 6e4f, c.initial = true, c.lengths = {150};
+                }),
       make_case("resets",
                 [](Case& c) {
                   c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.group = 2,
@@ -381,17 +392,6 @@ void run_all_cases(std::uint64_t seed) {
                 }),
       make_case("resets without weight at them",
                 [](Case& c) { c.resets = 3, c.chunk_size = 192, c.lengths = {150}, c.keys = 80; }),
-      make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
-      make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
-      make_case("keys of 100, small queries, large values",
-                [](Case& c) {
-                  c.key_scale = 100.0f, c.query_scale = 1e-4f, c.value_scale = 1000.0f,
-                  c.initial = true;
-                }),
-      make_case("keys of 30000, large queries",
-                [](Case& c) {
-                  c.key_scale = 30000.0f, c.query_scale = 6e4f, c.initial = true, c.lengths = {150};
-                }),
   };
   for (Case const& c : cases) {
     run<Element, HeadDim, ValueDim>(c, seed++);

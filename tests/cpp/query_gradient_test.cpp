@@ -362,11 +362,6 @@ void run_all_cases(std::uint64_t seed) {
       {"quadratic, packed, strided", 640, {0, 33, 150, 0, 0, 1, 90}, true, 2, 3, true, false, true},
       make_case("gates in a long chunk",
                 [](Case& c) { c.log_gate = 0.2f, c.chunk_size = 320, c.lengths = {330}; }),
-      make_case("resets at every third token",
-                [](Case& c) {
-                  c.resets = 3, c.log_gate = 0.5f, c.chunk_size = 320, c.lengths = {330},
-                  c.initial = true;
-                }),
       make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
   };
   // A state of many elements takes its time on the emulator.
@@ -389,14 +384,6 @@ void run_all_cases(std::uint64_t seed) {
                   c.log_gate = kIsHalf ? 0.01f : 0.25f, c.steady = true, c.chunk_size = 320,
                   c.lengths = {320}, c.keys = 40;
                 }),
-      make_case(
-          "resets",
-          [](Case& c) { c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.initial = true; }),
-      make_case("resets at every second token, shared key heads, packed",
-                [](Case& c) {
-                  c.resets = 2, c.chunk_size = 256, c.lengths = {70, 0, 140}, c.packed = true,
-                  c.group = 3;
-                }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
       make_case("keys of 100, large values, small gradients",
                 [](Case& c) {
@@ -408,10 +395,23 @@ void run_all_cases(std::uint64_t seed) {
                   c.key_scale = 30000.0f, c.query_scale = 6e4f, c.gradient_scale = 3e4f,
                   c.initial = true, c.lengths = {70};
                 }),
+      make_case(
+          "resets",
+          [](Case& c) { c.resets = 41, c.chunk_size = 192, c.lengths = {260}, c.initial = true; }),
+      make_case("resets at every second token, shared key heads, packed",
+                [](Case& c) {
+                  c.resets = 2, c.chunk_size = 256, c.lengths = {70, 0, 140}, c.packed = true,
+                  c.group = 3;
+                }),
+      make_case("resets, no weight after the last keys",
+                [](Case& c) { c.resets = 3, c.chunk_size = 192, c.lengths = {150}, c.keys = 80; }),
   };
   if (HeadDim * ValueDim <= 64 * 64) {
     cases.insert(cases.end(), more.begin(), more.end());
   }
+  cases.push_back(make_case("resets at every third token", [](Case& c) {
+    c.resets = 3, c.log_gate = 0.5f, c.chunk_size = 384, c.lengths = {330};
+  }));
   for (Case const& c : cases) {
     run<Element, HeadDim, ValueDim>(c, seed++);
   }

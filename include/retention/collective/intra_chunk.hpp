@@ -73,9 +73,9 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     Tiles::prefetch(shared, work);
   }
 
-  /// Of the tile of rows: `query` and the gate of each row, both in shared memory as `work` is.
-  /// `output` and `normalizer` are over R_i, the decay since the first token of the warp's rows;
-  /// what is added to them and returned is not.
+  /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
+  /// as `work` is. `output` and `normalizer` are over R_i, the decay since the first token of the
+  /// warp's rows; what is added to them and returned is not.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               detail::CumulativeGate const* row_gate, Output& output,
@@ -177,18 +177,16 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
                                          detail::CumulativeGate const& row_gate, int slot,
                                          int gate_offset, float (&factor)[kTileKeys / 8][2]) {
     if (work.gate == nullptr) {
-      float const unit = detail::power_of_two(work.unit_exponent);
 #pragma unroll
       for (int i = 0; i < kTileKeys / 4; ++i) {
-        factor[i / 2][i % 2] = unit;
+        factor[i / 2][i % 2] = work.unit;
       }
     } else {
-      auto const unit = static_cast<float>(work.unit_exponent);
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
         auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
-        factor[n][0] = detail::exp2(row_gate.since(key.gate[0]) + unit);
-        factor[n][1] = detail::exp2(row_gate.since(key.gate[1]) + unit);
+        factor[n][0] = detail::exp2(row_gate.since(key.gate[0]));
+        factor[n][1] = detail::exp2(row_gate.since(key.gate[1]));
       }
     }
   }
@@ -290,11 +288,10 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     int const first_row = warp_row + 16 * first + lane / 4;
     // One factor after the other: a square may be infinite where the decay is 0.
     if (work.gate == nullptr) {
-      float const unit = detail::power_of_two(work.unit_exponent);
+      float const unit = work.unit;
       for_each(weight, [&](float& w, int, int, int, int) { w = w * unit * w; });
       __syncwarp();
     } else {
-      auto const unit = static_cast<float>(work.unit_exponent);
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
         auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
@@ -304,7 +301,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
           for (int i = 0; i < 4; ++i) {
             float const decay = row_gates[first_row + 16 * m + i / 2 * 8].since(key.gate[i % 2]);
             float& w = weight[m][n][i];
-            w = w * detail::exp2(decay + unit) * w;
+            w = w * detail::exp2(decay) * w;
           }
         }
       }

@@ -74,7 +74,7 @@ struct KeyTiles {
     std::int64_t value_stride;
     std::int64_t gate_stride;
     TileRows rows;
-    int unit_exponent;  // weights are multiplied by 2^unit_exponent
+    float unit;  // what weights are multiplied by where there is no gate
   };
 
   /// Of a warp's rows, tokens in the chunk.

@@ -66,7 +66,7 @@ struct Output : OneItem<Output<Traits>> {
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
     typename Intra::Work work;
-    detail::CumulativeGate row_gate[kRows];
+    detail::CumulativeGate row_gate[kRows];  // since the chunk's start, less weight_exponent
   };
   static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
 
@@ -142,7 +142,7 @@ struct Output : OneItem<Output<Traits>> {
                                     params.value_stride.token,
                                     params.gate_stride.token,
                                     rows,
-                                    -weight_exponent};
+                                    detail::power_of_two(-weight_exponent)};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -167,7 +167,7 @@ struct Output : OneItem<Output<Traits>> {
     } else {
       Intra::prefetch(shared.intra, work);
     }
-    load_queries(params, shared, query, gate, rows, thread);
+    load_queries(params, shared, query, gate, weight_exponent, rows, thread);
     if (has_state) {
       apply(shared.query, first_row, lane, output, normalizer);
       __syncthreads();  // the keys come where the state was
@@ -180,7 +180,8 @@ struct Output : OneItem<Output<Traits>> {
       }
       Intra::prefetch(shared.intra, shared.work);
       // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
-      float const decay = detail::exp2(shared.row_gate[first_row].total());
+      float const decay =
+          detail::exp2(shared.row_gate[first_row].total() + static_cast<float>(weight_exponent));
       scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
@@ -204,7 +205,7 @@ struct Output : OneItem<Output<Traits>> {
   // Rows that stand for nothing are zero.
   CUTE_DEVICE static void load_queries(Params const& params, SharedStorage& shared,
                                        Element const* query, detail::CumulativeGate const* gate,
-                                       Rows const& rows, int thread) {
+                                       int weight_exponent, Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
     // Loaded first, to arrive together with the queries.
     detail::CumulativeGate row_gate[kRows / kThreads] = {};
@@ -245,7 +246,8 @@ struct Output : OneItem<Output<Traits>> {
     }
 #pragma unroll
     for (int i = 0; i < kRows / kThreads; ++i) {
-      shared.row_gate[thread + i * kThreads] = row_gate[i];
+      shared.row_gate[thread + i * kThreads] = {
+          row_gate[i].high, row_gate[i].low - static_cast<float>(weight_exponent)};
     }
   }
 

@@ -153,7 +153,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
         params.value_stride.token,
         params.gate_stride.token,
         rows,
-        0};
+        1.0f};
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
