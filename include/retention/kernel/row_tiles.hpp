@@ -29,7 +29,7 @@ struct PackedTiles {
   CUTE_HOST_DEVICE int start(int token) const {
     return token / sequences.chunk_size * in_chunk() + token % sequences.chunk_size / tokens;
   }
-  CUTE_HOST_DEVICE int count() const { return start(sequences.length) + sequences.num_listed(); }
+  CUTE_HOST_DEVICE int count() const { return sequences.numbers(start(sequences.length)); }
   /// At most so many.
   CUTE_HOST std::int64_t most() const {
     return std::int64_t{start(sequences.length)} + sequences.listed;

@@ -109,7 +109,13 @@ struct Sequences {
 
   /// How many numbers there are, some of them of no chunk.
   CUTE_HOST_DEVICE int num_chunks() const {
-    return packed() ? length / chunk_size + *list.count : static_cast<int>(num_slots());
+    return packed() ? numbers(length / chunk_size) : static_cast<int>(num_slots());
+  }
+  /// How many there are to `search`, where all tokens have `of_tokens` and each sequence another
+  /// one; none where there are no sequences.
+  CUTE_HOST_DEVICE int numbers(int of_tokens) const {
+    int const listed_now = *list.count;
+    return listed_now == 0 ? 0 : of_tokens + listed_now;
   }
   /// At most so many.
   CUTE_HOST_DEVICE std::int64_t most_chunks() const {
