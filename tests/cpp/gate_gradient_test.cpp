@@ -147,8 +147,8 @@ void run_case(Case const& c, std::uint64_t seed) {
             x.product_magnitude += std::abs(decay * y[i] * z[i]);
           }
         };
-        auto const place = [&](retention::kernel::Slots slots) {
-          return slot_of(where, s, static_cast<size_t>(first / chunk_size), slots) * heads + h;
+        auto const place = [&](retention::kernel::Slots kind) {
+          return slot_of(where, s, static_cast<size_t>(first / chunk_size), kind) * heads + h;
         };
         size_t const at = place(retention::kernel::state_slots(has_initial));
         size_t const d_at = place(retention::kernel::gradient_slots(has_final));
