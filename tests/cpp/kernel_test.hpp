@@ -65,6 +65,7 @@ struct SequenceLayout {
             chunk_size,
             count,
             count,
+            chunk_size,
             chunk_size};
   }
 

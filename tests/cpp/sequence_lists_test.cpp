@@ -55,7 +55,8 @@ Lists make(std::vector<int> const& bounds, int tokens, std::vector<int> const& l
 
 Sequences sequences_of(std::vector<SequenceList::Entry> const& entries, int const& count,
                        int tokens, int all, int chunk_size, int whole_until) {
-  return {{entries.data(), &count}, tokens, chunk_size, all, count, whole_until};
+  return {{entries.data(), &count},    tokens, chunk_size, all, count, whole_until,
+          (whole_until + 63) / 64 * 64};
 }
 
 // What blocks find.

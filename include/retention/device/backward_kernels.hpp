@@ -46,9 +46,9 @@ struct BackwardKernels {
   /// As of the forward kernels, some of which run here as well.
   static constexpr std::size_t kSharedBytes =
       cute::max(cute::max(Forward::kSharedBytes, sizeof(typename StateGradients::SharedStorage)),
-                cute::max(sizeof(typename QueryGradient::SharedStorage),
-                          cute::max(sizeof(typename ValueGradient::SharedStorage),
-                                    sizeof(typename KeyGradient::SharedStorage))));
+                cute::max(sizeof(typename kernel::InTurns<QueryGradient>::SharedStorage),
+                          cute::max(sizeof(typename kernel::InTurns<ValueGradient>::SharedStorage),
+                                    sizeof(typename kernel::InTurns<KeyGradient>::SharedStorage))));
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
   static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
                     StateProducts::kParts == BackwardPlan::kProductParts &&

@@ -46,17 +46,16 @@ struct PlannedCall {
 
   /// Those of a list; rows of a batch are all of them.
   kernel::Sequences listed(SequenceListKind kind) const {
-    if (a.cu_seqlens == nullptr) {
-      return {{}, a.tokens, a.chunk_size, a.sequences, a.sequences, a.whole_until};
+    kernel::Sequences result{{}, a.tokens, a.chunk_size, a.sequences, a.sequences, a.whole_until,
+                             0};
+    result.whole_chunk = cute::round_up(a.whole_until, ForwardPlan::kTokenMultiple);
+    if (a.cu_seqlens != nullptr) {
+      PlannedList const& list = forward_plan.lists[kind];
+      auto const* entries = list.region.in<kernel::SequenceList::Entry>(forward_workspace);
+      result.list = {entries + 1, &entries->index};
+      result.listed = list.most;
     }
-    PlannedList const& list = forward_plan.lists[kind];
-    auto const* entries = list.region.in<kernel::SequenceList::Entry>(forward_workspace);
-    return {{entries + 1, &entries->index},
-            a.tokens,
-            a.chunk_size,
-            a.sequences,
-            list.most,
-            a.whole_until};
+    return result;
   }
 
   static kernel::TokenStride stride(Strides const& s) { return {s.batch, s.token, s.head}; }
@@ -98,8 +97,9 @@ struct ForwardKernels {
   static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
   /// Of shared memory, that a block of the largest kernel takes. The others get along with what
   /// every device has.
-  static constexpr std::size_t kSharedBytes = cute::max(sizeof(typename ChunkStates::SharedStorage),
-                                                        sizeof(typename Output::SharedStorage));
+  static constexpr std::size_t kSharedBytes =
+      cute::max(sizeof(typename ChunkStates::SharedStorage),
+                sizeof(typename kernel::InTurns<Output>::SharedStorage));
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
                     kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts &&

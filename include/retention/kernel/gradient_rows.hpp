@@ -47,6 +47,7 @@ struct GradientRows : OneItem<GradientRows<Traits>> {
 
   struct SharedStorage {
     GradientRange warps[kWarps];
+    std::int64_t slot;  // of the tile's range: here it takes no register
   };
 
   /// Every row of d or dv elements is aligned to 16 bytes.
@@ -102,6 +103,10 @@ struct GradientRows : OneItem<GradientRows<Traits>> {
       return;  // a number without a tile
     }
 
+    if (threadIdx.x == 0) {
+      shared.slot = sequence.first_slot + tile.index;
+    }
+
     // A warp's tokens; lane r takes care of the numbers of row r.
     std::int64_t const first_token = first + warp * kWarpRows;
     int const rows = static_cast<int>(cute::max(
@@ -152,8 +157,7 @@ struct GradientRows : OneItem<GradientRows<Traits>> {
       }
     }
     if constexpr (kHasExponents) {
-      std::int64_t const slot = sequence.first_slot + tile.index;
-      store_range(params.ranges[slot * params.heads + head], shared, range, warp, lane);
+      store_range(params, shared, range, warp, lane);
     }
   }
 
@@ -291,7 +295,7 @@ struct GradientRows : OneItem<GradientRows<Traits>> {
   }
 
   // Lanes and warps in a fixed order: the same in every run.
-  CUTE_DEVICE static void store_range(GradientRange& target, SharedStorage& shared,
+  CUTE_DEVICE static void store_range(Params const& params, SharedStorage& shared,
                                       GradientRange range, int warp, int lane) {
     range.weight = detail::reduce_warp(range.weight, detail::Maximum{});
     range.weight_delta = detail::reduce_warp(range.weight_delta, detail::Maximum{});
@@ -314,7 +318,7 @@ struct GradientRows : OneItem<GradientRows<Traits>> {
         range.gradient = fmaxf(range.gradient, other.gradient);
         range.delta = fmaxf(range.delta, other.delta);
       }
-      target = range;
+      params.ranges[shared.slot * params.heads + blockIdx.y] = range;
     }
   }
 };

@@ -34,7 +34,11 @@ struct OneItem {
 template <class Kernel>
 struct InTurns {
   using Params = typename Kernel::Params;
-  using SharedStorage = typename Kernel::SharedStorage;
+  struct SharedStorage {
+    typename Kernel::SharedStorage kernel;
+    // Where the block is, each warp's own: the work has no register to spare.
+    int numbers[Kernel::kThreads / 32];
+  };
   static constexpr int kThreads = Kernel::kThreads;
   // With some more registers, for where a block is.
   static constexpr int kMinBlocks = std::max(1, Kernel::kMinBlocks - 1);
@@ -50,10 +54,17 @@ struct InTurns {
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    auto& numbers = reinterpret_cast<SharedStorage*>(smem)->numbers;
+    int number = blockIdx.x;
 #pragma unroll 1
-    for (int number = blockIdx.x; number < Kernel::count(params); number += gridDim.x) {
+    while (number < Kernel::count(params)) {
+      if (threadIdx.x % 32 == 0) {
+        numbers[threadIdx.x / 32] = number;
+      }
       Kernel::work(params, smem, number);
       __syncthreads();  // shared memory is free
+      number = numbers[threadIdx.x / 32] + static_cast<int>(gridDim.x);
+      __syncwarp();
     }
   }
 };

@@ -91,7 +91,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
-    int const head = blockIdx.y;
+    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
     Rows const rows = Rows::find(params.sequences, number);
     if (rows.count <= 0) {
       return;  // the same for the whole block

@@ -111,7 +111,7 @@ struct Output : OneItem<Output<Traits>> {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
-    int const head = blockIdx.y;
+    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
     Tiles const tiles{params.sequences, params.group};
     Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);

@@ -124,7 +124,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
-    int const head = blockIdx.y;
+    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
     Tiles const tiles{params.sequences, params.group};
     Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);

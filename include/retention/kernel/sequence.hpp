@@ -55,9 +55,12 @@ struct Sequences {
   SequenceList list;  // of packed sequences; else null
   int length;         // tokens in each row of the batch; in all of them when packed
   int chunk_size;
-  int count;        // of all sequences
-  int listed;       // at most; all unless packed
-  int whole_until;  // packed sequences of no more tokens than this are one chunk
+  int count;   // of all sequences
+  int listed;  // at most; all unless packed
+  // Packed sequences of no more tokens than this are one chunk, of at least that and a multiple of
+  // 64 tokens.
+  int whole_until;
+  int whole_chunk;
 
   CUTE_HOST_DEVICE bool packed() const { return list.entries != nullptr; }
 
@@ -72,11 +75,17 @@ struct Sequences {
 
   /// The same sequences in larger parts, which consist of whole chunks.
   CUTE_HOST_DEVICE Sequences segments(int segment_tokens) const {
-    return {list, length, segment_tokens, count, listed, cute::max(segment_tokens, whole_until)};
+    return {list,
+            length,
+            segment_tokens,
+            count,
+            listed,
+            cute::max(segment_tokens, whole_until),
+            cute::max(segment_tokens, whole_chunk)};
   }
   /// The same sequences in pieces, whatever their chunks are.
   CUTE_HOST_DEVICE Sequences pieces(int tokens) const {
-    return {list, length, tokens, count, listed, tokens};
+    return {list, length, tokens, count, listed, tokens, tokens};
   }
 
   /// Of those listed, how many there are.
@@ -88,8 +97,7 @@ struct Sequences {
       return {place, 0, static_cast<std::int64_t>(place) * max_chunks(), place, length, chunk_size};
     }
     SequenceList::Entry const entry = list.entries[place];
-    // One chunk of a multiple of 64 tokens, as all are.
-    int const size = entry.length <= whole_until ? (whole_until + 63) / 64 * 64 : chunk_size;
+    int const size = entry.length <= whole_until ? whole_chunk : chunk_size;
     // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
     // has to add up the chunks of the sequences before.
     return {0,           entry.first_token, static_cast<std::int64_t>(start(entry)) + entry.index,
