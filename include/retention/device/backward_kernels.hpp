@@ -44,11 +44,11 @@ struct BackwardKernels {
 
   static constexpr bool kScaled = Forward::kScaled;
   /// As of the forward kernels, some of which run here as well.
-  static constexpr std::size_t kSharedBytes =
-      cute::max(cute::max(Forward::kSharedBytes, sizeof(typename StateGradients::SharedStorage)),
-                cute::max(sizeof(typename kernel::InTurns<QueryGradient>::SharedStorage),
-                          cute::max(sizeof(typename kernel::InTurns<ValueGradient>::SharedStorage),
-                                    sizeof(typename kernel::InTurns<KeyGradient>::SharedStorage))));
+  static constexpr std::size_t kSharedBytes = cute::max(
+      cute::max(Forward::kSharedBytes, sizeof(typename StateGradients::SharedStorage)),
+      cute::max(
+          kernel::shared_bytes<QueryGradient>(),
+          cute::max(kernel::shared_bytes<ValueGradient>(), kernel::shared_bytes<KeyGradient>())));
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
   static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
                     StateProducts::kParts == BackwardPlan::kProductParts &&

@@ -82,9 +82,13 @@ struct PlannedCall {
 /// Launches a kernel of kernel/items.hpp.
 template <class Kernel, class Launcher>
 Status launch_items(Launcher const& launcher, typename Kernel::Params const& params) {
-  using InTurns = kernel::InTurns<Kernel>;
-  return InTurns::pays(params) ? launcher.template launch<InTurns>(params)
-                               : launcher.template launch<Kernel>(params);
+  if constexpr (Kernel::kTakesTurns) {
+    using InTurns = kernel::InTurns<Kernel>;
+    if (InTurns::pays(params)) {
+      return launcher.template launch<InTurns>(params);
+    }
+  }
+  return launcher.template launch<Kernel>(params);
 }
 
 template <class Element, int HeadDim, int ValueDim>
@@ -98,8 +102,7 @@ struct ForwardKernels {
   /// Of shared memory, that a block of the largest kernel takes. The others get along with what
   /// every device has.
   static constexpr std::size_t kSharedBytes =
-      cute::max(sizeof(typename ChunkStates::SharedStorage),
-                sizeof(typename kernel::InTurns<Output>::SharedStorage));
+      cute::max(sizeof(typename ChunkStates::SharedStorage), kernel::shared_bytes<Output>());
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
                     kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts &&

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cute/tensor.hpp>
 
@@ -21,6 +22,8 @@ namespace retention::kernel {
 /// An item a block.
 template <class Kernel>
 struct OneItem {
+  static constexpr bool kTakesTurns = true;  // whether InTurns is an alternative
+
   template <class Params>
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     int const number = blockIdx.x;
@@ -68,5 +71,15 @@ struct InTurns {
     }
   }
 };
+
+/// Of shared memory, that a kernel takes in either way.
+template <class Kernel>
+constexpr std::size_t shared_bytes() {
+  if constexpr (Kernel::kTakesTurns) {
+    return sizeof(typename InTurns<Kernel>::SharedStorage);
+  } else {
+    return sizeof(typename Kernel::SharedStorage);
+  }
+}
 
 }  // namespace retention::kernel

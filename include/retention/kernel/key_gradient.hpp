@@ -39,6 +39,8 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  // Long rows leave no register for turns, and take far longer than idle blocks.
+  static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kWarps = Traits::kWarps;
   static constexpr int kThreads = 32 * kWarps;
   // Shared memory has room for one block of long rows.
@@ -91,7 +93,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
-    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
+    int const head = blockIdx.y;
     Rows const rows = Rows::find(params.sequences, number);
     if (rows.count <= 0) {
       return;  // the same for the whole block

@@ -39,6 +39,8 @@ struct Output : OneItem<Output<Traits>> {
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  // Long rows leave no register for turns, and take far longer than idle blocks.
+  static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kRows = Tiling::kRows;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   static constexpr int kThreads = 32 * Tiling::kWarps;
@@ -111,7 +113,7 @@ struct Output : OneItem<Output<Traits>> {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
-    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
+    int const head = blockIdx.y;
     Tiles const tiles{params.sequences, params.group};
     Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);

@@ -40,6 +40,8 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  // Long rows leave no register for turns, and take far longer than idle blocks.
+  static constexpr bool kTakesTurns = kHeadDim <= 64 && kValueDim <= 64;
   static constexpr int kWarps = Traits::kWarps;
   static constexpr int kThreads = 32 * kWarps;
   // Shared memory has room for one block of long rows.
@@ -124,7 +126,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
-    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
+    int const head = blockIdx.y;
     Tiles const tiles{params.sequences, params.group};
     Tile const tile = tiles.find(number);
     Sequence const sequence = params.sequences.get(tile.sequence);

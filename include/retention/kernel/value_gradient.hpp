@@ -34,6 +34,8 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  // Long rows leave no register for turns, and take far longer than idle blocks.
+  static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kRows = Tiling::kRows;
   static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMinBlocks = 2;
@@ -79,7 +81,7 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
   CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
-    int const head = detail::recomputed(static_cast<int>(blockIdx.y));
+    int const head = blockIdx.y;
     Rows const rows = Rows::find(params.sequences, number);
     if (rows.count <= 0) {
       return;  // the same for the whole block
