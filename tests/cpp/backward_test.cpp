@@ -193,7 +193,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   std::uint64_t seed = 0;
   auto run = [&](Case const& c) { run_case(configuration, c, seed++, unchecked); };
   auto const with_resets = [](int every, Case c) {
-    c.resets = every;
+    c.resets = every, c.aligned = true;
     return c;
   };
   // name, lengths, chunk, segment, packed, heads, group, gate, initial, final, strided, magnitudes
