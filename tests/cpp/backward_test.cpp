@@ -376,6 +376,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     // The form of each by its own length.
     Case mixed{"packed, mixed", {0, 100, 101, 0, 64, 65, 1, 0}, 64, 64, true, 1, 2, -0.1};
     mixed.whole_until = 100;
+    mixed.aligned = true;  // a query may see its own key alone
     mixed.tail = 20;
     run(mixed);
     run(mixed);
@@ -394,7 +395,10 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     mixed.gate = 0.0;
     run(mixed);
     run({"packed, among empty", retention::test::among_empty(70, 200), 64, 64, true, 1, 1, -0.1});
-    run({"packed, one token each", retention::test::one_token_each(), 64, 0, true, 1, 1, -0.1});
+    Case single{
+        "packed, one token each", retention::test::one_token_each(), 64, 0, true, 1, 1, -0.1};
+    single.aligned = true;
+    run(single);
     Case strong{"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true};
     strong.aligned = true;
     run(strong);

@@ -100,7 +100,7 @@ void run(Case const& c, std::uint64_t seed) {
         int const last = std::min(static_cast<int>(chunk + 1) * c.chunk_size, c.lengths[s]) - 1;
         float const g = -c.gate * (0.5f + 0.5f * std::abs(normal(rng)));
         gate[layout.at(stride, s, last, h)] =
-            CumulativeGate::from(retention::detail::kExactLog2E * double{g});
+            CumulativeGate::from(retention::detail::kLog2E * double{g});
         decay[chunk] = c.gate == 0.0f ? 1.0 : std::exp(double{g});
         for (Part& part : parts) {
           (*part.exponents)[(first_slot + chunk) * heads + h] =

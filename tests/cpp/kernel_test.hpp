@@ -112,8 +112,8 @@ struct SequenceLayout {
 class GateSum {
  public:
   detail::CumulativeGate add(float log_gate, bool starts_chunk) {
-    sum_ = (starts_chunk ? 0.0 : sum_) +
-           detail::kExactLog2E * double{detail::limited_log_gate(log_gate)};
+    sum_ =
+        (starts_chunk ? 0.0 : sum_) + detail::kLog2E * double{detail::limited_log_gate(log_gate)};
     return detail::CumulativeGate::from(sum_);
   }
 

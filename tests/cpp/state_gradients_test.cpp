@@ -186,7 +186,7 @@ void run(Case const& c, std::uint64_t seed) {
         if (c.gate != 0.0f) {
           in.chunk_gate.push_back(-c.gate * (0.5f + 0.5f * std::abs(uniform(rng))));
           gate[layout.at(gate_stride, s, end - 1, h)] =
-              CumulativeGate::from(retention::detail::kExactLog2E * double{in.chunk_gate.back()});
+              CumulativeGate::from(retention::detail::kLog2E * double{in.chunk_gate.back()});
         }
       }
     }

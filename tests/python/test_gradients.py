@@ -210,7 +210,7 @@ GRID = {
     # Next to none may be left of a query that is orthogonal to the few keys that it sees.
     **{
         f"resets of {reset} at every token of {every}": Call(
-            case(150, b=2, reset=reset, every=every, state=True), used=BOTH, aligned=True
+            case(150, b=2, reset=reset, every=every, state=True), used=BOTH, aligned=every > 1
         )
         for reset in (-1e4, -math.inf)
         for every in (1, 2, 3, 16)

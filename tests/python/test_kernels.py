@@ -224,8 +224,8 @@ def test_can_implement_names_the_argument(changes, message):
 
 
 def test_workspace_sizes():
-    # The quadratic form needs the cumulative gate, [b, h, t] in float32, in steps of 256 bytes.
-    assert _C.forward_workspace_size(*packed(chunk_size=128)) == math.ceil(2 * 2 * 400 / 256) * 256
+    # The quadratic form needs the cumulative gate, [b, h, t] of two float32, in steps of 256 bytes.
+    assert _C.forward_workspace_size(*packed(chunk_size=128)) == math.ceil(2 * 2 * 800 / 256) * 256
     assert _C.forward_workspace_size(*packed(chunk_size=128, log_gate=0)) == 0
     assert _C.forward_workspace_size(*packed(tokens=0)) == 0
     assert _C.forward_workspace_size(*packed(chunk_size=65)) == 0

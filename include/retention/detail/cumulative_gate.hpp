@@ -8,7 +8,7 @@
 
 namespace retention::detail {
 
-constexpr double kExactLog2E = 1.4426950408889634;
+constexpr double kLog2E = 1.4426950408889634;
 
 /// A smaller log gate, down to -inf, counts as this one: a reset, from before which nothing comes
 /// through. It is finite, so that no difference of sums is NaN, and no smaller than need be:

@@ -60,7 +60,7 @@ struct ForwardArguments {
   Strides key_strides;
   void const* value = nullptr;  // [b, t, h, dv]
   Strides value_strides;
-  float const* log_gate = nullptr;  // [b, t, h]; null: no decay
+  float const* log_gate = nullptr;  // [b, t, h], down to -inf; null: no decay
   Strides log_gate_strides;
 
   /// [n + 1]: sequence i is tokens [i] to [i + 1] - 1. Tokens before the first or behind the last

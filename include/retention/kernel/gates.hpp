@@ -114,7 +114,7 @@ struct Gates : OneItem<Gates> {
     double total = 0.0;
 #pragma unroll
     for (int i = 0; i < Tile::kLaneTokens; ++i) {
-      values[i] = detail::kExactLog2E * double{shared.tile[first + i]};
+      values[i] = detail::kLog2E * double{shared.tile[first + i]};
       total += values[i];
     }
     double inclusive = total;
