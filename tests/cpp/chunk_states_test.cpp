@@ -333,7 +333,7 @@ void run_all_cases(std::uint64_t seed) {
   test({"segments", 64, {260}, false, 1, G::kMild, true, 2});
   test({"strong gates", 128, {200}, false, 1, G::kStrong, true});
   test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000});
-  test({"resets", 256, {400}, false, 1, G::kResets, true});
+  test({"resets", 1024, {1100}, false, 1, G::kResets, true});
 }
 
 /// What depends little on the configuration.
