@@ -72,10 +72,14 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     int gate;
   };
 
+  // Whether sums of products are in shared memory between tiles: long rows leave no registers.
+  static constexpr bool kParksProducts = HeadDim > 64;
+
   struct SharedStorage : Tiles::SharedStorage {
     // Each thread's own: here they take no registers.
     Offsets offsets[kThreads];
     Reach reach[kThreads];
+    QueryProducts products[kParksProducts ? kThreads : 1];
   };
 
   /// Starts the first loads.
@@ -110,6 +114,14 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     keep<QueryLayout>(query, shared.offsets[this_thread()].query, kept_query);
     keep<OutputLayout>(d_output, shared.offsets[this_thread()].output, kept_output);
 
+    if constexpr (kParksProducts) {
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        shared.products[this_thread()][m][0] = products[m][0];
+        shared.products[this_thread()][m][1] = products[m][1];
+        products[m][0] = products[m][1] = 0.0f;
+      }
+    }
     int first_key = 0;
 #pragma unroll 1
     do {
@@ -130,9 +142,20 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
                   products);
       }
     } while ((first_key += kTileKeys) < work.rows.end_token());
+    if constexpr (kParksProducts) {
+      add_products(shared.products[this_thread()], products);
+    }
   }
 
  private:
+  CUTE_DEVICE static void add_products(QueryProducts const& sums, QueryProducts& products) {
+#pragma unroll
+    for (int m = 0; m < kMmaRows; ++m) {
+      products[m][0] += sums[m][0];
+      products[m][1] += sums[m][1];
+    }
+  }
+
   // Which operands registers hold throughout, beside gradients and products: loading one takes as
   // many wavefronts as an operand of keys.
   static constexpr bool kKeepQuery = HeadDim <= 64;
@@ -216,14 +239,15 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     int const lane = thread % 32;
     int const first_row = thread / 32 * kWarpRows;
     int const slot = first_key / kTileKeys % kSlots;
-    Offsets const offsets = shared.offsets[thread];
+    // Read anew at each step: registers are short.
+    auto const offsets = [&]() -> Offsets const& { return shared.offsets[this_thread()]; };
     float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, s root(E), and then da
-    multiply<QueryLayout, KeyLayout>(kept_query, query, offsets.query, shared.key, offsets.key,
+    multiply<QueryLayout, KeyLayout>(kept_query, query, offsets().query, shared.key, offsets().key,
                                      slot, weight);
-    multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets.gate, lane, weight);
+    multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets().gate, lane, weight);
     float product[kMmaRows][kTileKeys / 8][4] = {};  // u
-    multiply<OutputLayout, ValueLayout>(kept_output, d_output, offsets.output, shared.value,
-                                        offsets.value, slot, product);
+    multiply<OutputLayout, ValueLayout>(kept_output, d_output, offsets().output, shared.value,
+                                        offsets().value, slot, product);
     Factor const* factors = Diagonal ? rows.factor : rows.early_factor;
     Factor factor[kMmaRows][2];
 #pragma unroll
@@ -236,7 +260,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
       w *= fmaf(u, factor[m][upper].scale, factor[m][upper].shift);
       u = w * root;
     });
-    multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets.gate, lane, weight);
+    multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets().gate, lane, weight);
     if constexpr (Diagonal) {
       // Not a product with zero: what later keys and values give may be anything.
       int const quad = lane % 4;
@@ -249,7 +273,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
         p = is_seen ? p : 0.0f;
       });
     }
-    for_each(product, [&](float const& p, int m, int, int upper, int) { products[m][upper] += p; });
+    QueryProducts sums = {};
+    for_each(product, [&](float const& p, int m, int, int upper, int) { sums[m][upper] += p; });
+    add_products(sums, kParksProducts ? shared.products[this_thread()] : products);
 
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k) {
@@ -266,7 +292,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
       for (int n = 0; n < HeadDim / 8; n += 2) {
         std::uint32_t b[4];
         cute::SM75_U16x8_LDSM_T::copy(
-            piece_at(shared.key, advance_columns<KeyLayout>(offsets.key_rows, 8 * n) +
+            piece_at(shared.key, advance_columns<KeyLayout>(offsets().key_rows, 8 * n) +
                                      byte_offset<KeyLayout>(16 * k, 0) +
                                      byte_offset<KeyLayout>(0, 0, 1) * slot),
             b[0], b[1], b[2], b[3]);
