@@ -239,8 +239,11 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     int const lane = thread % 32;
     int const first_row = thread / 32 * kWarpRows;
     int const slot = first_key / kTileKeys % kSlots;
-    // Read anew at each step: registers are short.
-    auto const offsets = [&]() -> Offsets const& { return shared.offsets[this_thread()]; };
+    Offsets const kept_offsets = kParksProducts ? Offsets{} : shared.offsets[thread];
+    // Of long rows read anew at each step: registers are short.
+    auto const offsets = [&]() -> Offsets const& {
+      return kParksProducts ? shared.offsets[this_thread()] : kept_offsets;
+    };
     float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, s root(E), and then da
     multiply<QueryLayout, KeyLayout>(kept_query, query, offsets().query, shared.key, offsets().key,
                                      slot, weight);
@@ -273,9 +276,14 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
         p = is_seen ? p : 0.0f;
       });
     }
-    QueryProducts sums = {};
-    for_each(product, [&](float const& p, int m, int, int upper, int) { sums[m][upper] += p; });
-    add_products(sums, kParksProducts ? shared.products[this_thread()] : products);
+    if constexpr (kParksProducts) {
+      QueryProducts sums = {};
+      for_each(product, [&](float const& p, int m, int, int upper, int) { sums[m][upper] += p; });
+      add_products(sums, shared.products[this_thread()]);
+    } else {
+      for_each(product,
+               [&](float const& p, int m, int, int upper, int) { products[m][upper] += p; });
+    }
 
 #pragma unroll
     for (int k = 0; k < kTileKeys / 16; ++k) {

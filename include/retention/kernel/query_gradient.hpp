@@ -41,7 +41,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
   // Long rows leave no register for turns, and take far longer than idle blocks.
-  static constexpr bool kTakesTurns = kHeadDim <= 64 && kValueDim <= 64;
+  static constexpr bool kTakesTurns = kHeadDim * kValueDim < 64 * 64;
   static constexpr int kWarps = Traits::kWarps;
   static constexpr int kThreads = 32 * kWarps;
   // Shared memory has room for one block of long rows.
