@@ -138,11 +138,7 @@ def _forward(
     residual = residual if residual.numel() else None
     with torch.no_grad(), without_autocast(Q.device):
         for batch in _packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, deg)):
-            chunk = choose_chunk(
-                batch.length, Q.shape[3], V.shape[3], deg, chunk_size, switch_over_seq_len
-            )
-            operands = (batch.take(x) for x in (Q, K, V, log_G))
-            sequence = _chunked.Sequence(*operands, deg, max(1, chunk))
+            sequence = _sequence(batch, Q, K, V, log_G, deg, chunk_size, switch_over_seq_len)
             S = sequence.join_state(_rows(initial_state, batch), _rows(sum_of_keys, batch))
             targets = [batch.room(x) for x in (out, norm, residual)]
             S = _chunked.forward(sequence, S, *targets, return_final_state)
@@ -155,6 +151,21 @@ def _forward(
             empty = _packed.without_tokens(cu_seqlens)
             _hand_through(empty, (state, keys), (initial_state, sum_of_keys))
     return results
+
+
+def _sequence(
+    batch: _packed.Batch,
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    deg: int,
+    chunk_size: int | None,
+    switch_over: int | None,
+) -> _chunked.Sequence:
+    """The batch's sequences, in chunks that suit their length."""
+    chunk = choose_chunk(batch.length, Q.shape[3], V.shape[3], deg, chunk_size, switch_over)
+    return _chunked.Sequence(*map(batch.take, (Q, K, V, log_G)), deg, max(1, chunk))
 
 
 def _state_size(Q: Tensor, V: Tensor, deg: int) -> int:
@@ -204,11 +215,7 @@ def _backward(
     initial_wanted = d_initial_state is not None
     with torch.no_grad(), without_autocast(Q.device):
         for batch in _packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, deg)):
-            chunk = choose_chunk(
-                batch.length, Q.shape[3], V.shape[3], deg, chunk_size, switch_over_seq_len
-            )
-            operands = (batch.take(x) for x in (Q, K, V, log_G))
-            sequence = _chunked.Sequence(*operands, deg, max(1, chunk))
+            sequence = _sequence(batch, Q, K, V, log_G, deg, chunk_size, switch_over_seq_len)
             targets = [batch.room(x) for x in of_tokens]
             dS = _chunked.backward(
                 sequence,
