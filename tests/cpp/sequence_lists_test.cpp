@@ -158,7 +158,7 @@ void run_random() {
       lengths.push_back(static_cast<int>(rng() % 400) * (rng() % 3 != 0));
     }
     int const chunk_size = 64 * (1 + static_cast<int>(rng() % 4));
-    int const whole_until = chunk_size + static_cast<int>(rng() % 200) * (rng() % 2);
+    int const whole_until = chunk_size + static_cast<int>(rng() % 200 * (rng() % 2));
     run(lengths, static_cast<int>(rng() % 100), static_cast<int>(rng() % 300), chunk_size,
         whole_until);
   }

@@ -1,0 +1,1 @@
+// Nothing: CMake compiles headers.hpp for a target that has sources.
