@@ -3,6 +3,7 @@
 Everything is installed in the versions of constraints.txt and built in folders that git ignores.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -10,13 +11,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "virtualenv"
-nox.options.sessions = ["lint", "tests", "wheel"]
+nox.options.sessions = ["lint", "tests", "wheel", "mutations"]
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "nox"
@@ -42,6 +45,14 @@ pathlib.Path(sys.argv[1]).write_text(json.dumps({
     "file": retention.__file__,
 }))
 """
+
+
+@contextlib.contextmanager
+def timed(session: nox.Session, part: str) -> Iterator[None]:
+    """Log what a part of a session took, for the budget in CONTRIBUTING.md."""
+    start = time.monotonic()
+    yield
+    session.log(f"{session.name}: {part} took {time.monotonic() - start:.0f} s")
 
 
 def install(session: nox.Session, *requirements: str) -> None:
@@ -164,34 +175,94 @@ def demo(session: nox.Session) -> None:
     )
 
 
+def run_ctest(session: nox.Session, build: str, *arguments: str) -> None:
+    session.run(
+        *("ctest", "--test-dir", build, "--output-on-failure", "--parallel"),
+        *(str(os.cpu_count() or 1), *arguments),
+    )
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the C++ tests (ctest), then the Python tests (pytest, which gets what follows `--`)."""
-    install_package(session, "test")
+    """Run the C++ tests (ctest), then the Python tests (pytest, which gets what follows `--`).
+
+    Kernels run on the emulator in a pairwise choice of configurations.
+    """
+    with timed(session, "installing"):
+        install_package(session, "test")
     build = str(fresh_folder(session, "cmake"))
-    session.run(
-        "cmake",
-        *("-S", str(ROOT), "-B", build, "-G", "Ninja"),
-        *defines(
-            cuda_options()
-            | {
-                "RETENTION_BUILD_TESTS": "ON",
-                "RETENTION_BUILD_EMULATED": "ON",
-                "RETENTION_WARNINGS_AS_ERRORS": "ON",
-                "Python_EXECUTABLE": str(Path(session.bin) / "python"),
-            }
-        ),
-    )
-    session.run("cmake", "--build", build)
-    session.run(
-        *("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error"),
-        *("--parallel", str(os.cpu_count() or 1)),
-    )
+    with timed(session, "building"):
+        session.run(
+            "cmake",
+            *("-S", str(ROOT), "-B", build, "-G", "Ninja"),
+            *defines(
+                cuda_options()
+                | {
+                    "RETENTION_BUILD_TESTS": "ON",
+                    "RETENTION_BUILD_EMULATED": "ON",
+                    "RETENTION_WARNINGS_AS_ERRORS": "ON",
+                    "Python_EXECUTABLE": str(Path(session.bin) / "python"),
+                }
+            ),
+        )
+        session.run("cmake", "--build", build)
+    with timed(session, "ctest"):
+        run_ctest(session, build, "--no-tests=error")
     measured = fresh_folder(session, "bench")
-    session.run("retention", "bench", "fwd", "--quick", "--device", "cpu", "--out", str(measured))
+    with timed(session, "retention bench"):
+        session.run(
+            *("retention", "bench", "fwd", "--quick", "--device", "cpu", "--out", str(measured))
+        )
     # Where it is named, it must be there. The emulator is for Linux.
     emulated = {"RETENTION_EMULATED": f"{build}/emulated"} if sys.platform == "linux" else {}
-    session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]), env=emulated)
+    with timed(session, "pytest"):
+        session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]), env=emulated)
+
+
+def last_seen_revision() -> str:
+    """What CI has seen all mutations caught at: where this branch left origin's main, or, on main
+    itself, its last commit of a week before; `all` where git knows none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    base = git("merge-base", "HEAD", "origin/main")
+    if base and base != head:
+        return base
+    week_before = int(git("show", "--no-patch", "--format=%ct", "HEAD") or 0) - 7 * 24 * 3600
+    return git("rev-list", "--max-count=1", f"--before={week_before}", "HEAD") or "all"
+
+
+@nox.session
+def mutations(session: nox.Session) -> None:
+    """See that the tests notice mistakes in kernels, of which tests/mutations has a list.
+
+    In kernels that changed, or whose tests did; `-- all` for all kernels, or a git revision since
+    which changes count.
+    """
+    if len(session.posargs) > 1:
+        session.error(f"mutations: expected `all` or a git revision, got {session.posargs}")
+    since = session.posargs[0] if session.posargs else last_seen_revision()
+    install(session, "cmake", "ninja")
+    install_kernel_headers(session)
+    build = str(fresh_folder(session, "cmake"))
+    with timed(session, "building"):
+        session.run(
+            *("cmake", "-S", str(ROOT), "-B", build, "-G", "Ninja"),
+            *defines(
+                {
+                    "RETENTION_CUDA": "OFF",
+                    "RETENTION_BUILD_TESTS": "ON",
+                    "RETENTION_MUTATIONS": since,
+                }
+            ),
+        )
+        session.run("cmake", "--build", build, "--target", "mutations")
+    with timed(session, "ctest"):
+        # A change may touch no kernel.
+        run_ctest(session, build, "--label-regex", "mutation", "--no-tests=ignore")
 
 
 @nox.session
@@ -230,15 +301,23 @@ def lint(session: nox.Session) -> None:
 def wheel(session: nox.Session) -> None:
     """Build the sdist and from it the wheel, install that in a clean environment and use it.
 
-    Where there is a CUDA compiler, the wheel has all kernels for all architectures, and what they
-    need of a device is checked.
+    Where there is a CUDA compiler, the wheel has kernels for all architectures, and what they need
+    of a device is checked. `-- all` compiles all configurations, as a release has them, not a
+    pairwise choice.
     """
+    if session.posargs not in ([], ["all"]):
+        session.error(f"wheel: expected `all` or nothing, got {session.posargs}")
+    options = {
+        "RETENTION_WARNINGS_AS_ERRORS": "ON",
+        "RETENTION_PAIRWISE_ONLY": "OFF" if session.posargs else "ON",
+    }
     install(session, "build")
     dist = fresh_folder(session, "dist")
-    session.run(
-        *("python", "-m", "build", "--outdir", str(dist), str(ROOT)),
-        "-Ccmake.define.RETENTION_WARNINGS_AS_ERRORS=ON",
-    )
+    with timed(session, "building"):
+        session.run(
+            *("python", "-m", "build", "--outdir", str(dist), str(ROOT)),
+            *defines(options, "-Ccmake.define."),
+        )
     built = sorted(dist.glob("*.whl"))
     if len(built) != 1:
         session.error(f"expected one wheel in {dist}, got {built}")

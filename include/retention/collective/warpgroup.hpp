@@ -65,7 +65,7 @@ struct WarpgroupTile {
   CUTE_DEVICE static std::uint64_t descriptor(void const* tile) {
     cute::GmmaDescriptor descriptor;
     descriptor.bitfield.start_address_ =
-        static_cast<std::uint16_t>(cute::cast_smem_ptr_to_uint(tile) >> 4);
+        (cute::cast_smem_ptr_to_uint(tile) >> 4) & 0x3fff;  // 14 bits
     // From one group of 64 columns to the next, where there are more and they are N.
     descriptor.bitfield.leading_byte_offset_ = byte_offset<Layout>(0, 64 % Columns) / 16;
     descriptor.bitfield.stride_byte_offset_ = byte_offset<Layout>(8, 0) / 16;
