@@ -1,0 +1,377 @@
+// Folding the oldest tokens of rings into states, in place: at the start of a step, so that these
+// tokens are confirmed, for whoever rejects drafts has taken them back by then. Which slots fold is
+// seen on the device: those that have a window's tokens beyond the `keep` that are to stay. A launch
+// is the same for all of them, and can be replayed.
+//
+//   S = e^{G} S + sum_j e^{sum of the log gates after j} phi_k(k_j) v_j^T,   z likewise
+//
+// is expand-reduce over one window with S in fp32 registers: M = 16 state rows, K = tokens. Of the two
+// planes of S nothing is lost; a bf16 state is rounded at random, up or down in proportion to what is
+// lost, so that thousands of folds do not add up to a drift.
+
+#pragma once
+
+#include <cstdint>
+#include <cute/tensor.hpp>
+
+#include "retention/collective/tile.hpp"
+#include "retention/detail/packed.hpp"
+#include "retention/kernel/decode_arrival.hpp"
+#include "retention/kernel/decode_pool.hpp"
+#include "retention/symmetric_power.hpp"
+
+namespace retention::kernel {
+
+template <class Element_>
+struct DecodeFoldParams {
+  using Element = Element_;
+
+  int const* slots;  // [rows], each at most once
+  int rows;
+  int heads;
+  DecodePool<Element> pool;
+  int window;  // at most DecodeFold::kMaxWindow
+  int keep;    // tokens that stay in the ring
+  int parts;   // blocks of a head, each for `slice_pairs` block pairs
+  int slice_pairs;
+  unsigned* arrivals;  // [rows], zeros before and after
+};
+
+template <class Element_, int HeadDim, int ValueDim>
+struct DecodeFold {
+  using Element = Element_;
+  using Params = DecodeFoldParams<Element>;
+  using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+
+  static constexpr int kWarps = 4;  // each has 16 of the 64 rows of a block pair
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kMinBlocks = 2;
+  static constexpr int kMaxWindow = 512;
+  static constexpr int kTileTokens = 64;
+  static constexpr int kTileRows = 64;
+  static constexpr int kBlocks = HeadDim / 8;
+  static constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
+  static constexpr int kPitch = kTileTokens + 2;  // of keys
+
+  using ValueLayout = collective::StagedTileLayout<kTileTokens, ValueDim, 1>;
+
+  struct SharedStorage {
+    alignas(128) cute::bfloat16_t value[cute::cosize_v<ValueLayout>];
+    float key[HeadDim][kPitch];  // transposed
+    float weight[kMaxWindow];    // of each token: what is left of it at the window's end
+    float decay;                 // of the whole window
+    int is_last;
+  };
+
+  CUTE_HOST static dim3 grid(Params const& params) {
+    return dim3(static_cast<unsigned>(params.rows) * params.heads * params.parts);
+  }
+
+  /// Tokens to fold: up to the end of the slot's window, if there are as many; else 0.
+  CUTE_HOST_DEVICE static int tokens_to_fold(Cursor const& cursor, int window, int keep) {
+    auto const beyond = static_cast<int>((cursor.folded - cursor.phase) % window);
+    int const missing = beyond > 0 ? window - beyond : beyond < 0 ? -beyond : window;
+    return cursor.length - keep >= missing ? missing : 0;
+  }
+
+  CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    auto& shared = *reinterpret_cast<SharedStorage*>(smem);
+    int const thread = static_cast<int>(threadIdx.x);
+    int const block = static_cast<int>(blockIdx.x);
+    int const part = block % params.parts;
+    int const head = block / params.parts % params.heads;
+    int const row = block / params.parts / params.heads;
+    int const slot = params.slots[row];
+    if (!params.pool.has(slot)) {
+      return;
+    }
+    Cursor const cursor = *params.pool.cursor(slot);
+    int const tokens = tokens_to_fold(cursor, params.window, params.keep);
+    if (tokens == 0) {
+      return;
+    }
+    weigh(params, shared, slot, head, cursor, tokens, thread);
+    __syncthreads();
+    int const first_pair = part * params.slice_pairs;
+    int const end_pair = cute::min(first_pair + params.slice_pairs, int{kPairs});
+    int J = 0;
+    while ((J + 1) * (J + 2) / 2 <= first_pair) {
+      ++J;
+    }
+    int I = first_pair - J * (J + 1) / 2;
+    int loaded = -1;  // the tile in shared memory
+#pragma unroll 1
+    for (int pair = first_pair; pair < end_pair; ++pair) {
+      fold_pair(params, shared, slot, head, cursor, tokens, pair, I, J, loaded, thread);
+      if (++I > J) {
+        I = 0;
+        ++J;
+      }
+    }
+    // Nobody needs the cursor as it was any more when the last block has come this far.
+    if (is_last_arrival(shared.is_last, params.arrivals + row, params.heads * params.parts,
+                        thread) &&
+        thread == 0) {
+      Cursor* target = params.pool.cursor(slot);
+      target->start = params.pool.place(cursor, tokens);
+      target->length = cursor.length - tokens;
+      target->folded = cursor.folded + tokens;
+    }
+  }
+
+ private:
+  /// Sums of gates from the window's end, never their differences: one of them may be -inf.
+  CUTE_DEVICE static void weigh(Params const& params, SharedStorage& shared, int slot, int head,
+                                Cursor const& cursor, int tokens, int thread) {
+    if (thread >= 32) {
+      return;
+    }
+    float const* gates = params.pool.log_gates.data == nullptr
+                             ? nullptr
+                             : params.pool.log_gates.at(slot, head);
+    float passed = 0.0f;
+    for (int end = tokens; end > 0; end -= 32) {
+      int const token = end - 1 - thread;
+      float const own = gates != nullptr && token >= 0
+                            ? gates[params.pool.place(cursor, token)]
+                            : 0.0f;
+      float sum = own;  // and those after it in these 32
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        float const later = __shfl_up_sync(0xffffffffu, sum, static_cast<unsigned>(lanes));
+        sum += thread >= lanes ? later : 0.0f;
+      }
+      float const after = __shfl_up_sync(0xffffffffu, sum, 1);
+      if (token >= 0) {
+        shared.weight[token] = expf(passed + (thread > 0 ? after : 0.0f));
+      }
+      passed += __shfl_sync(0xffffffffu, sum, 31);
+    }
+    if (thread == 0) {
+      shared.decay = expf(passed);
+    }
+  }
+
+  /// Where a tile has column `column` of V: lane t of a quad, whose sums of four mma are of columns
+  /// 2 t and 2 t + 1, then has eight neighbours of the state.
+  CUTE_HOST_DEVICE static constexpr int tile_column(int column) {
+    return (column & ~31) | (column & 6) << 2 | (column & 24) >> 2 | (column & 1);
+  }
+
+  CUTE_DEVICE static void load_tokens(Params const& params, SharedStorage& shared, int slot,
+                                      int head, Cursor const& cursor, int first, int count,
+                                      int thread) {
+    DecodePool<Element> const& pool = params.pool;
+    Element const* keys = pool.keys.at(slot, head);
+    Element const* values = pool.values.at(slot, head);
+    for (int i = thread; i < kTileTokens * HeadDim; i += kThreads) {
+      int const token = i / HeadDim, e = i % HeadDim;
+      std::int64_t const place = token < count ? pool.place(cursor, first + token) : 0;
+      shared.key[e][token] = token < count ? float(keys[place * HeadDim + e]) : 0.0f;
+    }
+    for (int i = thread; i < kTileTokens * ValueDim; i += kThreads) {
+      int const token = i / ValueDim, e = i % ValueDim;
+      std::int64_t const place = token < count ? pool.place(cursor, first + token) : 0;
+      shared.value[ValueLayout{}(token, tile_column(e), 0)] =
+          cute::bfloat16_t(token < count ? float(values[place * ValueDim + e]) : 0.0f);
+    }
+  }
+
+  CUTE_DEVICE static void fold_pair(Params const& params, SharedStorage& shared, int slot, int head,
+                                    Cursor const& cursor, int tokens, int pair, int I, int J,
+                                    int& loaded, int thread) {
+    int const lane = thread % 32, warp = thread / 32;
+    int const group = lane / 4, quad = lane % 4;
+    // Rows 8 a + b of the block pair: a = 2 warp and 2 warp + 1, b = the lane's group.
+    std::int64_t const row = std::int64_t{pair} * kTileRows + 16 * warp + group;
+    float const decay = shared.decay;
+    float sums[ValueDim / 8][4];
+    load_state(params, slot, head, cursor, row, quad, decay, sums);
+    float key_sums[2] = {};
+    float const multiplicity = I == J ? 1.0f : 2.0f;
+    for (int first = 0; first < tokens; first += kTileTokens) {
+      int const count = cute::min(tokens - first, int{kTileTokens});
+      if (loaded != first) {
+        __syncthreads();
+        load_tokens(params, shared, slot, head, cursor, first, count, thread);
+        __syncthreads();
+        loaded = first;
+      }
+#pragma unroll 1
+      for (int step = 0; step < count; step += 16) {
+        std::uint32_t a[4];
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          int const token = step + 8 * x + 2 * quad;
+          float native[2];
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            native[s] = first + token + s < tokens ? multiplicity * shared.weight[first + token + s] *
+                                                         shared.key[8 * J + group][token + s]
+                                                   : 0.0f;
+          }
+#pragma unroll
+          for (int upper = 0; upper < 2; ++upper) {
+            float const* outer = shared.key[8 * I + 2 * warp + upper] + token;
+            float const phi[2] = {outer[0] * native[0], outer[1] * native[1]};
+            key_sums[upper] += phi[0] + phi[1];
+            a[2 * x + upper] = detail::pack<cute::bfloat16_t>(phi[0], phi[1]);
+          }
+        }
+        cute::Tensor b =
+            cute::make_tensor<cute::bfloat16_t>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
+        // Steps lie a constant apart, whatever the swizzle does.
+        collective::load_rows_transposed(shared.value, ValueLayout{}, step, 0, 0, lane, b);
+        cute::Tensor registers = cute::recast<std::uint32_t>(b);
+#pragma unroll
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          float(&c)[4] = sums[n];
+          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], registers(0, n),
+                   registers(1, n), c[0], c[1], c[2], c[3]);
+        }
+      }
+    }
+    store_state(params, slot, head, cursor, row, quad, sums);
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      float sum = key_sums[upper];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (quad == 0) {
+        float* target = params.pool.key_sum.at(slot, head) + row + 8 * upper;
+        *target = sum + (cursor.folded > 0 ? decay * *target : 0.0f);
+      }
+    }
+  }
+
+  // ---- A state's two planes ---------------------------------------------------------------------
+
+  static constexpr std::uint32_t kInfinity = 0x7f800000;
+
+  CUTE_DEVICE static float join(std::uint16_t high, std::int16_t low) {
+    std::uint32_t const bits =
+        (static_cast<std::uint32_t>(high) << 16) + static_cast<std::uint32_t>(std::int32_t{low});
+    return __uint_as_float(bits);
+  }
+
+  struct Planes {
+    std::uint16_t high;
+    std::int16_t low;
+  };
+
+  /// The bits rounded to their upper half, and what that left.
+  CUTE_DEVICE static Planes split(float x) {
+    std::uint32_t const bits = __float_as_uint(x);
+    if ((bits & 0x7fffffff) > kInfinity) {
+      return {0x7fc0, 0};  // rounding would make a number of some
+    }
+    std::uint32_t const high = (bits + 0x8000) >> 16;
+    return {static_cast<std::uint16_t>(high), static_cast<std::int16_t>(bits - (high << 16))};
+  }
+
+  /// Rounded up with the probability of what is cut off, by `random`, 16 bits.
+  CUTE_DEVICE static std::uint16_t round_at_random(float x, std::uint32_t random) {
+    std::uint32_t const bits = __float_as_uint(x);
+    if ((bits & 0x7fffffff) >= kInfinity) {
+      return split(x).high;
+    }
+    return static_cast<std::uint16_t>((bits + random) >> 16);
+  }
+
+  /// 32 bits for two elements of a state, by its slot, its place and the fold: runs repeat.
+  CUTE_DEVICE static std::uint32_t random_bits(std::uint32_t slot, std::uint64_t place,
+                                               std::int64_t folded) {
+    std::uint64_t x = place * 0x9e3779b97f4a7c15u ^ static_cast<std::uint64_t>(folded) << 20 ^
+                      static_cast<std::uint64_t>(slot) << 44;
+    // The finaliser of SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number
+    // Generators, 2014).
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return static_cast<std::uint32_t>(x >> 32);
+  }
+
+  // Eight neighbouring elements a lane, of columns 32 c + 8 t on, in the sums of four mma.
+  CUTE_DEVICE static void load_state(Params const& params, int slot, int head, Cursor const& cursor,
+                                     std::int64_t row, int quad, float decay,
+                                     float (&sums)[ValueDim / 8][4]) {
+    bool const there = cursor.folded > 0;
+    bool const has_low = params.pool.low.data != nullptr;
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+#pragma unroll
+      for (int c = 0; c < ValueDim / 32; ++c) {
+        std::int64_t const at = (row + 8 * upper) * ValueDim + 32 * c + 8 * quad;
+        alignas(16) std::uint32_t high[4] = {};
+        alignas(16) std::uint32_t low[4] = {};
+        if (there) {
+          copy(params.pool.high.at(slot, head) + at, high);
+          if (has_low) {
+            copy(params.pool.low.at(slot, head) + at, low);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            // Of a bf16 state the rest is 0.
+            float const x = join(static_cast<std::uint16_t>(high[i] >> 16 * s),
+                                 static_cast<std::int16_t>(low[i] >> 16 * s));
+            sums[4 * c + i][2 * upper + s] = there ? decay * x : 0.0f;
+          }
+        }
+      }
+    }
+  }
+
+  CUTE_DEVICE static void store_state(Params const& params, int slot, int head,
+                                      Cursor const& cursor, std::int64_t row, int quad,
+                                      float const (&sums)[ValueDim / 8][4]) {
+    bool const has_low = params.pool.low.data != nullptr;
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+#pragma unroll
+      for (int c = 0; c < ValueDim / 32; ++c) {
+        std::int64_t const at = (row + 8 * upper) * ValueDim + 32 * c + 8 * quad;
+        alignas(16) std::uint32_t high[4] = {};
+        alignas(16) std::uint32_t low[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float const(&pair)[4] = sums[4 * c + i];
+          std::uint32_t random = 0;
+          if (!has_low) {
+            auto const place =
+                static_cast<std::uint64_t>(head) * kPairs * kTileRows * ValueDim +
+                static_cast<std::uint64_t>(at + 2 * i);
+            random = random_bits(static_cast<std::uint32_t>(slot), place, cursor.folded);
+          }
+#pragma unroll
+          for (int s = 0; s < 2; ++s) {
+            float const x = pair[2 * upper + s];
+            if (has_low) {
+              Planes const planes = split(x);
+              high[i] |= static_cast<std::uint32_t>(planes.high) << 16 * s;
+              low[i] |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(planes.low))
+                        << 16 * s;
+            } else {
+              high[i] |= static_cast<std::uint32_t>(
+                             round_at_random(x, random >> 16 * s & 0xffff))
+                         << 16 * s;
+            }
+          }
+        }
+        copy(high, params.pool.high.at(slot, head) + at);
+        if (has_low) {
+          copy(low, params.pool.low.at(slot, head) + at);
+        }
+      }
+    }
+  }
+
+  // 16 bytes.
+  template <class Source, class Target>
+  CUTE_DEVICE static void copy(Source const* source, Target* target) {
+    *reinterpret_cast<uint4*>(target) = *reinterpret_cast<uint4 const*>(source);
+  }
+};
+
+}  // namespace retention::kernel
