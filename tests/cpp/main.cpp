@@ -8,12 +8,12 @@
 int main(int count, char** arguments) {
   std::vector<std::string> const wanted(arguments + 1, arguments + count);
   for (std::string const& name : wanted) {
-    auto const& all = retention::test::tests();
+    auto const& all = retention::test::tests;
     bool const known =
         std::any_of(all.begin(), all.end(), [&](auto const& test) { return name == test.name; });
     RETENTION_CHECK_EQUAL(known ? "" : name, std::string());
   }
-  for (retention::test::Test const& test : retention::test::tests()) {
+  for (retention::test::Test const& test : retention::test::tests) {
     if (wanted.empty() || std::find(wanted.begin(), wanted.end(), test.name) != wanted.end()) {
       test.run();
     }
