@@ -271,8 +271,7 @@ void run_all(std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(carry) {
   run_all<Direction::kForward>(0);
   run_all<Direction::kBackward>(1000);
-  return retention::test::finish();
 }

@@ -1,10 +1,13 @@
-// What a C++ test needs and no more: checks that report and count, and an exit status. With
-// RETENTION_STOP_AT_FAILURE a test ends at the first check that fails.
+// What a C++ test needs and no more: checks that report and count, and an exit status. Where there is
+// a variable RETENTION_STOP_AT_FAILURE in the environment, the first check that fails ends the program.
+//
+//   RETENTION_TEST(name) { ... }  // main.cpp runs those that its arguments name
 
 #pragma once
 
 #include <cstdlib>
 #include <iostream>
+#include <vector>
 
 namespace retention::test {
 
@@ -19,12 +22,10 @@ inline void report(bool passed, char const* what, char const* file, int line) {
   }
 }
 
-inline void stop_at_failure([[maybe_unused]] bool passed) {
-#ifdef RETENTION_STOP_AT_FAILURE
-  if (!passed) {
+inline void stop_at_failure(bool passed) {
+  if (!passed && std::getenv("RETENTION_STOP_AT_FAILURE") != nullptr) {
     std::exit(1);
   }
-#endif
 }
 
 inline void check(bool passed, char const* what, char const* file, int line) {
@@ -42,6 +43,18 @@ void check_equal(A const& actual, B const& expected, char const* what, char cons
   stop_at_failure(passed);
 }
 
+struct Test {
+  char const* name;
+  void (*run)();
+};
+
+/// Of this program. Not in a function: the emulator answers no calls for the guard of a static.
+inline std::vector<Test> tests;
+
+struct RegisterTest {
+  RegisterTest(char const* name, void (*run)()) { tests.push_back({name, run}); }
+};
+
 // A test that checked nothing has not passed.
 inline int finish() {
   std::cout << checks << " checks, " << failures << " failed\n";
@@ -49,6 +62,11 @@ inline int finish() {
 }
 
 }  // namespace retention::test
+
+#define RETENTION_TEST(name)                                                        \
+  static void run_##name();                                                         \
+  static ::retention::test::RegisterTest const register_##name{#name, &run_##name}; \
+  static void run_##name()
 
 #define RETENTION_CHECK(condition) \
   ::retention::test::check((condition), #condition, __FILE__, __LINE__)

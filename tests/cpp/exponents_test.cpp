@@ -343,7 +343,7 @@ void run(Case const& c, std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(exponents) {
   std::uint64_t seed = 0;
   run({"batch", 64, {200, 200}, false, 3}, seed++);
   run({"one token", 64, {1}}, seed++);
@@ -406,5 +406,4 @@ int main() {
   run({"NaN among many chunks", 2, {2500, 2500}, false, 1, Gates::kNaN}, seed++);
   std::cout << exponents_above_least << " of " << exponents_seen
             << " exponents are one above the least\n";
-  return retention::test::finish();
 }

@@ -269,7 +269,7 @@ void run(Case const& c, std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(gate_gradient) {
   std::uint64_t seed = 0;
   run({"one tile", {128}}, seed++);
   run({"one token", {1}, false, 3}, seed++);
@@ -316,5 +316,4 @@ int main() {
   large.state_dim = 2304;
   large.value_dim = 64;
   run(large, seed++);
-  return retention::test::finish();
 }

@@ -125,7 +125,7 @@ void run(Case const& c, std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(gates) {
   std::uint64_t seed = 0;
   run({"one chunk", 64, {64}}, seed++);
   run({"one token", 64, {1}, false, 3}, seed++);
@@ -153,5 +153,4 @@ int main() {
   run({"resets", 512, {700}, false, 3, Fill::kResets}, seed++);
   run({"positive", 64, {150}, false, 3, Fill::kPositive}, seed++);
   run({"NaN", 64, {300}, false, 3, Fill::kNaN}, seed++);
-  return retention::test::finish();
 }

@@ -202,7 +202,7 @@ void run_case(char const* name, std::uint64_t seed, Set set) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(gradient_exponents) {
   std::uint64_t seed = 0;
   run_case("one chunk", seed++, [](Case& c) { c.lengths = {1}; });
   run_case("one long chunk", seed++, [](Case& c) { c.chunk_size = 1 << 20, c.lengths = {9000}; });
@@ -231,5 +231,4 @@ int main() {
       c.lengths = {1250 * 64}, c.heads = 2, c.gates = gates, c.final = 1e20f;
     });
   }
-  return retention::test::finish();
 }

@@ -301,10 +301,9 @@ void run_all_cases(std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(gradient_rows) {
   run_all_cases<cute::bfloat16_t, 64, 64>(0);
   run_all_cases<cute::half_t, 64, 64>(100);
   run_all_cases<cute::bfloat16_t, 32, 128>(200);
   run_all_cases<cute::half_t, 128, 32>(300);
-  return retention::test::finish();
 }

@@ -103,7 +103,7 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(key_gradient) {
   std::uint64_t seed = 0;
   for (KeyGradientCase c : key_gradient_cases<TEST_HEAD_DIM, TEST_VALUE_DIM>()) {
     // The bound that fp16 scales da by takes weights for as large as a sum of them: where all keys
@@ -114,5 +114,4 @@ int main() {
     }
     run<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(c, seed++);
   }
-  return finish();
 }

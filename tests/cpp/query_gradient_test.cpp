@@ -419,7 +419,6 @@ void run_all_cases(std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(query_gradient) {
   run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0);
-  return retention::test::finish();
 }

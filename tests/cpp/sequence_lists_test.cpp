@@ -198,7 +198,7 @@ void run_unchecked() {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(sequence_lists) {
   run({5}, 0, 0, 64, 64);
   run({0, 0, 0}, 0, 7, 64, 64);
   run({0, 70, 0, 0, 300, 64, 65, 1, 0}, 0, 0, 64, 100);
@@ -210,5 +210,4 @@ int main() {
   run(empty, 0, 1000, 64, 500);
   run_random();
   run_unchecked();
-  return retention::test::finish();
 }

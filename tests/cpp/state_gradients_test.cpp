@@ -479,10 +479,9 @@ void run_further_cases(std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(state_gradients) {
   run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0);
-  if constexpr (TEST_HEAD_DIM == 32 && TEST_VALUE_DIM == 32) {
+  if constexpr (TEST_HEAD_DIM == 32 && TEST_VALUE_DIM <= 64) {
     run_further_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(100);
   }
-  return retention::test::finish();
 }

@@ -179,7 +179,7 @@ void test_power(int width) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(symmetric_power) {
   test_power<8, 2>(8);
   test_power<16, 2>(8);
   test_power<64, 2>(8);
@@ -189,5 +189,4 @@ int main() {
   test_power<8, 6>(1);
   test_power<16, 6>(1);
   test_power<8, 8>(1);
-  return retention::test::finish();
 }

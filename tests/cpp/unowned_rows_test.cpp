@@ -55,7 +55,7 @@ void run(std::vector<int> const& bounds, int tokens, int heads, int words) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(unowned_rows) {
   run({0, 3, 3, 7}, 10, 2, 5);
   run({4, 9}, 9, 1, 33);       // before the first sequence
   run({2, 5, 6}, 40, 3, 64);   // on both sides
@@ -66,5 +66,4 @@ int main() {
   run({25, 30}, 20, 1, 4);
   run({15, 3, 4}, 20, 1, 4);  // falling
   run({1, 2}, 5000, 1, 2);    // more rows than blocks have warps
-  return retention::test::finish();
 }

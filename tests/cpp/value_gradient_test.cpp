@@ -46,10 +46,9 @@ void run(KeyGradientCase const& c, std::uint64_t seed) {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(value_gradient) {
   std::uint64_t seed = 0;
   for (KeyGradientCase const& c : key_gradient_cases<TEST_HEAD_DIM, TEST_VALUE_DIM>()) {
     run<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(c, seed++);
   }
-  return finish();
 }

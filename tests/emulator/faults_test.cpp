@@ -393,7 +393,7 @@ void expect(Report (*run)(std::uint64_t seed), char const* name,
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(emulator_faults) {
   expect(run_tiles<Mistake::kNone>, "none", {Fault::kNone});
   expect(run_tiles<Mistake::kNoBarrierAfterStore>, "no barrier after store",
          {Fault::kUninitialized, Fault::kRace, Fault::kAsyncPending});
@@ -453,5 +453,4 @@ int main() {
   expect(run_warpgroup<Mistake::kMissingLane>, "wgmma, missing lane", {Fault::kDivergence});
   expect(run_warpgroup<Mistake::kHalfWarpgroup>, "half a warpgroup", {Fault::kDivergence});
   expect(run_warpgroup<Mistake::kTwoDescriptors>, "two descriptors", {Fault::kDivergence});
-  return retention::test::finish();
 }

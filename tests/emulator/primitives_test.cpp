@@ -479,7 +479,7 @@ void test_sparse() {
 
 }  // namespace
 
-int main() {
+RETENTION_TEST(emulator_primitives) {
   test_mma<cute::bfloat16_t, cute::SM80_16x8x16_F32BF16BF16F32_TN>();
   test_mma<cute::half_t, cute::SM80_16x8x16_F32F16F16F32_TN>();
   test_warpgroup<cute::bfloat16_t>();
@@ -495,5 +495,4 @@ int main() {
   test_named_barrier();
   test_grid();
   test_sparse();
-  return retention::test::finish();
 }

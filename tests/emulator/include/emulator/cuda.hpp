@@ -1,5 +1,5 @@
-// The device built-ins, for kernels compiled by a host compiler. Included ahead of everything else
-// (`-include emulator/cuda.hpp`), so that kernel sources need not know.
+// The device built-ins, for kernels compiled by a host compiler. Included ahead of everything else,
+// by headers.hpp, so that kernel sources need not know.
 
 #pragma once
 
