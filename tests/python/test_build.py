@@ -23,7 +23,7 @@ INSTALLED = Path(_C.__file__).parent  # not the source tree, even where the pack
 def test_one_version_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert _C.build_info()["version"] == project["version"]
-    assert importlib.metadata.version("retention") == project["version"]
+    assert importlib.metadata.version("power-retention") == project["version"]
     assert retention.info()["version"] == project["version"]
 
 
