@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,13 @@ pathlib.Path(sys.argv[1]).write_text(json.dumps({
 """
 
 
+# What has to do with torch alone; the other tests take longer, and depend on it less.
+CORE_TESTS = (
+    *("test_operators", "test_power_retention", "test_gradients", "test_inference", "test_nn"),
+    *("test_symmetric_power", "test_torch", "test_torch_func"),
+)
+
+
 @contextlib.contextmanager
 def timed(session: nox.Session, part: str) -> Iterator[None]:
     """Log what a part of a session took, for the budget in CONTRIBUTING.md."""
@@ -55,8 +63,8 @@ def timed(session: nox.Session, part: str) -> Iterator[None]:
     session.log(f"{session.name}: {part} took {time.monotonic() - start:.0f} s")
 
 
-def install(session: nox.Session, *requirements: str) -> None:
-    session.install("--constraint", str(CONSTRAINTS), *requirements)
+def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
+    session.install("--constraint", str(constraints), *requirements)
 
 
 def install_build_tools(session: nox.Session) -> None:
@@ -145,6 +153,25 @@ def public_api(session: nox.Session, python: str) -> dict:
     with session.chdir(answer.parent):
         session.run(python, "-c", PUBLIC_API, str(answer), external=True, log=False)
     return json.loads(answer.read_text())
+
+
+def run_core_tests(session: nox.Session, requirement: str) -> None:
+    """Run the core tests with another version of torch than that of constraints.txt."""
+    # What torch itself needs, some of it in versions of its own, is as it asks for.
+    free = {"torch", "filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy"}
+    lines = CONSTRAINTS.read_text().splitlines()
+    constraints = fresh_folder(session, "torch") / "constraints.txt"
+    constraints.write_text("\n".join(x for x in lines if x.partition("==")[0] not in free))
+    install_build_tools(session)
+    install(
+        session,
+        *("--no-build-isolation", "--config-settings=cmake.define.RETENTION_CUDA=OFF"),
+        *(requirement, ".[test]"),
+        constraints=constraints,
+    )
+    session.run("python", "-c", "import torch; print('torch', torch.__version__)")
+    tests = [f"tests/python/{name}.py" for name in CORE_TESTS]
+    session.run("python", "-m", "pytest", *(session.posargs or tests))
 
 
 def without_nvcc() -> dict[str, str | None]:
@@ -280,6 +307,21 @@ def gpu(session: nox.Session) -> None:
     session.run("ctest", "--test-dir", build, "--output-on-failure", "--label-regex", "device")
     session.run("python", "-m", "pytest", "-m", "gpu", *(session.posargs or ["tests/python"]))
     session.run("cmake", "--build", build, "--target", "sanitize")
+
+
+@nox.session
+def torch_oldest(session: nox.Session) -> None:
+    """Run the core tests with the oldest torch that pyproject.toml accepts: its lower bound."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (bound,) = (x for x in project["dependencies"] if x.startswith("torch>="))
+    run_core_tests(session, bound.replace(">=", "=="))
+
+
+@nox.session
+def torch_newest(session: nox.Session) -> None:
+    """Run the core tests with the newest torch. An error where there is none after the pin."""
+    pin = re.search(r"^torch==(.+)$", CONSTRAINTS.read_text(), re.MULTILINE)[1]
+    run_core_tests(session, f"torch>{pin}")
 
 
 @nox.session

@@ -1,12 +1,19 @@
 """Power retention: a linear-cost replacement for attention, with a memory of fixed size."""
+# ruff: noqa: E402
 
-from retention import nn
+from retention._distribution import refuse_mixture
+
+# Before the imports that a mixture would break.
+refuse_mixture(__path__)
+
+from retention import _C, nn
 from retention._inference import power_retention_inference
 from retention._info import info
 from retention._power_retention import power_retention
 from retention._reference import reference
 from retention._symmetric_power import expand, state_dim
 
+__version__: str = _C.build_info()["version"]
 __all__ = [
     "expand",
     "info",

@@ -91,7 +91,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if missing:
             raise UsageError(
                 f"needs {' and '.join(missing)}, not installed here: pip install "
-                f"'retention[{'bench' if command == 'bench' else 'train'}]'",
+                f"'power-retention[{'bench' if command == 'bench' else 'train'}]'",
             )
         return options.run(options)
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ def run_cmake(*arguments, env=None, unset=()):
     beside_python = Path(sys.executable).parent / "cmake"
     cmake = str(beside_python) if beside_python.exists() else shutil.which("cmake")
     if cmake is None:
-        pytest.skip("no cmake: pip install 'retention[test]'")
+        pytest.skip("no cmake: pip install 'power-retention[test]'")
     environment = {k: v for k, v in os.environ.items() if k not in unset} | (env or {})
     result = subprocess.run(
         [cmake, *map(str, arguments)],

@@ -23,7 +23,7 @@ INSTALLED = Path(_C.__file__).parent  # not the source tree, even where the pack
 def test_one_version_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert _C.build_info()["version"] == project["version"]
-    assert importlib.metadata.version("retention") == project["version"]
+    assert importlib.metadata.version("power-retention") == project["version"]
     assert retention.info()["version"] == project["version"]
 
 
@@ -199,3 +199,77 @@ def test_headers_serve_a_cmake_project(tmp_path):
     result = run_cmake("--build", tmp_path / "build")
     assert result.returncode == 0, result.stdout
     assert subprocess.run([tmp_path / "build" / "consumer"], check=False).returncode == 0
+
+
+# ---- Options that depend on the compiler, the architecture and the platform ---------------------
+
+
+@pytest.fixture
+def cutlass(tmp_path):
+    """What passes for a checkout of CUTLASS while nothing is compiled."""
+    (tmp_path / "include" / "cutlass").mkdir(parents=True)
+    (tmp_path / "include" / "cutlass" / "version.h").write_text(
+        "#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n"
+    )
+    return tmp_path / "include"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
+@pytest.mark.parametrize(
+    ("nvcc", "compressed", "architectures", "warned"),
+    [
+        ("12.8.61", True, None, False),
+        ("12.6.85", False, "80-real;90", True),
+        ("12.8.61", True, "native", True),
+        ("12.8.61", True, "90-real;90a-real", False),
+    ],
+)
+def test_options_of_nvcc(tmp_path, cutlass, nvcc, compressed, architectures, warned):
+    # Read after the compiler was asked for its version.
+    (tmp_path / "version.cmake").write_text(f"set(CMAKE_CUDA_COMPILER_VERSION {nvcc})\n")
+    result = configure(
+        tmp_path / "build",
+        *("-DRETENTION_CUDA=ON", f"-DCUTLASS_ROOT={cutlass}", "-DCMAKE_CUDA_COMPILER_WORKS=ON"),
+        f"-DCMAKE_USER_MAKE_RULES_OVERRIDE_CUDA={tmp_path / 'version.cmake'}",
+        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
+    )
+    assert result.returncode == 0, result.stdout
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    kernels = [x["command"] for x in commands if x["file"].endswith(".cu")]
+    assert len(kernels) == 18
+    assert {"--compress-mode=size" in command for command in kernels} == {compressed}
+    warning = f"got '{architectures}', expected 90a-real among them for an H100 or H200"
+    assert (warning in result.message) is warned
+    assert ("Warning" in result.message) is warned
+
+
+OTHER_SYSTEM = ("-DCMAKE_CXX_COMPILER_WORKS=ON", "-DRETENTION_CUDA=OFF")
+
+
+def test_windows_is_refused(tmp_path):
+    result = configure(tmp_path, "-DCMAKE_SYSTEM_NAME=Windows", *OTHER_SYSTEM)
+    assert result.returncode != 0
+    assert "retention does not support Windows" in result.message
+
+
+@pytest.mark.parametrize(
+    ("system", "beside"), [("Darwin", "@loader_path/lib"), ("Linux", "$ORIGIN/lib")]
+)
+def test_the_module_finds_the_library_beside_it(tmp_path, system, beside):
+    pytest.importorskip("nanobind")
+    result = configure(
+        tmp_path,
+        *(f"-DCMAKE_SYSTEM_NAME={system}", *OTHER_SYSTEM, "-DRETENTION_PYTHON=ON"),
+        # The Python of this machine stands for that of the other.
+        *("-DCMAKE_CROSSCOMPILING_EMULATOR=/usr/bin/env", f"-DPython_EXECUTABLE={sys.executable}"),
+    )
+    assert result.returncode == 0, result.stdout
+    rules = (tmp_path / "src" / "cmake_install.cmake").read_text()
+    assert set(re.findall(r"@loader_path/lib|\$ORIGIN/lib", rules)) == {beside}
+
+
+def test_licences_of_what_is_compiled_in_are_in_the_distribution():
+    files = importlib.metadata.files("power-retention")
+    shipped = {file.name for file in files if "licenses" in file.parts}
+    assert shipped >= {"LICENSE", "CUTLASS.txt", "nanobind.txt", "robin_map.txt"}

@@ -257,7 +257,7 @@ def test_missing_extra_says_what_to_install(
     assert (code, out) == (2, "")
     assert err == (
         f"retention {command}: error: needs {' and '.join(missing)}, not installed here: "
-        f"pip install 'retention[train]'\n"
+        f"pip install 'power-retention[train]'\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -37,7 +37,7 @@ def test_one_library_all_headers_one_cmake_package():
 
 def test_every_file_of_the_installation_belongs_to_the_package():
     """Nothing is left in site-packages beside the package's folder, and no build tool in it."""
-    files = importlib.metadata.files("retention")
+    files = importlib.metadata.files("power-retention")
     folders = {file.parts[0] for file in files if not {"..", "__pycache__"} & set(file.parts)}
     assert {x for x in folders if not x.endswith((".dist-info", ".pth", ".py"))} <= {"retention"}
     assert not [file for file in files if file.name == "build_backend.py"]
