@@ -15,7 +15,7 @@ import torch
 import retention
 from cmake_project import ROOT, run_cmake
 from retention import _C
-from retention._info import format_info
+from retention.installation import format_info
 
 INSTALLED = Path(_C.__file__).parent  # not the source tree, even where the package is editable
 

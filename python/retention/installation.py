@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from retention import _C, _kernels
+from retention import _C
+from retention.ops.cuda import coverage
 
 _GIB = 1024**3
 
@@ -69,10 +70,10 @@ def format_info(info: dict[str, Any]) -> str:
 
 
 def _path(kind: str, index: int | None, build: dict[str, Any]) -> dict[str, str]:
-    reason = _kernels.device_reason(kind, index)
+    reason = coverage.device_reason(kind, index)
     if reason is not None:
         return {"path": "pytorch", "reason": reason}
-    code = _kernels.code_for(torch.cuda.get_device_capability(index), build["cuda_architectures"])
+    code = coverage.code_for(torch.cuda.get_device_capability(index), build["cuda_architectures"])
     count = sum(name.startswith("forward_") for name in build["kernels"])
     return {
         "path": "kernels",
