@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import retention
-from retention import _C, _kernels
-from retention._symmetric_power import state_dim
+from retention import _C
+from retention.ops.cuda import coverage, launch
+from retention.ops.symmetric_power import state_dim
 
 from .peers import Peer, Retention, Upstream, all_peers
 from .problem import DTYPES, Problem, Work
@@ -313,13 +314,13 @@ def host(bench: Bench) -> Iterator[Row]:
     for name, call in calls.items():
         row = {"mode": "host", "peer": "retention", "t": problem.t, "part": name}
         row["us"] = _host_microseconds(call, cuda, bench.effort)
-        if cuda and _kernels.cover(inputs.q, inputs.v, problem.deg):
-            saved = _kernels._C
-            _kernels._C = SimpleNamespace(forward=lambda *arguments: None)
+        if cuda and coverage.cover(inputs.q, inputs.v, problem.deg):
+            saved = launch._C
+            launch._C = SimpleNamespace(forward=lambda *arguments: None)
             try:
                 row["us before the launch"] = _host_microseconds(call, cuda, bench.effort)
             finally:
-                _kernels._C = saved
+                launch._C = saved
         yield row
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import retention
-from retention import _kernels, _ops
-from retention._symmetric_power import state_dim
+from retention.ops.call import Operands, Options
+from retention.ops.cuda import coverage, plans
+from retention.ops.pytorch import run
+from retention.ops.symmetric_power import state_dim
 
 from .problem import DTYPES, Inputs, Problem, Work, attention_work, linear_work, retention_work
 from .timing import Effort, Timing, time_call
@@ -155,14 +157,14 @@ class Retention(Peer):
         done = self.with_chunk(problem)
         kernels = self.has_kernels(problem)
         if kernels:  # narrower heads are padded to theirs
-            d, _ = _kernels.kernel_dims(DTYPES[problem.dtype], problem.d, problem.d, problem.deg)
+            d, _ = coverage.kernel_dims(DTYPES[problem.dtype], problem.d, problem.d, problem.deg)
             done = dataclasses.replace(done, d=d)
         return retention_work(done, backward, state_dim(done.d, done.deg), kernels)
 
     def has_kernels(self, problem: Problem) -> bool:
         """Whether the compiled kernels take such a call."""
         inputs = dataclasses.replace(problem, t=1).inputs()
-        return _kernels.cover(inputs.q, inputs.v, problem.deg)
+        return coverage.cover(inputs.q, inputs.v, problem.deg)
 
     def with_chunk(self, p: Problem) -> Problem:
         """With the chunk that is taken, chosen or rounded; t for the quadratic form."""
@@ -171,9 +173,10 @@ class Retention(Peer):
             # One token again and again: shapes are all that counts.
             one = dataclasses.replace(p, t=1).inputs()
             tensors = (x if x is None else x.expand(p.b, p.t, *x.shape[2:]) for x in one)
-            chunk = _kernels.chunk_taken(*tensors, p.deg, p.chunk)
+            operands = Operands(*tensors, initial_state=None, sum_of_keys=None, cu_seqlens=None)
+            chunk = plans.chunk_taken(operands, Options(p.deg, p.chunk, None, False, False, False))
         if chunk is None:
-            chunk = _ops.choose_chunk(p.t, p.d, p.d, p.deg, p.chunk, None)
+            chunk = run.choose_chunk(p.t, p.d, p.d, p.deg, p.chunk, None)
         return dataclasses.replace(p, chunk=min(chunk, p.t))
 
 
@@ -192,7 +195,7 @@ class RetentionPyTorch(Retention):
         call = super().step(*arguments, **options)
 
         def without_kernels():
-            with _kernels.turned_off():
+            with coverage.turned_off():
                 return call()
 
         return without_kernels

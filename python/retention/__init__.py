@@ -7,11 +7,10 @@ from retention._distribution import refuse_mixture
 refuse_mixture(__path__)
 
 from retention import _C, nn
-from retention._inference import power_retention_inference
-from retention._info import info
-from retention._power_retention import power_retention
-from retention._reference import reference
-from retention._symmetric_power import expand, state_dim
+from retention.functional import power_retention, power_retention_inference
+from retention.installation import info
+from retention.ops.reference import reference
+from retention.ops.symmetric_power import expand, state_dim
 
 __version__: str = _C.build_info()["version"]
 __all__ = [

@@ -42,9 +42,9 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
-        from retention import _info as about
+        from retention import installation
 
-        _write(f"retention {about.info()['version']}\n")
+        _write(f"retention {installation.info()['version']}\n")
         parser.exit()
 
 
@@ -424,9 +424,9 @@ def _write(text: str) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from retention import _info as about
+    from retention import installation
 
-    _write(about.format_info(about.info()) + "\n")
+    _write(installation.format_info(installation.info()) + "\n")
     return 0
 
 

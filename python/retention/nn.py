@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import retention
-from retention import _checks
-from retention._arguments import autocasts, without_autocast
+from retention import functional
+from retention.ops import checks
+from retention.ops.arguments import autocasts, without_autocast
+from retention.ops.symmetric_power import state_dim
 
 __all__ = [
     "GateProjection",
@@ -144,11 +145,11 @@ class RetentionCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        _checks.check_integer("batch_size", batch_size, 1)
-        _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
+        checks.check_integer("batch_size", batch_size, 1)
+        checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         wide = torch.promote_types(dtype, torch.float32)
-        rows = retention.state_dim(head_dim, deg)
+        rows = state_dim(head_dim, deg)
         ring = (batch_size, switch_over_seq_len, num_kv_heads)
         # Tensors made in inference mode could never be written to outside of it.
         with torch.inference_mode(False):
@@ -308,9 +309,9 @@ class PowerRetention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _checks.check_integer("hidden_size", hidden_size, 1)
-        _checks.check_integer("num_heads", num_heads, 1)
-        _checks.check_integer("num_kv_heads", num_kv_heads, 1)
+        checks.check_integer("hidden_size", hidden_size, 1)
+        checks.check_integer("num_heads", num_heads, 1)
+        checks.check_integer("num_kv_heads", num_kv_heads, 1)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
@@ -322,11 +323,11 @@ class PowerRetention(nn.Module):
                     f"is not given, got {num_heads}"
                 )
             head_dim = hidden_size // num_heads
-        retention.state_dim(head_dim, deg)  # raises for what no state can be built of
+        state_dim(head_dim, deg)  # raises for what no state can be built of
         if chunk_size is not None:
-            _checks.check_integer("chunk_size", chunk_size, 1)
+            checks.check_integer("chunk_size", chunk_size, 1)
         if switch_over_seq_len is not None:
-            _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
+            checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
         if rope_theta is not None and not (rope_theta > 0 and math.isfinite(rope_theta)):
             raise ValueError(f"rope_theta: expected a positive number, got {rope_theta}")
 
@@ -412,7 +413,7 @@ class PowerRetention(nn.Module):
                 sequence = torch.searchsorted(starts[1:], positions.to(starts.dtype), right=True)
                 positions = positions - starts[sequence]
         query, key, value, log_gate = self._project(x, positions)
-        out = retention.power_retention(
+        out = functional.power_retention(
             query,
             key,
             value,
@@ -456,7 +457,7 @@ class PowerRetention(nn.Module):
         if dtype is None and autocasts(device):
             dtype = torch.get_autocast_dtype(device.type)
         if dtype is None:
-            dtype = next((x.dtype for x in tensors if x.dtype in _checks.DTYPES), None)
+            dtype = next((x.dtype for x in tensors if x.dtype in checks.DTYPES), None)
         if switch_over_seq_len is None:
             switch_over_seq_len = self.switch_over_seq_len or _DEFAULT_RING
         return RetentionCache(
@@ -528,7 +529,7 @@ class PowerRetention(nn.Module):
             outs = []
             if filling:
                 cache.append(*tokens(slice(0, filling)))
-                out, state, sum_of_keys = retention.power_retention_inference(
+                out, state, sum_of_keys = functional.power_retention_inference(
                     query[:, :filling],
                     *cache.recent(),
                     initial_state=state,
@@ -538,7 +539,7 @@ class PowerRetention(nn.Module):
                 )
                 outs.append(out)
             if straight:
-                out, state, sum_of_keys = retention.power_retention(
+                out, state, sum_of_keys = functional.power_retention(
                     query[:, rest],
                     *tokens(rest),
                     initial_state=state,
@@ -550,7 +551,7 @@ class PowerRetention(nn.Module):
                 )
                 outs.append(out)
             elif filling < t:
-                out, _, _ = retention.power_retention_inference(
+                out, _, _ = functional.power_retention_inference(
                     query[:, rest],
                     *tokens(rest),
                     initial_state=state,
@@ -572,7 +573,7 @@ class PowerRetention(nn.Module):
 
     def _check_cache(self, b: int, cache: RetentionCache) -> None:
         expected = [b, cache.capacity, self.num_kv_heads, self.head_dim]
-        rows = retention.state_dim(self.head_dim, self.deg)
+        rows = state_dim(self.head_dim, self.deg)
         if list(cache.keys.shape) != expected or cache.sum_of_keys.shape[2] != rows:
             raise ValueError(
                 f"cache: expected keys [{b}, n, {self.num_kv_heads}, {self.head_dim}] and a state "

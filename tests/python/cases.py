@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import retention
+from retention.ops.cuda import coverage, launch, plans
 
 # Log gates that end a document: from one whose sums lose digits to those that have none.
 RESETS = (-1e4, -1e6, -1e9, torch.finfo(torch.float32).min, -torch.inf)
@@ -136,3 +140,13 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
     assert actual.keys() == expected.keys()
     errors = {name: error(actual[name], expected[name]) for name in expected}
     assert all(e <= tolerance for e in errors.values()), f"over {tolerance:.1e}: {errors}"
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, binding: Any) -> None:
+    """Have calls take the kernels of ``binding`` in the compiled module's place, on any device."""
+    for module in (coverage, plans, launch):
+        monkeypatch.setattr(module, "_C", binding)
+    monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(coverage, "_reason_of_device", lambda kind, index: None)
+    uncached = coverage.kernel_dims.__wrapped__
+    monkeypatch.setattr(coverage, "kernel_dims", functools.cache(uncached))

@@ -12,7 +12,9 @@ import zlib
 import pytest
 import torch
 
-from retention import _kernels, _ops
+from cases import use_kernels
+from retention.ops import operators
+from retention.ops.cuda import coverage, launch
 
 EMULATED = "RETENTION_EMULATED"  # names the folder of a module _C whose kernels the emulator runs
 
@@ -20,7 +22,7 @@ EMULATED = "RETENTION_EMULATED"  # names the folder of a module _C whose kernels
 def missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return _kernels.device_reason("cuda", 0)
+    return coverage.device_reason("cuda", 0)
 
 
 def pytest_collection_modifyitems(items):
@@ -58,17 +60,14 @@ def emulator(monkeypatch, request):
     module = emulated_module()
     if module is None:
         pytest.skip(f"needs kernels on the emulator: {EMULATED} is not set (see CONTRIBUTING.md)")
-    monkeypatch.setattr(_kernels, "_C", module)
-    monkeypatch.setattr(_kernels, "kernel_dims", functools.cache(_kernels.kernel_dims.__wrapped__))
-    monkeypatch.setattr(_kernels, "_plans", {})
-    monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
-    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu", "meta"})
-    monkeypatch.setattr(_kernels, "_current_device", lambda: torch.empty(0).get_device())
-    monkeypatch.setattr(_kernels, "_allocate", aligned)
+    use_kernels(monkeypatch, module)
+    monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu", "meta"})
+    monkeypatch.setattr(launch, "current_device", lambda: torch.empty(0).get_device())
+    monkeypatch.setattr(launch, "allocate", aligned)
     # In the stream's place: the seed of the schedule in which a kernel's threads run.
     seeds = itertools.count(zlib.crc32(request.node.name.encode()))
-    monkeypatch.setattr(_kernels, "_current_stream", lambda device: next(seeds))
+    monkeypatch.setattr(launch, "current_stream", lambda device: next(seeds))
     with torch.library._scoped_library("retention", "IMPL") as library:
-        library.impl("forward", _ops._forward_cuda, "CPU")
-        library.impl("backward", _ops._backward_cuda, "CPU")
+        library.impl("forward", operators._forward_cuda, "CPU")
+        library.impl("backward", operators._backward_cuda, "CPU")
         yield

@@ -17,13 +17,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+
+import retention
+from cases import use_kernels
+from retention import _C, cli
 from retention.bench import command, compare, modes, peers, report
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
-
-import retention
-from retention import _C, _chunked, _kernels, _ops, cli
 from retention.lm.errors import UsageError
+from retention.ops.cuda import coverage, launch, plans
+from retention.ops.pytorch import chunked
+from retention.ops.pytorch.run import choose_chunk
 
 SMALL = Problem(t=96, hq=4, h=2, d=16, chunk=32, dtype="float32", device="cpu")
 ONCE = Effort(seconds=0.0, least=2, most=2)
@@ -73,7 +77,7 @@ def test_one_chunk_is_the_quadratic_form():
 
 def test_the_chunk_that_is_chosen_is_counted():
     p = dataclasses.replace(SMALL, t=4096, d=32, chunk=None)
-    chosen = _ops.choose_chunk(4096, 32, 32, 2, None, None)
+    chosen = choose_chunk(4096, 32, 32, 2, None, None)
     assert chosen < 4096
     work = peers.Retention().exact_work(p, backward=False)
     assert work == retention_work(dataclasses.replace(p, chunk=chosen), backward=False)
@@ -88,15 +92,13 @@ def kernels(monkeypatch):
         forward_chunk_size=_C.forward_chunk_size,
         FORWARD_POINTERS=_C.FORWARD_POINTERS,
     )
-    monkeypatch.setattr(_kernels, "_C", binding)
-    monkeypatch.setattr(_kernels, "_plans", {})
-    monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
+    use_kernels(monkeypatch, binding)
     monkeypatch.setattr(
-        _kernels, "kernel_dims", lambda dtype, d, dv, deg: (max(d, 64), max(dv, 64))
+        coverage, "kernel_dims", lambda dtype, d, dv, deg: (max(d, 64), max(dv, 64))
     )
     monkeypatch.setattr(
-        _kernels,
-        "_allocate",
+        launch,
+        "allocate",
         lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype),
     )
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
@@ -140,12 +142,12 @@ def test_padded_heads_are_work_that_is_done(kernels):
 
 def test_other_paths_do_not_have_the_kernels_chunk(kernels):
     p = dataclasses.replace(SMALL, t=10000, d=128, chunk=None, dtype="bfloat16")
-    chosen = min(10000, _ops.choose_chunk(10000, 128, 128, 2, None, None))
+    chosen = min(10000, choose_chunk(10000, 128, 128, 2, None, None))
     assert peers.Retention().with_chunk(p).chunk != chosen
     assert peers.RetentionPyTorch().with_chunk(p).chunk == chosen
     assert peers.Upstream(None).with_chunk(p).chunk == 1024
     kernels.forward_can_implement = lambda sizes, pointers: "too large"
-    _kernels._plans.clear()
+    plans._plans.clear()
     assert peers.Retention().with_chunk(p).chunk == chosen
 
 
@@ -192,7 +194,7 @@ def test_a_wrong_implementation_shows():
 
 def test_a_wrong_state_shows(monkeypatch):
     """Errors are those of the length and the chunks that are timed, in which states are read."""
-    monkeypatch.setattr(_chunked, "expand_apply", lambda *arguments: None)
+    monkeypatch.setattr(chunked, "expand_apply", lambda *arguments: None)
     assert peers.Retention().errors(SMALL, backward=False)["error"] > 0.1
 
 
@@ -364,12 +366,12 @@ def test_the_pytorch_path_is_measured_without_kernels(monkeypatch, backward):
     class Watched(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            reasons.append(_kernels.device_reason("cuda", 0))
+            reasons.append(coverage.device_reason("cuda", 0))
             return x.clone()
 
         @staticmethod
         def backward(ctx, gradient):
-            reasons.append(_kernels.device_reason("cuda", 0))
+            reasons.append(coverage.device_reason("cuda", 0))
             return gradient
 
     monkeypatch.setattr(peers.Retention, "call", lambda self, problem, q, *_: Watched.apply(q))

@@ -15,7 +15,7 @@ import torch
 import retention
 from cmake_project import ROOT, run_cmake
 from retention import _C
-from retention._info import format_info
+from retention.installation import format_info
 
 INSTALLED = Path(_C.__file__).parent  # not the source tree, even where the package is editable
 
@@ -114,6 +114,23 @@ def test_info_is_laid_out_in_aligned_lines():
         "           path: pytorch (because)",
         "cuda:0     A GPU, 80.0 GiB, compute capability 9.0",
         "           path: pytorch (because)",
+    ]
+    info["build"] |= {
+        "kernels": [
+            f"{kind}_{element}_d{d}_dv{dv}_p2"
+            for kind in ("backward", "forward")
+            for element in ("bf16", "fp16")
+            for d, dv in ((32, 32), (128, 32), (128, 64))
+            if (kind, element, d) != ("backward", "fp16", 32)
+        ]
+    }
+    assert format_info(info).split("\n")[5:11] == [
+        "kernels    element  degree  d    dv 32  dv 64",
+        "           bf16     2       32   fb     -",
+        "           bf16     2       128  fb     fb",
+        "           fp16     2       32   f      -",
+        "           fp16     2       128  fb     fb",
+        "           f: forward, b: backward",
     ]
     info["build"] |= {"cuda": False, "cuda_toolkit": None, "cutlass": None}
     assert "CUDA       not built\nCUTLASS    none\n" in format_info(info)

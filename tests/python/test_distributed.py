@@ -120,9 +120,9 @@ def test_calls_on_sharded_tensors(name: str, folder: Path):
     ],
 )
 def test_heads_that_can_be_cut(heads: int, mesh: tuple[int, ...], expected: bool):
-    from retention import _sharding
+    from retention.ops import sharding
 
-    assert _sharding._can_be_cut(heads, mesh) is expected
+    assert sharding._can_be_cut(heads, mesh) is expected
 
 
 @pytest.mark.parametrize("way", ["fully_shard", "FSDP"])

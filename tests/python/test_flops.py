@@ -5,13 +5,15 @@ import sys
 
 import pytest
 import torch
-from retention.bench.problem import Problem, retention_work
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import retention
 from cases import Case, make
-from retention import _flops, _kernels, _ops
+from retention.bench.problem import Problem, retention_work
+from retention.ops.cuda import coverage, plans
+from retention.ops.flops import flops as flops_of
+from retention.ops.pytorch.run import choose_chunk
 
 
 def products_by_hand(case, chunk, final, backward=False, kept=False):
@@ -52,7 +54,7 @@ def test_gradients_that_nobody_wants_are_not_counted(wanted, state_products, ins
     case = Case(t=20, b=2)
     sizes = {"b": 2, "t": 20, "hq": 4, "h": 2, "d": 16, "dv": 12, "deg": 2, "chunk": 8}
     flags = [n in wanted for n in range(6)]
-    flops = _flops.flops(**sizes, before=True, after=True, backward=True, wanted=flags)
+    flops = flops_of(**sizes, before=True, after=True, backward=True, wanted=flags)
     state = 2 * retention.state_dim(16) * 12
     again = 16 * 2 if wanted & {0, 3} else 0  # tokens and heads whose keys make the states again
     products = state * (state_products[0] * 20 * 4 + state_products[1] * 20 * 2 + again)
@@ -95,7 +97,7 @@ def test_no_tokens():
 @pytest.mark.parametrize("t", [100, 4096])
 def test_the_chunk_that_is_chosen(t):
     case = Case(t=t, b=1, hq=2, h=1, d=32, dv=32)
-    chunk = _ops.choose_chunk(t, 32, 32, 2, None, None)
+    chunk = choose_chunk(t, 32, 32, 2, None, None)
     inputs = {name: x if x is None else x.to("meta") for name, x in make(case).items()}
     flops, _ = counted(lambda: retention.power_retention(**inputs))
     assert flops == products_by_hand(case, chunk, False)
@@ -124,8 +126,8 @@ def test_fakes_on_a_device_that_is_not_there():
 
 
 def test_the_chunk_that_kernels_take(monkeypatch):
-    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu"})
-    monkeypatch.setattr(_kernels, "chunk_taken", lambda *arguments, cu_seqlens: 16)
+    monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu"})
+    monkeypatch.setattr(plans, "chunk_taken", lambda operands, options: 16)
     case = Case(t=40)
     flops, _ = counted(lambda: retention.power_retention(**make(case), chunk_size=8))
     assert flops == products_by_hand(case, 16, False)
@@ -133,7 +135,7 @@ def test_the_chunk_that_kernels_take(monkeypatch):
 
 def test_states_that_were_kept_are_not_made_again():
     sizes = {"b": 2, "t": 20, "hq": 4, "h": 2, "d": 16, "dv": 12, "deg": 2, "chunk": 8}
-    flops = _flops.flops(**sizes, before=False, after=False, backward=True, kept=True)
+    flops = flops_of(**sizes, before=False, after=False, backward=True, kept=True)
     assert flops == products_by_hand(Case(t=20), 8, False, backward=True, kept=True)
 
 
@@ -144,7 +146,7 @@ def test_retention_bench_counts_the_same(chunk):
     sizes = {"b": p.b, "t": p.t, "hq": p.hq, "h": p.h, "d": p.d, "dv": p.d, "deg": 2}
     rows = retention.state_dim(p.d)
     ours = [
-        _flops.flops(**sizes, chunk=chunk, before=chunk < p.t, after=chunk < p.t, backward=backward)
+        flops_of(**sizes, chunk=chunk, before=chunk < p.t, after=chunk < p.t, backward=backward)
         for backward in (False, True)
     ]
     again = 2 * rows * p.d * chunk * p.h * (chunk < p.t)  # of the last chunk

@@ -5,7 +5,7 @@ import torch
 
 import retention
 from cases import RESETS, Case, error, make
-from retention import _inference
+from retention.ops import decoding
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-11
@@ -74,7 +74,7 @@ def test_many_queries_read_the_state_in_parts(monkeypatch):
     inputs = make(case)
     # Three rows of phi at a time, of 2 sequences and 2 key heads.
     rows = 3 * case.b * case.h * retention.state_dim(case.d)
-    monkeypatch.setattr(_inference, "_PHI_ELEMENTS", rows)
+    monkeypatch.setattr(decoding, "_PHI_ELEMENTS", rows)
     out, *_ = retention.power_retention_inference(**tail(inputs, 7), switch_over_seq_len=None)
     assert error(out, retention.reference(**inputs)[:, -7:]) < TOLERANCE
 

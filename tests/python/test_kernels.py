@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import logging
 import math
@@ -16,8 +15,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import retention
-from cases import Case, error, make, run
-from retention import _C, _kernels, _ops
+from cases import Case, error, make, run, use_kernels
+from retention import _C
+from retention.ops import checks, operators, torch_private
+from retention.ops.cuda import coverage, launch, plans
 
 KERNELS = _C.build_info()["kernels"]
 FORWARD_KERNELS = [name for name in KERNELS if name.startswith("forward_")]
@@ -52,7 +53,7 @@ def configurations():
     ],
 )
 def test_chunk_sizes_as_the_kernels_take_them(t, chunk_size, switch_over, expected):
-    assert _kernels.chunk_sizes(t, chunk_size, switch_over) == expected
+    assert plans.chunk_sizes(t, chunk_size, switch_over) == expected
 
 
 SIZES = {
@@ -289,7 +290,7 @@ def test_the_workspace_of_one_gradient(name):
 )
 def test_can_implement_of_backward_names_the_argument(emulator, changes, message):
     arguments = packed_backward(head_dim=32, value_dim=32, **changes)
-    assert _kernels._C.backward_can_implement(*arguments) == message
+    assert launch._C.backward_can_implement(*arguments) == message
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_the_chunk_that_is_chosen_is_taken(d, dv, tokens):
     ],
 )
 def test_code_for_a_device(capability, architectures, expected):
-    assert _kernels.code_for(capability, architectures) == expected
+    assert coverage.code_for(capability, architectures) == expected
 
 
 BUILD = {"kernels": ["forward_bf16_d64_dv64_p2"] * 12, "cuda_architectures": ["sm_80", "sm_90"]}
@@ -371,25 +372,25 @@ BUILD = {"kernels": ["forward_bf16_d64_dv64_p2"] * 12, "cuda_architectures": ["s
     ],
 )
 def test_reasons_against_a_device(monkeypatch, kind, build, capability, hip, expected):
-    monkeypatch.setattr(_kernels, "_C", SimpleNamespace(build_info=lambda: build))
+    monkeypatch.setattr(coverage, "_C", SimpleNamespace(build_info=lambda: build))
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    reason = _kernels._reason_of_device.__wrapped__(kind, 0)
+    reason = coverage._reason_of_device.__wrapped__(kind, 0)
     assert reason is None if expected is None else expected in reason
 
 
 def test_info_of_a_device_with_kernels(monkeypatch):
-    from retention import _info
+    from retention import installation
 
-    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: None)
+    monkeypatch.setattr(coverage, "device_reason", lambda kind, index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
-    assert _info._path("cuda", 0, BUILD) == {
+    assert installation._path("cuda", 0, BUILD) == {
         "path": "kernels",
         "reason": "12 configurations for sm_80, narrower heads padded to the next; "
         "other calls take the PyTorch path",
     }
-    monkeypatch.setattr(_kernels, "device_reason", lambda kind, index: "because")
-    assert _info._path("cuda", 0, BUILD) == {"path": "pytorch", "reason": "because"}
+    monkeypatch.setattr(coverage, "device_reason", lambda kind, index: "because")
+    assert installation._path("cuda", 0, BUILD) == {"path": "pytorch", "reason": "because"}
 
 
 def test_info_of_the_cpu():
@@ -415,20 +416,17 @@ def device(monkeypatch):
         backward_workspace_size=_C.backward_workspace_size,
         backward=lambda *arguments: backward_calls.append(arguments),
     )
-    monkeypatch.setattr(_kernels, "_C", binding)
-    monkeypatch.setattr(_kernels, "_plans", {})
-    monkeypatch.setattr(_kernels, "_reason_of_device", lambda kind, index: None)
-    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu", "meta"})
-    monkeypatch.setattr(_kernels, "kernel_dims", functools.cache(_kernels.kernel_dims.__wrapped__))
-    monkeypatch.setattr(_kernels, "_current_device", lambda: -1)  # get_device() of a CPU tensor
-    monkeypatch.setattr(_kernels, "_current_stream", lambda device: 77)
+    use_kernels(monkeypatch, binding)
+    monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu", "meta"})
+    monkeypatch.setattr(launch, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(launch, "current_stream", lambda device: 77)
     allocated = []
 
     def allocate(shape, strides, dtype):
         allocated.append(torch.empty_strided(shape, strides, dtype=dtype))
         return allocated[-1]
 
-    monkeypatch.setattr(_kernels, "_allocate", allocate)
+    monkeypatch.setattr(launch, "allocate", allocate)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return SimpleNamespace(
         calls=calls, backward_calls=backward_calls, binding=binding, allocated=allocated
@@ -463,7 +461,7 @@ FULL = Case(t=100, d=64, dv=32, state=True)
 
 def test_what_is_passed_to_the_kernels(device):
     inputs = lowered(FULL)
-    out, norm, state, keys, residual, kept = _ops._forward_cuda(
+    out, norm, state, keys, residual, kept = operators._forward_cuda(
         *operands(inputs, chunk=65, final=True, save=True)
     )
     assert kept.shape == (0,)
@@ -513,7 +511,7 @@ def test_what_is_passed_to_the_kernels(device):
 @pytest.mark.parametrize(("dtype", "element"), [(torch.bfloat16, 0), (torch.float16, 1)], ids=str)
 def test_without_gate_states_and_workspace(device, dtype, element):
     case = Case(t=5, d=64, dv=64, gate=None)
-    _, _, state, keys, _, _ = _ops._forward_cuda(*operands(lowered(case, dtype)))
+    _, _, state, keys, _, _ = operators._forward_cuda(*operands(lowered(case, dtype)))
     ((sizes, pointers, workspace, _),) = device.calls
     assert sizes[0] == element
     null = ("log_gate", "cu_seqlens", "initial_state", "initial_key_sum", "final_state")
@@ -532,7 +530,7 @@ def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate,
     inputs = lowered(case, sequences=bounds and 2)
     cu_seqlens = bounds and torch.tensor(bounds, dtype=torch.int32)
     arguments = operands(inputs, cu_seqlens, chunk=64, switch_over=0, final=final)
-    *_, kept = _ops._forward_cuda(*arguments)
+    *_, kept = operators._forward_cuda(*arguments)
     ((sizes, pointers, workspace, _),) = device.calls
     assert kept.shape == (0,)
     (allocated,) = [x for x in device.allocated if x.data_ptr() == workspace]
@@ -544,7 +542,7 @@ def test_the_workspace_is_as_large_as_the_call_needs(device, final, state, gate,
 def test_every_call_has_results_of_its_own(device, options):
     """Those that nobody wants as well: a caller may resize or write them."""
     inputs = lowered(FULL)
-    first, second = (_ops._forward_cuda(*operands(inputs, **options)) for _ in range(2))
+    first, second = (operators._forward_cuda(*operands(inputs, **options)) for _ in range(2))
     assert not any(x is y for x in first for y in second)
     memory = [{x.untyped_storage()._cdata for x in results} for results in (first, second)]
     assert len(memory[0]) == len(memory[1]) == 6
@@ -557,7 +555,7 @@ def test_a_plan_knows_whether_there_are_kernels_for_backward(device, save):
     asked = []
     device.binding.backward_can_implement = lambda *x: asked.append(x) or "too small"
     arguments = operands(lowered(FULL), save=save)
-    plan = _kernels.plan_forward(*arguments)
+    plan = plans.plan_forward(arguments)
     assert (plan.reason, plan.backward_reason) == (None, "too small" if save else None)
     for sizes, pointers in asked:
         assert _C.backward_can_implement(sizes, pointers) in (
@@ -571,7 +569,7 @@ def test_packed_sequences_are_counted_not_read(device):
     # Values that the PyTorch path would refuse: nobody looks at them here.
     cu_seqlens = torch.tensor([3, 900, -7, 2, 1, 0, 5, 6], dtype=torch.int32)[::2]
     inputs = lowered(Case(t=100, b=1, d=64, dv=32))
-    _, _, state, keys, _, _ = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=True))
+    _, _, state, keys, _, _ = operators._forward_cuda(*operands(inputs, cu_seqlens, final=True))
     ((sizes, pointers, *_),) = device.calls
     assert sizes[4] == 3
     assert state.shape == (3, 2, retention.state_dim(64), 32)
@@ -588,7 +586,7 @@ def test_packed_sequences_are_counted_not_read(device):
 def test_fakes_agree_with_what_is_allocated(device, save, final, bounds, hq, gate, d, dv):
     inputs = lowered(Case(t=100, b=1, hq=hq, d=d, dv=dv, gate=gate))
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    real = _ops._forward_cuda(*operands(inputs, cu_seqlens, final=final, save=save))
+    real = operators._forward_cuda(*operands(inputs, cu_seqlens, final=final, save=save))
     meta = {name: x if x is None else x.to("meta") for name, x in inputs.items()}
     cu_seqlens = None if bounds is None else cu_seqlens.to("meta")
     fake = torch.ops.retention.forward(*operands(meta, cu_seqlens, final=final, save=save))
@@ -634,7 +632,7 @@ def test_operands_are_copied_only_where_they_must_be(device, name, layout):
         seen.append((pointers[number] == changed.data_ptr(), strides, pointers[number] % 16))
 
     device.binding.forward = forward
-    _ops._forward_cuda(*operands(inputs))
+    operators._forward_cuda(*operands(inputs))
     ((in_place, strides, remainder),) = seen
     assert in_place is fits
     assert remainder == 0
@@ -645,7 +643,7 @@ def test_strides_of_single_rows_do_not_matter(device):
     inputs = lowered(Case(t=100, b=1, hq=1, h=1, d=64, dv=64))
     for name in "QKV":
         inputs[name] = inputs[name].as_strided(inputs[name].shape, (7, 64, 3, 1))
-    _ops._forward_cuda(*operands(inputs))
+    operators._forward_cuda(*operands(inputs))
     ((sizes, pointers, *_),) = device.calls
     assert sizes[8:17] == (0, 64, 0) * 3
     assert pointers[:3] == tuple(inputs[name].data_ptr() for name in "QKV")
@@ -656,7 +654,7 @@ def test_expanded_heads_are_read_in_place(device):
     inputs["K"] = inputs["K"].expand(2, 100, 4, 64)
     inputs["V"] = inputs["V"].expand(2, 100, 4, 64)
     inputs["log_G"] = inputs["log_G"].expand(2, 100, 4)
-    _ops._forward_cuda(*operands(inputs))
+    operators._forward_cuda(*operands(inputs))
     ((sizes, pointers, *_),) = device.calls
     assert sizes[11:20] == (6400, 64, 0, 6400, 64, 0, 100, 1, 0)
     assert pointers[1] == inputs["K"].data_ptr()
@@ -666,7 +664,7 @@ def test_states_are_copied_only_where_they_must_be(device):
     inputs = lowered(FULL)
     inputs["initial_state"] = inputs["initial_state"].mT.contiguous().mT
     inputs["sum_of_keys"] = misaligned(inputs["sum_of_keys"])
-    _ops._forward_cuda(*operands(inputs))
+    operators._forward_cuda(*operands(inputs))
     ((_, pointers, *_),) = device.calls
     assert pointers[5] not in (0, inputs["initial_state"].data_ptr())
     assert pointers[6] not in (0, inputs["sum_of_keys"].data_ptr())
@@ -693,12 +691,12 @@ def test_states_are_copied_only_where_they_must_be(device):
 def test_reasons_against_a_call(device, caplog, case, dtype, expected):
     device.binding.forward_can_implement = _C.forward_can_implement
     inputs = {
-        name: x if x is None or name in "QKV" else x.to(_ops._checks.state_dtype(dtype))
+        name: x if x is None or name in "QKV" else x.to(checks.state_dtype(dtype))
         for name, x in lowered(case, dtype).items()
     }
     arguments = operands(inputs, deg=case.deg, final=True)
     with caplog.at_level(logging.DEBUG, logger="retention"):
-        results = _ops._forward_cuda(*arguments)
+        results = operators._forward_cuda(*arguments)
     (line,) = caplog.messages
     assert f"PyTorch path ({expected}" in line
     assert not device.calls
@@ -724,29 +722,29 @@ def test_arguments_that_do_not_fit_never_reach_the_kernels(device, name):
     cu_seqlens, deg = inputs.pop("cu_seqlens", None), inputs.pop("deg", 2)
     for _ in range(2):  # not the second time either
         with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
-            _ops._forward_cuda(*operands(inputs, cu_seqlens, deg))
+            operators._forward_cuda(*operands(inputs, cu_seqlens, deg))
     assert not device.calls
 
 
 def test_kernels_that_are_turned_off_are_not_called(device):
     arguments = operands(lowered(FULL))
-    _ops._forward_cuda(*arguments)
-    with _kernels.turned_off():
-        assert _kernels.plan_forward(*arguments).reason == "kernels are turned off"
-        _ops._forward_cuda(*arguments)
+    operators._forward_cuda(*arguments)
+    with coverage.turned_off():
+        assert plans.plan_forward(arguments).reason == "kernels are turned off"
+        operators._forward_cuda(*arguments)
     assert len(device.calls) == 1
-    _ops._forward_cuda(*arguments)
+    operators._forward_cuda(*arguments)
     assert len(device.calls) == 2
 
 
 def test_plans_are_kept_and_not_without_bound(device, monkeypatch):
-    monkeypatch.setattr(_kernels, "_MOST_PLANS", 3)
+    monkeypatch.setattr(plans, "_MOST_PLANS", 3)
     made = []
-    make_plan = _kernels._make_plan
-    monkeypatch.setattr(_kernels, "_make_plan", lambda *a: made.append(a) or make_plan(*a))
+    make_plan = plans._make_plan
+    monkeypatch.setattr(plans, "_make_plan", lambda *a: made.append(a) or make_plan(*a))
     for t in (1, 2, 3, 3, 2, 1, 4, 5):
-        _ops._forward_cuda(*operands(lowered(Case(t=t, d=64, dv=64))))
-        assert len(_kernels._plans) <= 3
+        operators._forward_cuda(*operands(lowered(Case(t=t, d=64, dv=64))))
+        assert len(plans._plans) <= 3
     assert len(made) == 5
     assert [sizes[5] for sizes, *_ in device.calls] == [1, 2, 3, 3, 2, 1, 4, 5]
 
@@ -757,7 +755,7 @@ EVERY = (True,) * 6  # gradient is wanted
 def saved(inputs, *rest, wanted=EVERY, **options):
     """Operands of the operator backward, its gradients of the right shapes and of no meaning."""
     arguments = operands(inputs, *rest, save=True, **options)
-    out, norm, state, keys, residual, kept = _ops._forward_cuda(*arguments)
+    out, norm, state, keys, residual, kept = operators._forward_cuda(*arguments)
     final = (state, keys) if options.get("final") else (None, None)
     d_out = torch.zeros_like(out)
     results = (out, residual, kept, norm)
@@ -769,7 +767,7 @@ def test_what_backward_passes_to_the_kernels(device):
     arguments = saved(inputs, chunk=65, final=True)
     d_out, d_state, d_keys = arguments[:3]
     out, residual, _, norm = arguments[10:14]
-    gradients = _ops._backward_cuda(*arguments)
+    gradients = operators._backward_cuda(*arguments)
     ((sizes, pointers, workspace, stream),) = device.backward_calls
     ((forward_sizes, *_),) = device.calls
     assert sizes == (*forward_sizes, *d_out.stride()[:3])
@@ -795,7 +793,7 @@ def test_what_backward_passes_to_the_kernels(device):
 
 def test_backward_without_gate_and_states(device):
     arguments = saved(lowered(Case(t=5, d=64, dv=64, gate=None)))
-    *_, d_gate, d_state, d_keys = _ops._backward_cuda(*arguments)
+    *_, d_gate, d_state, d_keys = operators._backward_cuda(*arguments)
     assert [x.numel() for x in (d_gate, d_state, d_keys)] == [0, 0, 0]
     ((_, pointers, *_),) = device.backward_calls
     named = dict(zip(_C.BACKWARD_POINTERS, pointers, strict=True))
@@ -807,7 +805,7 @@ def test_backward_without_gate_and_states(device):
 def test_only_gradients_that_are_wanted_reach_the_kernels(device, wanted):
     inputs = lowered(FULL)
     wanted = (*wanted, wanted[-1])
-    gradients = _ops._backward_cuda(*saved(inputs, wanted=wanted))
+    gradients = operators._backward_cuda(*saved(inputs, wanted=wanted))
     for gradient, x, want in zip(gradients, inputs.values(), wanted, strict=True):
         assert gradient.shape == (x.shape if want else (0,))
     assert len(device.backward_calls) == any(wanted)
@@ -822,7 +820,7 @@ def test_gradients_that_cannot_be_wanted(device, wanted):
     arguments = saved(lowered(FULL), wanted=wanted)
     meta = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments]
     for call in (
-        lambda: _ops._backward_cuda(*arguments),
+        lambda: operators._backward_cuda(*arguments),
         lambda: torch.ops.retention.backward(*arguments),  # on a CPU, the PyTorch path
         lambda: torch.ops.retention.backward(*meta),
     ):
@@ -838,7 +836,7 @@ def test_backward_copies_only_what_it_must(device, name, layout):
     arguments = list(saved(lowered(Case(t=100, d=64, dv=32))))
     position = {"d_out": 0, "Q": 3}[name]
     arguments[position] = change(arguments[position])
-    _ops._backward_cuda(*arguments)
+    operators._backward_cuda(*arguments)
     ((sizes, pointers, *_),) = device.backward_calls
     number = {"d_out": _C.BACKWARD_POINTERS.index("d_output"), "Q": 0}[name]
     first = {"d_out": len(sizes) - 3, "Q": 8}[name]
@@ -856,7 +854,7 @@ def test_results_of_other_calls_never_reach_the_kernels(device, number):
     for wrong in (right[None], right[..., None, :], right.to(torch.float64), right.to("meta")):
         arguments[number] = wrong
         with pytest.raises((TypeError, ValueError), match=r"^\w+: expected .* got "):
-            _ops._backward_cuda(*arguments)
+            operators._backward_cuda(*arguments)
     assert not device.backward_calls
 
 
@@ -864,7 +862,7 @@ def test_kept_states_that_do_not_lie_as_they_did_are_copied(device):
     arguments = list(saved(lowered(FULL), chunk=64, keep=True))
     whole = arguments[12]
     arguments[12] = whole.repeat_interleave(2)[::2]
-    _ops._backward_cuda(*arguments)
+    operators._backward_cuda(*arguments)
     ((_, pointers, *_),) = device.backward_calls
     address = pointers[_C.BACKWARD_POINTERS.index("forward_workspace")]
     assert address not in (0, arguments[12].data_ptr(), whole.data_ptr())
@@ -873,7 +871,7 @@ def test_kept_states_that_do_not_lie_as_they_did_are_copied(device):
 def test_expanded_gradients_are_copied(device):
     arguments = list(saved(lowered(Case(t=100, d=64, dv=32))))
     arguments[0] = arguments[0].new_ones(()).expand(arguments[0].shape)  # that of a sum
-    _ops._backward_cuda(*arguments)
+    operators._backward_cuda(*arguments)
     ((sizes, *_),) = device.backward_calls
     assert sizes[-3:] == arguments[10].stride()[:3]
 
@@ -883,7 +881,7 @@ def test_packed_sequences_of_backward_are_copied_where_they_must_be(device):
     arguments[9] = torch.tensor([0, -1, 9, -1, 100], dtype=torch.int32)[::2]
     seen = []
     device.binding.backward = lambda _, pointers, *rest: seen.append(at(pointers[4], arguments[9]))
-    _ops._backward_cuda(*arguments)
+    operators._backward_cuda(*arguments)
     assert [x.tolist() for x in seen] == [[0, 9, 100]]
 
 
@@ -919,19 +917,19 @@ NARROW = {"d 40, dv 12": (40, 12, 64, 32), "d 64, dv 48": (64, 48, 64, 64), "d 8
     ids=str,
 )
 def test_the_next_kernels(device, dtype, d, dv, expected):
-    assert _kernels.kernel_dims(dtype, d, dv, 2) == expected
-    assert _kernels.kernel_dims(dtype, d, dv, 4) is None
+    assert coverage.kernel_dims(dtype, d, dv, 2) == expected
+    assert coverage.kernel_dims(dtype, d, dv, 4) is None
     tensors = [torch.empty(1, 1, 1, n, dtype=dtype) for n in (d, dv)]
-    assert _kernels.cover(*tensors, 2) is (expected is not None)
+    assert coverage.cover(*tensors, 2) is (expected is not None)
 
 
 def test_the_next_kernels_of_those_that_are_built(device):
     names = ["forward_bf16_d64_dv64_p2", "backward_bf16_d32_dv32_p2", "forward_bf16_d32_dv128_p2"]
     device.binding.build_info = lambda: {"kernels": names}
-    assert _kernels.kernel_dims(torch.bfloat16, 32, 32, 2) == (32, 128)
-    assert _kernels.kernel_dims(torch.bfloat16, 40, 32, 2) == (64, 64)
-    assert _kernels.kernel_dims(torch.bfloat16, 40, 65, 2) is None
-    assert _kernels.kernel_dims(torch.float16, 32, 32, 2) is None
+    assert coverage.kernel_dims(torch.bfloat16, 32, 32, 2) == (32, 128)
+    assert coverage.kernel_dims(torch.bfloat16, 40, 32, 2) == (64, 64)
+    assert coverage.kernel_dims(torch.bfloat16, 40, 65, 2) is None
+    assert coverage.kernel_dims(torch.float16, 32, 32, 2) is None
 
 
 @pytest.mark.parametrize("name", NARROW)
@@ -971,7 +969,7 @@ def test_narrow_heads_are_padded(device, caplog, name, layout):
 
     device.binding.forward = forward
     with caplog.at_level(logging.DEBUG, logger="retention"):
-        out, norm, state, keys, residual, kept = _ops._forward_cuda(
+        out, norm, state, keys, residual, kept = operators._forward_cuda(
             *operands(inputs, final=True, save=True, keep=True, chunk=64, switch_over=0)
         )
     assert caplog.messages == [
@@ -1012,7 +1010,7 @@ def test_narrow_heads_are_padded(device, caplog, name, layout):
 
     device.binding.backward = backward
     saved = (out, residual, kept, norm, 2, 64, 0)
-    dQ, dK, dV, d_log_G, *d_initial = _ops._backward_cuda(
+    dQ, dK, dV, d_log_G, *d_initial = operators._backward_cuda(
         d_out, d_state, d_keys, *inputs.values(), None, *saved, EVERY
     )
     assert len(seen) == 2
@@ -1024,7 +1022,7 @@ def test_narrow_heads_are_padded(device, caplog, name, layout):
 
 def test_nothing_is_narrowed_of_what_nobody_wants(device):
     inputs = lowered(Case(t=20, d=40, dv=12))
-    results = _ops._forward_cuda(*operands(inputs))
+    results = operators._forward_cuda(*operands(inputs))
     assert [x.numel() for x in results[2:]] == [0] * 4
     assert results[0].shape == (2, 20, 4, 12)
 
@@ -1032,7 +1030,7 @@ def test_nothing_is_narrowed_of_what_nobody_wants(device):
 def test_states_are_kept_where_asked_for(device):
     inputs = lowered(Case(t=500, d=64, dv=64, state=True))
     for keep in (False, True):
-        _ops._backward_cuda(*saved(inputs, chunk=64, switch_over=0, keep=keep))
+        operators._backward_cuda(*saved(inputs, chunk=64, switch_over=0, keep=keep))
     (first, second) = device.backward_calls
     number = _C.BACKWARD_POINTERS.index("forward_workspace")
     assert first[1][number] == 0
@@ -1043,7 +1041,7 @@ def test_states_are_kept_where_asked_for(device):
     # What is no workspace of that call is not taken for one.
     arguments = list(saved(inputs, chunk=64, switch_over=0, keep=True))
     arguments[12] = arguments[12][:100]
-    _ops._backward_cuda(*arguments)
+    operators._backward_cuda(*arguments)
     assert device.backward_calls[-1][1][number] == 0
 
 
@@ -1082,7 +1080,7 @@ def test_fakes_of_backward_agree(device, final, bounds, wanted, d, dv):
     inputs = lowered(Case(t=100, b=1, d=d, dv=dv, state=True), sequences=bounds and 3)
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     arguments = saved(inputs, cu_seqlens, wanted=wanted, final=final)
-    real = _ops._backward_cuda(*arguments)
+    real = operators._backward_cuda(*arguments)
     meta = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments)
     for x, wanted in zip(torch.ops.retention.backward(*meta), real, strict=True):
         assert x.is_meta
@@ -1093,9 +1091,9 @@ def test_backward_where_there_is_no_kernel(device, caplog):
     inputs = lowered(Case(t=40, d=136, dv=64))
     arguments = saved(inputs)
     device.binding.forward_can_implement = _C.forward_can_implement
-    _kernels._plans.clear()
+    plans._plans.clear()
     with caplog.at_level(logging.DEBUG, logger="retention"):
-        gradients = _ops._backward_cuda(*arguments)
+        gradients = operators._backward_cuda(*arguments)
     assert caplog.messages == [
         "backward on cpu: PyTorch path (no kernel for bf16_d136_dv64_p2: expected degree 2, "
         "head_dim and value_dim of 32, 64 or 128, and bf16 or fp16); bfloat16, "
@@ -1116,7 +1114,7 @@ def test_every_layout_has_a_plan_of_its_own(device, name):
         x.repeat_interleave(2, dim=1)[:, ::2],
     ]
     for y in layouts * 2:
-        _ops._forward_cuda(*operands(inputs | {name: y}))
+        operators._forward_cuda(*operands(inputs | {name: y}))
     first = 8 + 3 * list(inputs).index(name)
     strides = [sizes[first : first + 3] for sizes, *_ in device.calls]
     assert len(set(strides)) == 4
@@ -1128,7 +1126,7 @@ def test_every_option_has_a_plan_of_its_own(device):
     for chunk in (64, 128):
         for switch_over in (0, 1000):
             for final in (False, True):
-                _ops._forward_cuda(*operands(inputs, None, 2, chunk, switch_over, final))
+                operators._forward_cuda(*operands(inputs, None, 2, chunk, switch_over, final))
     taken = [sizes[-2:] for sizes, *_ in device.calls]
     assert taken[::2] == taken[1::2] == [(64, 1), (64, 1000), (128, 1), (128, 1000)]
     assert [pointers[10] != 0 for _, pointers, *_ in device.calls] == [False, True] * 4
@@ -1140,14 +1138,14 @@ def at_once(device, monkeypatch):
     keys = [
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, k)) for k in ("AutogradCPU", "CPU")
     ]
-    monkeypatch.setattr(_ops, "_CUDA_IS_NEXT", (keys[0] | keys[1]).raw_repr())
+    monkeypatch.setattr(torch_private, "_CUDA_IS_NEXT", (keys[0] | keys[1]).raw_repr())
     return device
 
 
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
 @pytest.mark.parametrize("name", [None, "Q", "K", "V", "log_G", "initial_state", "sum_of_keys"])
 def test_the_kernels_come_right_after_autograd(at_once, monkeypatch, name, grad_mode):
-    monkeypatch.setattr(_ops, "_forward_overload", None)  # what any other way would ask
+    monkeypatch.setattr(operators, "_forward_overload", None)  # what any other way would ask
     inputs = lowered(FULL)
     if name is not None:
         inputs[name].requires_grad_()
@@ -1188,10 +1186,10 @@ def test_modes_and_subclasses_come_before_the_kernels(at_once):
 
 def test_the_log_says_which_path_was_taken(device, caplog):
     arguments = operands(lowered(Case(t=9, d=64, dv=32)))
-    _ops._forward_cuda(*arguments)
+    operators._forward_cuda(*arguments)
     assert not caplog.messages  # the level is not DEBUG
     with caplog.at_level(logging.DEBUG, logger="retention"):
-        _ops._forward_cuda(*arguments)
+        operators._forward_cuda(*arguments)
     assert caplog.messages == [
         "forward on cpu: kernels; bfloat16, Q [2, 9, 4, 64], V [2, 9, 2, 32]"
     ]
@@ -1331,7 +1329,7 @@ def test_narrow_heads_on_the_emulator(emulator, paths, dtype, d, dv, bounds, for
 )
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_narrow_heads(paths, dtype, d, dv, bounds, form, layout):
-    wide = _kernels.kernel_dims(dtype, d, dv, 2)
+    wide = coverage.kernel_dims(dtype, d, dv, 2)
     path = "kernels, padded to d {}, dv {}".format(*wide)
     check_narrow(dtype, "cuda", d, dv, bounds, form, layout, paths, path)
 
@@ -1785,7 +1783,7 @@ def test_the_host_is_done_in_time(monkeypatch):
 
     whole, whole_recorded = microseconds(constants), microseconds(leaves)
     binding = SimpleNamespace(forward=lambda sizes, pointers, workspace, stream: None)
-    monkeypatch.setattr(_kernels, "_C", binding)
+    monkeypatch.setattr(launch, "_C", binding)
     before, recorded = microseconds(constants), microseconds(leaves)
     print(
         f"\nhost: {whole:.1f} us a call, {before:.1f} us before the launch; "
@@ -1796,7 +1794,7 @@ def test_the_host_is_done_in_time(monkeypatch):
 
 @pytest.mark.gpu
 def test_nothing_is_between_autograd_and_the_kernels(paths, monkeypatch):
-    monkeypatch.setattr(_ops, "_forward_overload", None)  # what any other way would ask
+    monkeypatch.setattr(operators, "_forward_overload", None)  # what any other way would ask
     inputs = lowered(Case(t=64, d=64, dv=64), torch.bfloat16, "cuda")
     retention.power_retention(**inputs)
     with torch.no_grad():

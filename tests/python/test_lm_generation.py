@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import retention
+from retention import functional
 from retention.lm import generation, training
 from retention.lm.config import ModelConfig, TrainConfig
 from retention.lm.errors import UsageError
@@ -70,7 +71,7 @@ def test_greedy_is_the_quadratic_model_token_for_token(
         return retention.reference(*tensors, **more)
 
     # By induction: each token is the quadratic model's own next one after the same prefix.
-    monkeypatch.setattr(retention, "power_retention", quadratic)
+    monkeypatch.setattr(functional, "power_retention", quadratic)
     whole = torch.tensor([list(prompt) + got])
     with torch.no_grad():
         logits = model(whole[:, :-1])[0, len(prompt) - 1 :]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import retention
+from retention import functional
 from retention.nn import (
     PowerRetention,
     RetentionCache,
@@ -23,6 +24,7 @@ from retention.nn import (
     apply_rotary,
     rotary_angles,
 )
+from retention.ops import decoding
 
 # The layer in float64 differs from the formula by the order of sums only.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -226,7 +228,7 @@ def test_positions_restart_in_each_packed_sequence(monkeypatch: pytest.MonkeyPat
         seen.append(k)
         return inner(q, k, *more, **options)
 
-    monkeypatch.setattr(retention, "power_retention", spy)
+    monkeypatch.setattr(functional, "power_retention", spy)
     layer(x, torch.tensor([0, 5, 5, 22, 23], dtype=torch.int32))
     for part in x.split(lengths, dim=1):
         layer(part)
@@ -253,7 +255,7 @@ def test_autocast_keeps_gates_in_float32(monkeypatch: pytest.MonkeyPatch):
         return inner(q, k, v, gate, **more)
 
     exact = layer._log_gate(x)
-    monkeypatch.setattr(retention, "power_retention", spy)
+    monkeypatch.setattr(functional, "power_retention", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(x)
     assert {seen["q"], seen["k"], seen["v"], out.dtype} == {torch.bfloat16}
@@ -574,11 +576,11 @@ def break_at(stage: str, layer: PowerRetention, error: BaseException, monkeypatc
     if stage.endswith("_proj"):
         monkeypatch.setattr(getattr(layer, stage), "forward", fails(error))
     elif stage == "fold":  # of the tokens in the ring, before the cache takes the result
-        monkeypatch.setattr(retention._inference, "_fold", fails(error))
+        monkeypatch.setattr(decoding, "_fold", fails(error))
     elif stage in ("append", "recent", "cache.fold"):
         monkeypatch.setattr(RetentionCache, stage.removeprefix("cache."), fails(error))
     else:
-        monkeypatch.setattr(retention, stage, fails(error))
+        monkeypatch.setattr(functional, stage, fails(error))
 
 
 RING = 6

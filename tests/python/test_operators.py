@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import retention
 from cases import INPUTS, Case, make
-from retention import _kernels
+from retention.ops.cuda import coverage
 
 FULL = Case(t=100, d=64, dv=32, state=True)
 
@@ -53,7 +53,7 @@ def unasked(monkeypatch):
     def ask(*_):
         raise AssertionError("the shapes of results must not depend on it")
 
-    monkeypatch.setattr(_kernels, "_C", SimpleNamespace(build_info=ask))
+    monkeypatch.setattr(coverage, "_C", SimpleNamespace(build_info=ask))
     monkeypatch.setattr(torch.cuda, "get_device_capability", ask)
 
 
@@ -116,7 +116,7 @@ def training_step(inputs, keep):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on import of inductor
 def test_a_graph_for_kernels_runs_where_they_refuse_the_call(monkeypatch, dynamic, keep):
     """The CPU stands for a GPU without kernels: the shapes are those of one with them."""
-    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu"})
+    monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu"})
     torch.compiler.reset()
     step = torch.compile(training_step, fullgraph=True, dynamic=dynamic)
     for t in (100, 130) if dynamic else (100,):
@@ -131,7 +131,7 @@ def test_a_graph_for_kernels_runs_where_they_refuse_the_call(monkeypatch, dynami
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_opcheck_where_the_kernels_refuse_the_call(monkeypatch, dtype, keep):
-    monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu"})
+    monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu"})
     inputs = lowered(Case(t=70, b=1, d=32, dv=32, state=True), dtype)
     arguments = operands(inputs, chunk=64, final=True, save=True, keep=keep)
     torch.library.opcheck(torch.ops.retention.forward, arguments)
@@ -158,7 +158,7 @@ def wrong(x):
 @pytest.mark.parametrize("saves", [False, True])
 def test_backward_refuses_what_is_not_of_its_call(monkeypatch, saves, name):
     if saves:
-        monkeypatch.setattr(_kernels, "_DEVICE_TYPES", {"cpu"})
+        monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu"})
     arguments = operands(lowered(FULL), final=True, save=True)
     right = backward_operands(arguments, torch.ops.retention.forward(*arguments))
     torch.ops.retention.backward(*right)
@@ -236,17 +236,17 @@ def in_a_thread(function):
 
 def test_the_kernels_are_turned_off_for_one_thread_alone():
     def reason():
-        return _kernels.device_reason("cpu", None)
+        return coverage.device_reason("cpu", None)
 
-    with _kernels.turned_off():
+    with coverage.turned_off():
         assert reason() == "kernels are turned off"
         assert in_a_thread(reason) == "no kernels for cpu devices"
-        with _kernels.turned_off(False):
+        with coverage.turned_off(False):
             assert reason() == "no kernels for cpu devices"
         assert reason() == "kernels are turned off"
 
     def inside():
-        with _kernels.turned_off():
+        with coverage.turned_off():
             entered.set()
             left.wait(60)
             return reason()
@@ -255,7 +255,7 @@ def test_the_kernels_are_turned_off_for_one_thread_alone():
     other = threading.Thread(target=inside)
     other.start()
     entered.wait(60)
-    with _kernels.turned_off():
+    with coverage.turned_off():
         left.set()
         other.join()
         assert reason() == "kernels are turned off"
@@ -265,11 +265,11 @@ def test_the_kernels_are_turned_off_for_one_thread_alone():
 @pytest.mark.parametrize("off", [True, False])
 def test_backward_follows_its_forward_in_every_thread(caplog, off):
     inputs = lowered(FULL)
-    with _kernels.turned_off(off):
+    with coverage.turned_off(off):
         out = retention.power_retention(**inputs | {"Q": inputs["Q"].requires_grad_()})
     with caplog.at_level(logging.DEBUG, logger="retention"):
         in_a_thread(lambda: out.sum().backward(retain_graph=True))
-        with _kernels.turned_off(not off):
+        with coverage.turned_off(not off):
             out.sum().backward()
     reason = "kernels are turned off" if off else "no kernels for cpu devices"
     path = f"backward on cpu: PyTorch path ({reason}); bfloat16"

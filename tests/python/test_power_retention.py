@@ -5,7 +5,7 @@ import torch
 
 import retention
 from cases import RESETS, Case, assert_close, make, run
-from retention import _chunked
+from retention.ops.pytorch import chunked
 
 # Both sides are float64; the chunked form adds the products in another order, over D terms instead
 # of d. The largest condition number in the grid costs about three digits.
@@ -63,8 +63,8 @@ def test_chunks_wider_than_a_block_of_query_rows():
 
 
 def test_many_rows_are_worked_on_in_groups(monkeypatch):
-    monkeypatch.setattr(_chunked, "_CPU_BLOCK", 2000)
-    assert len(list(_chunked._groups(torch.empty(8, 16, 8), 2))) > 1
+    monkeypatch.setattr(chunked, "_CPU_BLOCK", 2000)
+    assert len(list(chunked._groups(torch.empty(8, 16, 8), 2))) > 1
     check(Case(t=20, b=4, state=True))
 
 
@@ -103,9 +103,9 @@ def test_gates_that_reset(reset, every):
 def test_thousands_of_packed_sequences_are_not_thousands_of_calls(monkeypatch):
     calls = []
     for name in ("forward", "backward"):
-        function = getattr(_chunked, name)
+        function = getattr(chunked, name)
         monkeypatch.setattr(
-            _chunked, name, lambda *x, function=function: calls.append(0) or function(*x)
+            chunked, name, lambda *x, function=function: calls.append(0) or function(*x)
         )
     lengths = [0, 5, 1, 0, 0, 16, 33] * 600
     case = Case(t=sum(lengths) + 9, b=1, hq=1, h=1, d=8, dv=8, chunk=None, switch_over=None)
@@ -284,7 +284,7 @@ def test_state_dtypes():
     [(32, 512, 2048, 256), (64, 2048, 4096, 512), (128, 8192, 16384, 1024)],
 )
 def test_chunks_are_chosen_by_shape(head_dim, quadratic, chunked, chunk):
-    from retention._ops import choose_chunk
+    from retention.ops.pytorch.run import choose_chunk
 
     assert choose_chunk(quadratic, head_dim, head_dim, 2, None, None) == quadratic
     assert choose_chunk(chunked, head_dim, head_dim, 2, None, None) == chunk

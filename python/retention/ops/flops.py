@@ -19,12 +19,15 @@ not read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retention import _kernels, _ops
-from retention._symmetric_power import state_dim
+from retention.ops.call import Operands, Options, backward_call, forward_call
+from retention.ops.cuda import coverage, plans
+from retention.ops.pytorch.run import choose_chunk
+from retention.ops.symmetric_power import state_dim
 
 
 def register() -> None:
@@ -74,72 +77,31 @@ def flops(
     return 2 * b * (state_dim(d, deg) * dv * (reading + updating) + inside * pairs * hq)
 
 
-def _call(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    log_G: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    deg: int,
-    chunk_size: int | None,
-    switch_over: int | None,
-) -> dict[str, int]:
+def _call(operands: Operands, options: Options) -> dict[str, int]:
+    Q, V = operands.Q, operands.V
     b, t, hq, d = Q.shape
     h, dv = V.shape[2:]
+    deg, chunk_size, switch_over, *_ = options
     chunk = None
-    if type(Q) in (Tensor, torch.nn.Parameter) and Q.device.type in _kernels._DEVICE_TYPES:
-        options = (deg, chunk_size, switch_over)  # not of a fake, whose device may not be there
-        chunk = _kernels.chunk_taken(Q, K, V, log_G, *options, cu_seqlens=cu_seqlens)
+    if type(Q) in (Tensor, torch.nn.Parameter) and Q.device.type in coverage.DEVICE_TYPES:
+        chunk = plans.chunk_taken(operands, options)  # not of a fake: its device may not be there
     if chunk is None:
-        chunk = _ops.choose_chunk(t, d, dv, deg, chunk_size, switch_over)
+        chunk = choose_chunk(t, d, dv, deg, chunk_size, switch_over)
     sizes = {"b": b, "t": t, "hq": hq, "h": h, "d": d, "dv": dv, "deg": deg, "chunk": chunk}
-    return sizes | {"before": initial_state is not None}
+    return sizes | {"before": operands.initial_state is not None}
 
 
-def _forward(
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    log_G: Tensor | None,
-    initial_state: Tensor | None,
-    sum_of_keys: Tensor | None,
-    cu_seqlens: Tensor | None,
-    deg: int,
-    chunk_size: int | None,
-    switch_over: int | None,
-    return_final_state: bool,
-    *_: bool,
-    out_val: tuple[Tensor, ...],
-) -> int:
-    tensors = (Q, K, V, log_G, initial_state, cu_seqlens)
-    return flops(**_call(*tensors, deg, chunk_size, switch_over), after=return_final_state)
+def _forward(*arguments: Any, out_val: tuple[Tensor, ...]) -> int:
+    operands, options = forward_call(arguments)
+    return flops(**_call(operands, options), after=options.return_final_state)
 
 
-def _backward(
-    d_out: Tensor,
-    d_state: Tensor | None,
-    d_keys: Tensor | None,
-    Q: Tensor,
-    K: Tensor,
-    V: Tensor,
-    log_G: Tensor | None,
-    initial_state: Tensor | None,
-    sum_of_keys: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    residual: Tensor,
-    kept: Tensor,
-    norm: Tensor,
-    deg: int,
-    chunk_size: int | None,
-    switch_over: int | None,
-    wanted: Sequence[bool],
-    *,
-    out_val: tuple[Tensor, ...],
-) -> int:
-    tensors = (Q, K, V, log_G, initial_state, cu_seqlens)
-    call = _call(*tensors, deg, chunk_size, switch_over)
+def _backward(*arguments: Any, out_val: tuple[Tensor, ...]) -> int:
+    call = backward_call(arguments)
     return flops(
-        **call, after=d_state is not None, backward=True, kept=kept.numel() > 0, wanted=wanted
+        **_call(call.operands, call.options),
+        after=call.gradients.d_state is not None,
+        backward=True,
+        kept=call.saved.kept.numel() > 0,
+        wanted=call.wanted,
     )

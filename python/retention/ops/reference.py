@@ -7,10 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from retention import _checks
-from retention._arguments import check_arguments
-from retention._numerics import sums_after, sums_between
-from retention._symmetric_power import expand
+from retention.ops import checks
+from retention.ops.arguments import check_arguments
+from retention.ops.call import Operands
+from retention.ops.numerics import sums_after, sums_between
+from retention.ops.symmetric_power import expand
 
 
 def reference(
@@ -39,14 +40,15 @@ def reference(
     and errors are those of :func:`retention.power_retention`; ``t x t`` weights are held for every
     head.
     """
-    check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, scale)
+    operands = Operands(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    check_arguments(operands, deg, scale)
     if scale is None:
         scale = Q.shape[-1] ** -0.5
     if cu_seqlens is None:
         out, state, keys = _sequence(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale)
     else:
         parts = []
-        bounds = _checks.sequence_bounds(cu_seqlens, Q.shape[1])
+        bounds = checks.sequence_bounds(cu_seqlens, Q.shape[1])
         for n, (start, stop) in enumerate(pairwise(bounds)):
             gate = None if log_G is None else log_G[:, start:stop]
             initial = (None, None)
@@ -72,7 +74,7 @@ def _sequence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, t, hq, _ = Q.shape
     h, dv = V.shape[2:]
-    dtype = _checks.state_dtype(Q.dtype)
+    dtype = checks.state_dtype(Q.dtype)
     q = Q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, t, d]
     k = K.permute(0, 2, 1, 3).unsqueeze(2)  # [b, h, 1, t, d]
     v = V.permute(0, 2, 1, 3).unsqueeze(2)  # [b, h, 1, t, dv]

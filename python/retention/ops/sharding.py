@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from retention import _kernels
+from retention.ops.cuda.coverage import saves_output
 
 # [n, h, D, dv] and [n, h, D]; in all others but these and those that have neither, heads are third.
 _STATES = {"initial_state", "sum_of_keys", "state", "d_state", "d_keys", "d_initial_state"}
@@ -87,7 +87,7 @@ def _missing_of_forward(given: dict[str, Any]) -> set[str]:
         for x in (given["Q"], given["V"])
     )
     missing = set() if given["return_final_state"] else {"state", "sum_of_keys"}
-    if not (given["save_for_backward"] and _kernels.saves_output(Q, V, given["deg"])):
+    if not (given["save_for_backward"] and saves_output(Q, V, given["deg"])):
         missing.add("residual")
     return missing
 

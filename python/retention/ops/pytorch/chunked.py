@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retention import _checks
-from retention._numerics import (
+from retention.ops import checks
+from retention.ops.numerics import (
     has_weight,
     integer_power,
     normalise,
@@ -42,7 +42,7 @@ from retention._numerics import (
     sums_between,
     unit_exponent,
 )
-from retention._symmetric_power import Expansion, Side, state_dim
+from retention.ops.symmetric_power import Expansion, Side, state_dim
 
 # Query rows of one intra-chunk block: wide enough for efficient products, and the causal waste is
 # half a block a row.
@@ -288,7 +288,7 @@ class Sequence:
         self.b, self.t, self.h, self.dv = V.shape
         self.r = Q.shape[2] // self.h
         self.rows = self.b * self.h
-        self.dtype = _checks.state_dtype(Q.dtype)
+        self.dtype = checks.state_dtype(Q.dtype)
         starts = range(0, self.t, chunk)
         self.chunks = [slice(start, min(start + chunk, self.t)) for start in starts]
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from retention import _checks
+from retention.ops import checks
 
 # Elements of the states of a batch, and its tokens: what is copied stays small beside the call's
 # own operands.
@@ -60,7 +60,7 @@ def batches(cu_seqlens: Tensor | None, t: int, state_size: int) -> Iterator[Batc
     if cu_seqlens is None:
         yield Batch(slice(None), t, slice(0, t))
         return
-    bounds = _checks.sequence_bounds(cu_seqlens, t)
+    bounds = checks.sequence_bounds(cu_seqlens, t)
     of_length = defaultdict(list)
     for n, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:

@@ -1,12 +1,14 @@
-"""The public function for training and prefill."""
+"""The public functions: one for training and prefill, one for decoding."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from retention import _checks, _ops  # noqa: F401  (_ops registers torch.ops.retention)
-from retention._arguments import cast_for_autocast, check_arguments
+from retention.ops import checks, operators  # noqa: F401  (registers torch.ops.retention)
+from retention.ops.arguments import cast_for_autocast, check_arguments, check_decoding_arguments
+from retention.ops.call import Operands
+from retention.ops.decoding import decode
 
 
 def power_retention(
@@ -93,16 +95,11 @@ def power_retention(
             message names it, what it got and what it accepts.
     """
     Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
-    check_arguments(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, deg, scale)
-    _checks.check_chunks(chunk_size, switch_over_seq_len)
+    operands = Operands(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
+    check_arguments(operands, deg, scale)
+    checks.check_chunks(chunk_size, switch_over_seq_len)
     out, _, state, keys, _, _ = torch.ops.retention.forward(
-        Q,
-        K,
-        V,
-        log_G,
-        initial_state,
-        sum_of_keys,
-        cu_seqlens,
+        *operands,
         deg,
         chunk_size,
         switch_over_seq_len,
@@ -111,3 +108,57 @@ def power_retention(
         keep_states,
     )
     return (out, state, keys) if return_final_state else out
+
+
+def power_retention_inference(
+    Q: Tensor,
+    K: Tensor | None,
+    V: Tensor | None,
+    log_G: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    sum_of_keys: Tensor | None = None,
+    deg: int = 2,
+    scale: float | None = None,
+    switch_over_seq_len: int | None = 512,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One step of decoding, with the definition of :func:`retention.power_retention`.
+
+    K and V are a cache of the tokens since the state was last updated, the new ones last. The
+    queries belong to its last tq tokens. Once the cache is long enough it is folded into the
+    returned state, and the caller goes on with an empty cache::
+
+        out, state, sum_of_keys = power_retention_inference(
+            q, keys, values, log_gates, state, sum_of_keys, switch_over_seq_len=512
+        )
+        if keys.shape[1] >= 512:
+            keys, values, log_gates = keys[:, :0], values[:, :0], log_gates[:, :0]
+
+    Args:
+        Q: queries ``[b, tq, hq, d]``, tq at least 1; float64, float32, bfloat16 or float16.
+        K: cached keys ``[b, tk, h, d]``, tk at least tq, hq a multiple of h. None, with V, where a
+            state is given: the queries then read the state as it is.
+        V: cached values ``[b, tk, h, dv]``, or None with K.
+        log_G: log gates of the cached tokens ``[b, tk, h]``, float32 (or float64 with float64
+            inputs), down to -inf: query ``n`` sees the decay up to its own token. Default: no
+            decay. None where K is.
+        initial_state: the state before the cache's first token, ``[b, h, D, dv]`` with
+            ``D = state_dim(d, deg)``, float32 (float64 for float64 inputs). Default: none.
+        sum_of_keys: ``[b, h, D]``: required with ``initial_state``.
+        deg: the degree p, positive and even. Default 2.
+        scale: multiplies the scores; it cancels in the output. Default ``1 / sqrt(d)``.
+        switch_over_seq_len: a cache of at least this many tokens is folded. None: never. Default
+            512.
+
+    Returns:
+        ``(out [b, tq, hq, dv] in Q's dtype, state, sum_of_keys)``. The state is a new one if the
+        cache was folded; else the very ``initial_state`` and ``sum_of_keys`` that came in, or None.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. The
+            message names it, what it got and what it accepts.
+    """
+    Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
+    check_decoding_arguments(
+        Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len
+    )
+    return decode(Q, K, V, log_G, initial_state, sum_of_keys, deg, switch_over_seq_len)

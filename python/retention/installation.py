@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from retention import _C, _kernels
+from retention import _C
+from retention.ops.cuda import coverage
 
 _GIB = 1024**3
+_KERNEL_NAME = r"([a-z]+)_([a-z0-9]+)_d(\d+)_dv(\d+)_p(\d+)"
 
 
 def info() -> dict[str, Any]:
@@ -54,8 +57,9 @@ def format_info(info: dict[str, Any]) -> str:
         ("compiler", build["compiler"]),
         ("CUDA", cuda),
         ("CUTLASS", build["cutlass"] or "none"),
-        ("kernels", ", ".join(build["kernels"]) or "none compiled"),
     ]
+    table = _kernel_table(build["kernels"])
+    lines += [("" if n else "kernels", row) for n, row in enumerate(table)]
     for device in info["devices"]:
         parts = [device["name"]]
         if device["memory"] is not None:
@@ -68,11 +72,29 @@ def format_info(info: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
+def _kernel_table(names: list[str]) -> list[str]:
+    """Lines of a table: a row for every element type, degree and d, a column for every dv."""
+    if not names:
+        return ["none compiled"]
+    passes: dict[tuple[str, int, int, int], str] = {}
+    for name in sorted(names, reverse=True):  # forward comes before backward
+        kind, element, d, dv, deg = re.fullmatch(_KERNEL_NAME, name).groups()
+        cell = (element, int(deg), int(d), int(dv))
+        passes[cell] = passes.get(cell, "") + kind[0]
+    columns = sorted({dv for *_, dv in passes})
+    cells = [["element", "degree", "d", *(f"dv {dv}" for dv in columns)]]
+    for row in sorted({cell[:3] for cell in passes}):
+        cells.append([*map(str, row), *(passes.get((*row, dv), "-") for dv in columns)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    return [*lines, "f: forward, b: backward"]
+
+
 def _path(kind: str, index: int | None, build: dict[str, Any]) -> dict[str, str]:
-    reason = _kernels.device_reason(kind, index)
+    reason = coverage.device_reason(kind, index)
     if reason is not None:
         return {"path": "pytorch", "reason": reason}
-    code = _kernels.code_for(torch.cuda.get_device_capability(index), build["cuda_architectures"])
+    code = coverage.code_for(torch.cuda.get_device_capability(index), build["cuda_architectures"])
     count = sum(name.startswith("forward_") for name in build["kernels"])
     return {
         "path": "kernels",

@@ -21,7 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retention import _checks
+from retention.ops import checks
+from retention.ops.torch_private import functorch_is_active
 
 Side = Literal["key", "query"]
 
@@ -54,8 +55,8 @@ def state_dim(head_dim: int, deg: int = 2) -> int:
         TypeError: an argument is not an integer.
         ValueError: ``head_dim`` is not a positive multiple of 8, or ``deg`` not positive and even.
     """
-    _checks.check_degree(deg)
-    _checks.check_head_dim(head_dim)
+    checks.check_degree(deg)
+    checks.check_head_dim(head_dim)
     width = block_width(deg)
     return _multisets(head_dim // width, deg) * width**deg
 
@@ -98,7 +99,7 @@ _weights_on_cpu: dict[tuple[int, int, torch.dtype], tuple[Tensor, ...]] = {}
 def _weights(blocks: int, deg: int, x: Tensor) -> tuple[Tensor, ...]:
     """Per last block J: the multiplicity of each row prefix, ``[n_J, 1]``, in the dtype of x."""
     ordinary = type(x) is Tensor and x.device.type == "cpu"
-    if not ordinary or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not ordinary or torch.compiler.is_compiling() or functorch_is_active(unknown=True):
         return _make_weights(blocks, deg, x)
     key = (blocks, deg, x.dtype)
     weights = _weights_on_cpu.get(key)
@@ -226,12 +227,12 @@ def expand(x: Tensor, deg: int = 2, side: Side = "key") -> Tensor:
         TypeError: ``x`` is not a floating point tensor or ``deg`` not an integer.
         ValueError: a wrong head dim, degree or side.
     """
-    _checks.check_degree(deg)
+    checks.check_degree(deg)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x: expected a floating point tensor, got {_checks.describe(x)}")
+        raise TypeError(f"x: expected a floating point tensor, got {checks.describe(x)}")
     if x.dim() == 0:
         raise ValueError("x: expected [..., d], got a tensor without dimensions")
-    _checks.check_head_dim(x.shape[-1], "x: last dimension")
+    checks.check_head_dim(x.shape[-1], "x: last dimension")
     if side not in ("key", "query"):
         raise ValueError(f"side: expected 'key' or 'query', got {side!r}")
     phi = Expansion(x.reshape(-1, x.shape[-1]).mT, deg, side)

@@ -5,74 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retention import _checks
-from retention._arguments import cast_for_autocast, check_keys_values, without_autocast
-from retention._numerics import (
+from retention.ops import checks
+from retention.ops.arguments import without_autocast
+from retention.ops.numerics import (
     integer_power,
     normalise,
     sums_after,
     sums_between,
     unit_exponent,
 )
-from retention._symmetric_power import Expansion, state_dim
+from retention.ops.symmetric_power import Expansion
 
 # Elements of phi at one time. Few queries, as a step has, take one product with the state.
 _PHI_ELEMENTS = 2**24
 
 
-def power_retention_inference(
+def decode(
     Q: Tensor,
     K: Tensor | None,
     V: Tensor | None,
-    log_G: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    sum_of_keys: Tensor | None = None,
-    deg: int = 2,
-    scale: float | None = None,
-    switch_over_seq_len: int | None = 512,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+    switch_over_seq_len: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One step of decoding, with the definition of :func:`retention.power_retention`.
-
-    K and V are a cache of the tokens since the state was last updated, the new ones last. The
-    queries belong to its last tq tokens. Once the cache is long enough it is folded into the
-    returned state,
-    and the caller goes on with an empty cache::
-
-        out, state, sum_of_keys = power_retention_inference(
-            q, keys, values, log_gates, state, sum_of_keys, switch_over_seq_len=512
-        )
-        if keys.shape[1] >= 512:
-            keys, values, log_gates = keys[:, :0], values[:, :0], log_gates[:, :0]
-
-    Args:
-        Q: queries ``[b, tq, hq, d]``, tq at least 1; float64, float32, bfloat16 or float16.
-        K: cached keys ``[b, tk, h, d]``, tk at least tq, hq a multiple of h. None, with V, where a
-            state is given: the queries then read the state as it is.
-        V: cached values ``[b, tk, h, dv]``, or None with K.
-        log_G: log gates of the cached tokens ``[b, tk, h]``, float32 (or float64 with float64
-            inputs), down to -inf: query ``n`` sees the decay up to its own token. Default: no
-            decay. None where K is.
-        initial_state: the state before the cache's first token, ``[b, h, D, dv]`` with
-            ``D = state_dim(d, deg)``, float32 (float64 for float64 inputs). Default: none.
-        sum_of_keys: ``[b, h, D]``: required with ``initial_state``.
-        deg: the degree p, positive and even. Default 2.
-        scale: multiplies the scores; it cancels in the output. Default ``1 / sqrt(d)``.
-        switch_over_seq_len: a cache of at least this many tokens is folded. None: never. Default
-            512.
-
-    Returns:
-        ``(out [b, tq, hq, dv] in Q's dtype, state, sum_of_keys)``. The state is a new one if the
-        cache was folded; else the very ``initial_state`` and ``sum_of_keys`` that came in, or None.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value. The
-            message names it, what it got and what it accepts.
-    """
-    Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
-    _check(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len)
+    """:func:`retention.power_retention_inference`, for arguments that were checked."""
     b, tq, hq, _ = Q.shape
     h, dv = initial_state.shape[1::2] if V is None else V.shape[2:]
-    dtype = _checks.state_dtype(Q.dtype)
+    dtype = checks.state_dtype(Q.dtype)
     with without_autocast(Q.device):
         q = Q.to(dtype)
         # A product: the gradient of ldexp itself is not right in every torch release.
@@ -92,47 +53,6 @@ def power_retention_inference(
         if K is None or switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
             return out, initial_state, sum_of_keys
         return out, *_fold(k, v, g, initial_state, sum_of_keys, deg)
-
-
-def _check(
-    Q: Tensor,
-    K: Tensor | None,
-    V: Tensor | None,
-    log_G: Tensor | None,
-    initial_state: Tensor | None,
-    sum_of_keys: Tensor | None,
-    deg: int,
-    scale: float | None,
-    switch_over_seq_len: int | None,
-) -> None:
-    _checks.check_degree(deg)
-    _checks.check_scale(scale)
-    if switch_over_seq_len is not None:
-        _checks.check_integer("switch_over_seq_len", switch_over_seq_len, 0)
-    _checks.check_tensor("Q", Q, "[b, tq, hq, d]")
-    b, tq, hq, d = Q.shape
-    if tq == 0:
-        raise ValueError(f"Q: expected at least 1 query, got {list(Q.shape)}")
-    if (K is None) != (V is None):
-        missing, given = ("K", "V") if K is None else ("V", "K")
-        raise ValueError(f"{missing}: expected a tensor beside {given}, got None")
-    if K is not None:
-        check_keys_values(Q, K, V, queries=None)
-        b, tk, h, dv = V.shape
-        if tk < tq:
-            raise ValueError(f"K: expected at least the {tq} tokens of Q, got {tk}")
-        if log_G is not None:
-            _checks.check_gate(log_G, Q, (b, tk, h), "K")
-    else:
-        if initial_state is None:
-            raise ValueError("K: expected a tensor where initial_state is None, got None")
-        if log_G is not None:
-            raise ValueError("log_G: expected None where K is None: without tokens no gates")
-        _checks.check_head_dim(d, "Q: head dim")
-        _checks.check_tensor("initial_state", initial_state, "[b, h, D, dv]")
-        h, dv = initial_state.shape[1], initial_state.shape[3]
-        _checks.check_query_heads(hq, h)
-    _checks.check_state(initial_state, sum_of_keys, Q, (b, h, state_dim(d, deg), dv))
 
 
 def _cache(

@@ -1,0 +1,10 @@
+"""What the public functions are made of. Modules import downwards only, in this order:
+
+- ``operators``: ``torch.ops.retention``, with fakes and autograd; ``flops`` and ``sharding`` tell
+  PyTorch's counter of operations and DTensor about them
+- ``cuda``: the compiled kernels; ``pytorch``: the path in PyTorch operations
+- ``decoding`` and ``reference``, which are no operators
+- ``arguments``, ``call``, ``checks``: what a call is, and which are accepted
+- ``symmetric_power``, ``numerics``: the mathematics
+- ``torch_private``, ``on_import``: what is not PyTorch's public interface
+"""

@@ -1,0 +1,81 @@
+"""The arguments of the operators ``retention::forward`` and ``retention::backward``, in groups.
+
+A group's fields are in the operator's order, under the operator's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """The tensors of a call. In forward the first six may require gradients."""
+
+    Q: Tensor  # [b, t, hq, d]
+    K: Tensor  # [b, t, h, d]
+    V: Tensor  # [b, t, h, dv]
+    log_G: Tensor | None  # [b, t, h]  # noqa: N815
+    initial_state: Tensor | None  # [n, h, D, dv]
+    sum_of_keys: Tensor | None  # [n, h, D]
+    cu_seqlens: Tensor | None  # [n + 1]
+
+
+class Options(NamedTuple):
+    """What a call of forward is asked for; one of backward has the first three."""
+
+    deg: int
+    chunk_size: int | None
+    switch_over_seq_len: int | None
+    return_final_state: bool
+    save_for_backward: bool
+    keep_states: bool
+
+
+class OutputGradients(NamedTuple):
+    """Gradients of forward's results: those of the state both or neither."""
+
+    d_out: Tensor  # [b, t, hq, dv]
+    d_state: Tensor | None  # [n, h, D, dv]
+    d_keys: Tensor | None  # [n, h, D]
+
+
+class Saved(NamedTuple):
+    """Results of forward that backward reads."""
+
+    out: Tensor  # [b, t, hq, dv], or empty where only kernels would read it
+    residual: Tensor  # likewise
+    kept: Tensor  # [bytes]
+    norm: Tensor  # [b, t, hq]
+
+
+class BackwardCall(NamedTuple):
+    """All arguments of backward."""
+
+    gradients: OutputGradients
+    operands: Operands
+    saved: Saved
+    options: Options  # of the forward call
+    wanted: Sequence[bool]  # which gradients: of Q, K, V, log_G, initial_state and sum_of_keys
+
+
+_new = tuple.__new__  # half as long as a named tuple's own, which every call would wait for
+
+
+def forward_call(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
+    """The groups of forward's arguments."""
+    return _new(Operands, arguments[:7]), _new(Options, arguments[7:])
+
+
+def backward_call(arguments: tuple[Any, ...]) -> BackwardCall:
+    """The groups of backward's arguments."""
+    *options, wanted = arguments[14:]
+    return BackwardCall(
+        OutputGradients(*arguments[:3]),
+        Operands(*arguments[3:10]),
+        Saved(*arguments[10:14]),
+        Options(*options, return_final_state=False, save_for_backward=True, keep_states=False),
+        wanted,
+    )
