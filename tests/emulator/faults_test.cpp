@@ -10,6 +10,7 @@
 #include <cute/arch/util.hpp>
 #include <initializer_list>
 #include <iostream>
+#include <string>
 #include <utility>
 
 #include "check.hpp"
@@ -71,6 +72,37 @@ enum class Mistake {
   kMissingWarp,     // three warps of a warpgroup
   kHalfWarpgroup,   // a block of two warps
   kTwoDescriptors,  // lanes of a warp that give two
+  // Of ArrivalKernel: the last block of a group adds up what all have stored.
+  kNoFenceOfWriter,
+  kFenceBeforeStore,      // the writer's, before what it is for
+  kFenceOfOneThread,      // thread 0 alone, before the barrier
+  kFenceOfWriterTooLate,  // after the atomic
+  kNoFenceOfReader,
+  kFenceOfReaderTooEarly,  // before the atomic
+  kNoBarrierBeforeAtomic,
+  kNoBarrierAfterAtomic,  // a shuffle instead
+  kReadByAll,             // not by the last block to arrive alone
+  kReadOfOtherGroup,      // by the last of another group
+  kCounterPerBlock,       // atomics at different places
+  kStoreToCounter,        // an ordinary one, before the atomics
+  kLoadOfCounter,         // an ordinary one, by all blocks
+  kStoreAfterAtomic,      // to what the last block reads
+  kOverwrittenByFirst,    // what all blocks read: by the first one to arrive
+  kOverwrittenByOther,    // by the last of another group
+  kOverwrittenTooEarly,   // by the last, before its fence
+  kAtomicPastEnd,
+  kAtomicMisaligned,
+  kAtomicToInput,
+  kNoFences,  // of MeetingKernel
+};
+
+// Where the fences of ArrivalKernel are, and how its counter gets back to 0: all of these are
+// right.
+enum class Style {
+  kAllFence,     // every thread, before the barrier and after it; atomicInc
+  kOneFences,    // thread 0, on either side of its atomic, between the barriers
+  kStoredReset,  // the last block stores 0
+  kExchange,     // the last block's atomicExch
 };
 
 __attribute__((no_sanitize("thread"), noinline)) void store_unannounced(float* address) {
@@ -203,6 +235,144 @@ struct ExchangeKernel {
     }
     __syncthreads();
     words[thread] = -thread;
+  }
+};
+
+// Every block of a group stores a row; the last one to arrive adds them up, and overwrites them.
+template <Mistake M, Style S>
+struct ArrivalKernel {
+  // A shuffle takes the place of a barrier in one warp only.
+  static constexpr int kThreads = M == Mistake::kNoBarrierAfterAtomic ? 32 : 64;
+  static constexpr int kBlocks = 3, kGroups = 2;
+
+  struct Params {
+    int const* input;    // [kBlocks]
+    int* parts;          // [kGroups, kBlocks, kThreads]
+    unsigned* counters;  // [kGroups (1 + kBlocks)]: 0 before and after
+    int* sums;           // [kGroups, kThreads]
+    int* totals;         // [kGroups, kThreads]: of the launches
+  };
+
+  // Of every thread, and of the one that counts, `outer` of them away from the barrier.
+  static void fence(bool outer, bool takes_part) {
+    if (takes_part && outer == (S != Style::kOneFences)) {
+      __threadfence();
+    }
+  }
+
+  static unsigned count(unsigned* counter) {
+    return S == Style::kAllFence || S == Style::kOneFences ? atomicInc(counter, kBlocks - 1)
+                                                           : atomicAdd(counter, 1u);
+  }
+
+  void operator()(Params const& p, char* smem) const {
+    int const thread = threadIdx.x, block = blockIdx.x, group = blockIdx.y;
+    auto* last = reinterpret_cast<int*>(smem);
+    int* parts = p.parts + group * kBlocks * kThreads;
+    unsigned* counter = p.counters + group;
+    constexpr bool kWriterFences = M != Mistake::kNoFenceOfWriter &&
+                                   M != Mistake::kFenceBeforeStore &&
+                                   M != Mistake::kFenceOfWriterTooLate;
+    constexpr bool kReaderFences =
+        M != Mistake::kNoFenceOfReader && M != Mistake::kFenceOfReaderTooEarly;
+
+    if (M == Mistake::kStoreToCounter && thread == 0) {
+      *counter = 0;
+    }
+    if (M == Mistake::kFenceBeforeStore) {
+      __threadfence();
+    }
+    int const before = p.totals[group * kThreads + thread];
+    parts[block * kThreads + thread] = (block + 1) * (thread + 1);
+    fence(true, kWriterFences && !(M == Mistake::kFenceOfOneThread && thread != 0));
+    if (M != Mistake::kNoBarrierBeforeAtomic) {
+      __syncthreads();
+    }
+    int is_last = 0;
+    if (thread == 0) {
+      fence(false, kWriterFences || M == Mistake::kFenceOfReaderTooEarly);
+      if (M == Mistake::kFenceOfReaderTooEarly) {
+        __threadfence();
+      }
+      if (M == Mistake::kAtomicPastEnd) {
+        counter = p.counters + kGroups * (1 + kBlocks);
+      } else if (M == Mistake::kAtomicMisaligned) {
+        counter = reinterpret_cast<unsigned*>(reinterpret_cast<char*>(p.counters) + 2);
+      } else if (M == Mistake::kAtomicToInput) {
+        counter = reinterpret_cast<unsigned*>(const_cast<int*>(p.input));
+      } else if (M == Mistake::kCounterPerBlock) {
+        counter = p.counters + kGroups + group * kBlocks + block;
+      }
+      unsigned const arrived = count(counter);
+      is_last = arrived == kBlocks - 1;
+      fence(false, kReaderFences);
+      if ((M == Mistake::kOverwrittenByFirst && arrived == 0) ||
+          (M == Mistake::kOverwrittenTooEarly && is_last)) {
+        p.totals[group * kThreads + 5] = before;
+      }
+      *last = is_last;
+    }
+    if (M == Mistake::kFenceOfWriterTooLate) {
+      __threadfence();
+    }
+    if (M == Mistake::kStoreAfterAtomic && !is_last) {
+      parts[block * kThreads + thread] = (block + 1) * (thread + 1);
+    }
+    if (M != Mistake::kNoBarrierAfterAtomic) {
+      __syncthreads();
+      is_last = *last;
+    } else {
+      is_last = __shfl_sync(0xffffffffu, is_last, 0);
+    }
+    fence(true, kReaderFences);
+    if (M == Mistake::kLoadOfCounter && thread == 0 && *counter == 0) {
+      p.sums[group * kThreads] = 0;
+    }
+    if (is_last || M == Mistake::kReadByAll || M == Mistake::kCounterPerBlock) {
+      if (M == Mistake::kReadOfOtherGroup) {
+        parts = p.parts + (group + 1) % kGroups * kBlocks * kThreads;
+      }
+      int sum = 0;
+      for (int b = 0; b < kBlocks; ++b) {
+        int& part = parts[b * kThreads + (thread + 1) % kThreads];
+        sum += part;
+        part = 0;
+      }
+      p.sums[group * kThreads + thread] = sum;
+      if (is_last && M != Mistake::kOverwrittenByFirst) {
+        int const g = M == Mistake::kOverwrittenByOther ? (group + 1) % kGroups : group;
+        p.totals[g * kThreads + thread] = before + sum;
+      }
+      if (thread == 0 && S == Style::kStoredReset) {
+        *counter = 0;
+      } else if (thread == 0 && S == Style::kExchange) {
+        atomicExch(counter, 0u);
+      }
+    }
+  }
+};
+
+// Two threads of one block that meet at an atomic.
+template <Mistake M>
+struct MeetingKernel {
+  struct Params {
+    int* note;
+    unsigned* flag;  // 0
+  };
+  void operator()(Params const& p, char*) const {
+    bool const fences = M != Mistake::kNoFences;
+    if (threadIdx.x == 63) {
+      *p.note = 1;
+      if (fences) {
+        __threadfence();
+      }
+      atomicExch(p.flag, 1u);
+    } else if (threadIdx.x == 5 && (atomicAdd(p.flag, 0u) == 1 || !fences)) {
+      if (fences) {
+        __threadfence();
+      }
+      *p.note = 2;
+    }
   }
 };
 
@@ -360,6 +530,43 @@ Report run_exchange(std::uint64_t seed) {
   return report;
 }
 
+template <Mistake M, Style S = Style::kAllFence>
+Report run_arrival(std::uint64_t seed) {
+  using Kernel = ArrivalKernel<M, S>;
+  constexpr std::size_t kThreads = Kernel::kThreads, kBlocks = Kernel::kBlocks;
+  constexpr std::size_t kGroups = Kernel::kGroups;
+  GlobalArray<int> input("input", kBlocks, true), parts("parts", kGroups * kBlocks * kThreads);
+  GlobalArray<int> sums("sums", kGroups * kThreads), totals("totals", kGroups * kThreads);
+  GlobalArray<unsigned> counters("counters", kGroups * (1 + kBlocks));
+  std::fill(counters.begin(), counters.end(), 0u);
+  std::fill(totals.begin(), totals.end(), 0);
+  Report report;
+  for (int repeat = 0; repeat < 2 && report.ok(); ++repeat) {
+    std::fill(sums.begin(), sums.end(), -1);
+    report = emulator::launch<Kernel>(
+        {{kBlocks, kGroups}, {kThreads}, 4, seed},
+        {input.data(), parts.data(), counters.data(), sums.data(), totals.data()});
+    if (report.ok()) {
+      for (std::size_t i = 0; i < sums.size(); ++i) {
+        int const sum = 6 * static_cast<int>((i + 1) % kThreads + 1);
+        RETENTION_CHECK_EQUAL(sums[i], sum);
+        RETENTION_CHECK_EQUAL(totals[i], (repeat + 1) * sum);
+      }
+      RETENTION_CHECK_EQUAL(counters[0], 0u);
+      RETENTION_CHECK_EQUAL(counters[1], 0u);
+    }
+  }
+  return report;
+}
+
+template <Mistake M>
+Report run_meeting(std::uint64_t seed) {
+  GlobalArray<int> note("note", 1);
+  GlobalArray<unsigned> flag("flag", 1);
+  flag[0] = 0;
+  return emulator::launch<MeetingKernel<M>>({{1}, {64}, 0, seed}, {note.data(), flag.data()});
+}
+
 template <Mistake M>
 Report run_tiles(std::uint64_t seed) {
   using Kernel = TileKernel<M>;
@@ -389,6 +596,80 @@ void expect(Report (*run)(std::uint64_t seed), char const* name,
       std::cout << name << ": " << report.text << '\n';
     }
   }
+}
+
+// A race, and one of these texts in its report.
+void expect_race(Report (*run)(std::uint64_t seed), char const* name,
+                 std::initializer_list<char const*> texts) {
+  for (std::uint64_t seed = 0; seed < 16; ++seed) {
+    Report const report = run(seed);
+    bool const named = std::any_of(texts.begin(), texts.end(), [&](char const* text) {
+      return report.text.find(text) != std::string::npos;
+    });
+    RETENTION_CHECK(report.fault == Fault::kRace && named);
+    if (seed == 0 || !named) {
+      std::cout << name << ": " << report.text << '\n';
+    }
+  }
+}
+
+void expect_arrivals() {
+  char const* const no_fence_of_writer =
+      ": no __threadfence() between that access and the atomic of its block";
+  char const* const no_fence_of_reader =
+      ": no __threadfence() between this block's atomic and this access";
+  char const* const not_before_atomic = ": that access was not before the atomic of its block";
+  char const* const no_barrier_after = ": no barrier between this block's atomic and this access";
+  char const* const no_atomic = ": no atomic of this block came after one of that block";
+
+  expect(run_arrival<Mistake::kNone>, "arrival", {Fault::kNone});
+  expect(run_arrival<Mistake::kNone, Style::kOneFences>, "arrival, one fences", {Fault::kNone});
+  expect(run_arrival<Mistake::kNone, Style::kStoredReset>, "arrival, 0 stored", {Fault::kNone});
+  expect(run_arrival<Mistake::kNone, Style::kExchange>, "arrival, 0 exchanged", {Fault::kNone});
+
+  expect_race(run_arrival<Mistake::kNoFenceOfWriter>, "no fence of the writer",
+              {no_fence_of_writer});
+  expect_race(run_arrival<Mistake::kNoFenceOfWriter, Style::kOneFences>,
+              "no fence of the one that counts", {no_fence_of_writer});
+  expect_race(run_arrival<Mistake::kFenceBeforeStore>, "fence before the store",
+              {no_fence_of_writer});
+  expect_race(run_arrival<Mistake::kFenceOfOneThread>, "fence of one thread", {no_fence_of_writer});
+  expect_race(run_arrival<Mistake::kFenceOfWriterTooLate>, "fence of the writer too late",
+              {no_fence_of_writer});
+  expect_race(run_arrival<Mistake::kNoFenceOfReader>, "no fence of the reader",
+              {no_fence_of_reader});
+  expect_race(run_arrival<Mistake::kNoFenceOfReader, Style::kOneFences>, "no fence after the count",
+              {no_fence_of_reader});
+  expect_race(run_arrival<Mistake::kFenceOfReaderTooEarly>, "fence of the reader too early",
+              {no_fence_of_reader});
+  expect_race(run_arrival<Mistake::kNoBarrierBeforeAtomic>, "no barrier before the atomic",
+              {not_before_atomic});
+  expect_race(run_arrival<Mistake::kNoBarrierBeforeAtomic, Style::kOneFences>,
+              "no barrier before the fence", {not_before_atomic});
+  expect_race(run_arrival<Mistake::kNoBarrierAfterAtomic>, "no barrier after the atomic",
+              {no_barrier_after});
+  expect_race(run_arrival<Mistake::kNoBarrierAfterAtomic, Style::kOneFences>,
+              "no barrier after the fence", {no_barrier_after});
+  expect_race(run_arrival<Mistake::kReadByAll>, "read by all", {no_atomic, not_before_atomic});
+  expect_race(run_arrival<Mistake::kReadOfOtherGroup>, "read of another group", {no_atomic});
+  expect_race(run_arrival<Mistake::kCounterPerBlock>, "a counter per block", {no_atomic});
+  expect_race(run_arrival<Mistake::kStoreToCounter>, "store to the counter",
+              {"touched by an atomic"});
+  expect_race(run_arrival<Mistake::kLoadOfCounter>, "load of the counter",
+              {"touched by an atomic"});
+  expect_race(run_arrival<Mistake::kStoreAfterAtomic>, "store after the atomic",
+              {not_before_atomic});
+  expect_race(run_arrival<Mistake::kOverwrittenByFirst>, "overwritten by the first", {no_atomic});
+  expect_race(run_arrival<Mistake::kOverwrittenByOther>, "overwritten by another group",
+              {no_atomic});
+  expect_race(run_arrival<Mistake::kOverwrittenTooEarly>, "overwritten too early",
+              {no_fence_of_reader});
+  expect(run_meeting<Mistake::kNone>, "meeting", {Fault::kNone});
+  expect_race(run_meeting<Mistake::kNoFences>, "meeting without fences",
+              {"of the same block with no barrier between"});
+  expect(run_arrival<Mistake::kAtomicPastEnd>, "atomic past end", {Fault::kOutOfBounds});
+  expect(run_arrival<Mistake::kAtomicMisaligned>, "atomic misaligned", {Fault::kMisaligned});
+  expect(run_arrival<Mistake::kAtomicToInput>, "atomic to input", {Fault::kOutOfBounds});
 }
 
 }  // namespace
@@ -423,6 +704,7 @@ int main() {
   expect(run_exchange<Mistake::kReadTooEarly>, "read too early", {Fault::kRace});
   expect(run_exchange<Mistake::kWriteTooEarly>, "write too early", {Fault::kRace});
   expect(run_exchange<Mistake::kShuffleInstead>, "shuffle instead", {Fault::kRace});
+  expect_arrivals();
   expect(run_warpgroup<Mistake::kNone>, "warpgroup", {Fault::kNone});
   expect(run_warpgroup<Mistake::kNoFence>, "no proxy fence", {Fault::kProxy});
   expect(run_warpgroup<Mistake::kFenceTooLate>, "fence too late", {Fault::kProxy});

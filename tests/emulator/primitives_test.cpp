@@ -1,5 +1,6 @@
 // Every primitive of the emulator against its scalar definition.
 
+#include <algorithm>
 #include <cmath>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
@@ -10,6 +11,7 @@
 #include <cute/arch/util.hpp>
 #include <cute/numeric/numeric_types.hpp>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "check.hpp"
@@ -457,6 +459,169 @@ void test_grid() {
   RETENTION_CHECK_EQUAL(sum[0], 24 * 40);
 }
 
+struct AtomicKernel {
+  struct Params {
+    int* sum;
+    unsigned* unsigned_sum;
+    float* float_sum;
+    unsigned* wrapped;
+    int* last;
+    unsigned* last_unsigned;
+    float* last_float;
+    int* most;
+    unsigned* unsigned_most;
+    int* claims;
+    unsigned* unsigned_claims;
+    int* old;  // [11, grid * block]
+  };
+  void operator()(Params const& p, char*) const {
+    int const threads = static_cast<int>(gridDim.x * blockDim.x);
+    int const i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    int* old = p.old + i;
+    old[0 * threads] = atomicAdd(p.sum, -2);
+    old[1 * threads] = static_cast<int>(atomicAdd(p.unsigned_sum, 0x80000000u + 3));
+    old[2 * threads] = static_cast<int>(2 * atomicAdd(p.float_sum, 0.5f));
+    old[3 * threads] = static_cast<int>(atomicInc(p.wrapped, 4));
+    old[4 * threads] = atomicExch(p.last, i);
+    old[5 * threads] = static_cast<int>(atomicExch(p.last_unsigned, static_cast<unsigned>(i)));
+    old[6 * threads] = static_cast<int>(atomicExch(p.last_float, static_cast<float>(i)));
+    old[7 * threads] = atomicMax(p.most, i - 50);
+    old[8 * threads] = static_cast<int>(atomicMax(p.unsigned_most, static_cast<unsigned>(i - 50)));
+    old[9 * threads] = atomicCAS(p.claims + i / 3, -1, i);
+    old[10 * threads] =
+        static_cast<int>(atomicCAS(p.unsigned_claims + i / 3, ~0u, static_cast<unsigned>(i)));
+  }
+};
+
+void test_atomics() {
+  constexpr int kThreads = 3 * 40;
+  for (int seed = 0; seed < kSeeds; ++seed) {
+    GlobalArray<int> sum("sum", 1), last("last", 1), most("most", 1),
+        claims("claims", kThreads / 3);
+    GlobalArray<unsigned> unsigned_sum("unsigned_sum", 1), wrapped("wrapped", 1);
+    GlobalArray<unsigned> last_unsigned("last_unsigned", 1), unsigned_most("unsigned_most", 1);
+    GlobalArray<unsigned> unsigned_claims("unsigned_claims", kThreads / 3);
+    GlobalArray<float> float_sum("float_sum", 1), last_float("last_float", 1);
+    GlobalArray<int> old("old", 11 * kThreads);
+    sum[0] = 7;
+    last[0] = -1;
+    last_float[0] = -1;
+    most[0] = -20;
+    unsigned_sum[0] = wrapped[0] = unsigned_most[0] = 0;
+    float_sum[0] = 0;
+    last_unsigned[0] = ~0u;
+    std::fill(claims.begin(), claims.end(), -1);
+    std::fill(unsigned_claims.begin(), unsigned_claims.end(), ~0u);
+    run<AtomicKernel>({{3}, {40}, 0, static_cast<std::uint64_t>(seed)},
+                      {sum.data(), unsigned_sum.data(), float_sum.data(), wrapped.data(),
+                       last.data(), last_unsigned.data(), last_float.data(), most.data(),
+                       unsigned_most.data(), claims.data(), unsigned_claims.data(), old.data()});
+    RETENTION_CHECK_EQUAL(sum[0], 7 - 2 * kThreads);
+    RETENTION_CHECK_EQUAL(unsigned_sum[0], 3u * kThreads);
+    RETENTION_CHECK_EQUAL(float_sum[0], 0.5f * kThreads);
+    RETENTION_CHECK_EQUAL(wrapped[0], 0u);
+    RETENTION_CHECK_EQUAL(most[0], kThreads - 51);
+    RETENTION_CHECK_EQUAL(unsigned_most[0], ~0u);
+    auto sorted = [&](int row) {
+      std::vector<int> values(old.begin() + row * kThreads, old.begin() + (row + 1) * kThreads);
+      std::sort(values.begin(), values.end());
+      return values;
+    };
+    // Each saw what another one had left.
+    std::vector<int> const sums = sorted(0), floats = sorted(2), wraps = sorted(3);
+    std::vector<int> unsigned_sums(old.begin() + kThreads, old.begin() + 2 * kThreads);
+    for (int& x : unsigned_sums) {
+      x &= 0x7fffffff;
+    }
+    std::sort(unsigned_sums.begin(), unsigned_sums.end());
+    for (int i = 0; i < kThreads; ++i) {
+      auto const u = static_cast<std::size_t>(i);
+      RETENTION_CHECK_EQUAL(sums[u], 7 - 2 * (kThreads - 1 - i));
+      RETENTION_CHECK_EQUAL(unsigned_sums[u], 3 * i);
+      RETENTION_CHECK_EQUAL(floats[u], i);
+      RETENTION_CHECK_EQUAL(wraps[u], i / (kThreads / 5));
+    }
+    int const lasts[] = {last[0], static_cast<int>(last_unsigned[0]),
+                         static_cast<int>(last_float[0])};
+    for (int row = 4; row < 7; ++row) {
+      std::vector<int> exchanged = sorted(row);
+      exchanged.push_back(lasts[row - 4]);
+      std::sort(exchanged.begin(), exchanged.end());
+      for (int i = 0; i <= kThreads; ++i) {
+        RETENTION_CHECK_EQUAL(exchanged[static_cast<std::size_t>(i)], i - 1);
+      }
+    }
+    for (int i = 0; i < kThreads; ++i) {
+      auto const place = static_cast<std::size_t>(i / 3);
+      auto at = [&](int row) { return old[static_cast<std::size_t>(row * kThreads + i)]; };
+      RETENTION_CHECK_EQUAL(at(7) >= -20 && at(7) <= kThreads - 51, true);
+      // The first one gets the place, and the others are told who did.
+      RETENTION_CHECK_EQUAL(claims[place] / 3, i / 3);
+      RETENTION_CHECK_EQUAL(at(9), claims[place] == i ? -1 : claims[place]);
+      int const claim = static_cast<int>(unsigned_claims[place]);
+      RETENTION_CHECK_EQUAL(claim / 3, i / 3);
+      RETENTION_CHECK_EQUAL(at(10), claim == i ? -1 : claim);
+    }
+  }
+}
+
+struct CacheHintKernel {
+  struct Params {
+    int const* in;
+    int* out;
+  };
+  void operator()(Params const& p, char*) const {
+    cudaGridDependencySynchronize();
+    int const i = threadIdx.x;
+    __stcg(p.out + i, __ldg(p.in + i) + 100);
+    __stcs(p.out + i, p.out[i] + __ldcs(p.in + i));
+    cudaTriggerProgrammaticLaunchCompletion();
+  }
+};
+
+void test_cache_hints() {
+  GlobalArray<int> in("in", 8, true), out("out", 8);
+  for (int i = 0; i < 8; ++i) {
+    in[static_cast<std::size_t>(i)] = i;
+  }
+  run<CacheHintKernel>({{1}, {8}, 0, 0}, {in.data(), out.data()});
+  for (int i = 0; i < 8; ++i) {
+    RETENTION_CHECK_EQUAL(out[static_cast<std::size_t>(i)], 100 + 2 * i);
+  }
+}
+
+// What blocks add in the order in which they come.
+struct ArrivalOrderKernel {
+  struct Params {
+    int* arrived;
+    int* places;  // [grid]
+    float* sum;
+  };
+  void operator()(Params const& p, char*) const {
+    p.places[blockIdx.x] = atomicAdd(p.arrived, 1);
+    atomicAdd(p.sum, blockIdx.x == 0 ? 1.0f : 0x1p-24f);
+  }
+};
+
+void test_atomic_order() {
+  std::set<std::vector<int>> orders;
+  std::set<float> sums;
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    for (std::uint64_t seed = 0; seed < 8; ++seed) {
+      GlobalArray<int> arrived("arrived", 1), places("places", 6);
+      GlobalArray<float> sum("sum", 1);
+      arrived[0] = 0;
+      sum[0] = 0;
+      run<ArrivalOrderKernel>({{6}, {1}, 0, seed}, {arrived.data(), places.data(), sum.data()});
+      bool const is_new = orders.emplace(places.begin(), places.end()).second;
+      RETENTION_CHECK(!(repeat == 1 && is_new));
+      sums.insert(sum[0]);
+    }
+  }
+  RETENTION_CHECK(orders.size() >= 4);
+  RETENTION_CHECK(sums.size() >= 2);
+}
+
 // Offsets past 2^32 bytes: only the pages that are touched exist.
 struct SparseKernel {
   struct Params {
@@ -494,6 +659,9 @@ int main() {
   test_async();
   test_named_barrier();
   test_grid();
+  test_atomics();
+  test_atomic_order();
+  test_cache_hints();
   test_sparse();
   return retention::test::finish();
 }

@@ -53,10 +53,7 @@ char* stack_of(int thread) {
 
 // The innermost source line at `site` that is not inside CuTe nor one of the emulator's built-ins;
 // empty if it cannot be told.
-std::string source_line(void* site) {
-  if (site == nullptr) {
-    return "";
-  }
+std::string find_source_line(void* site) {
   Dl_info info;
   link_map* image = nullptr;
   if (dladdr1(site, &info, reinterpret_cast<void**>(&image), RTLD_DL_LINKMAP) == 0) {
@@ -85,6 +82,28 @@ std::string source_line(void* site) {
     pclose(pipe);
   }
   return found;
+}
+
+// Asks once for each place.
+std::string source_line(void* site) {
+  static std::map<void*, std::string> known{{nullptr, ""}};
+  auto const [found, is_new] = known.try_emplace(site);
+  if (is_new) {
+    found->second = find_source_line(site);
+  }
+  return found->second;
+}
+
+char const* name_of(Launch::Access kind) {
+  switch (kind) {
+    case Launch::Access::kLoad:
+      return "load";
+    case Launch::Access::kStore:
+      return "store";
+    case Launch::Access::kAtomic:
+      return "atomic";
+  }
+  return "access";
 }
 
 // Whether two places are one line of the source, of which the compiler made several copies.
@@ -148,9 +167,9 @@ Report Launch::run() {
 }
 
 void Launch::run_block(unsigned linear) {
-  Dim3 const grid = config_.grid, block = config_.block;
-  block_index_ = {linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y};
+  Dim3 const block = config_.block;
   block_mark_ = linear + 1;
+  block_index_ = block_of(block_mark_);
   std::memset(shared_, 0xff, config_.shared_bytes);
   std::fill(cells_.begin(), cells_.end(), SharedCell{});
   warps_.assign((threads_.size() + 31) / 32, Warp{});
@@ -256,6 +275,7 @@ void Launch::exchange_knowledge(std::vector<int> const& from, std::vector<int> c
   for (int const t : to) {
     threads_[static_cast<std::size_t>(t)].known = joined;
   }
+  join_fences(from, to);
 }
 
 void Launch::barrier(int id, int threads, bool wait, void* site) {
@@ -379,7 +399,7 @@ void Launch::access_memory(std::uintptr_t address, std::size_t bytes, Access kin
       return;
     }
   }
-  std::string const what = store ? "store to " : "load from ";
+  std::string const what = name_of(kind) + std::string(store ? " to " : " from ");
   std::uintptr_t const past_shared = address - shared - config_.shared_bytes;
   constexpr std::uintptr_t kNear = 1 << 16;
   if (past_shared < kNear || shared - address < kNear) {
@@ -458,13 +478,15 @@ void Launch::touch_global(Array& array, std::uintptr_t address, std::size_t byte
                           bool aligned, void* site) {
   std::size_t const offset = address - reinterpret_cast<std::uintptr_t>(array.data);
   bool const store = kind != Access::kLoad;
-  auto where = [&] { return "`" + array.name + "` at byte " + std::to_string(offset); };
   if (bytes > array.bytes - offset) {
     fail(Fault::kOutOfBounds,
-         std::string(store ? "store" : "load") + " across the end of `" + array.name + "`", site);
+         std::string(name_of(kind)) + " across the end of `" + array.name + "`", site);
   }
   if (store && array.read_only) {
-    fail(Fault::kOutOfBounds, "store to " + where() + ", an input", site);
+    fail(Fault::kOutOfBounds,
+         std::string(name_of(kind)) + " to `" + array.name + "` at byte " + std::to_string(offset) +
+             ", an input",
+         site);
   }
   if (aligned) {
     check_alignment(address, bytes, site);
@@ -475,42 +497,30 @@ void Launch::touch_global(Array& array, std::uintptr_t address, std::size_t byte
   array.touched = true;
   Thread& thread = self();
   Epoch const now = Epoch::of(thread.linear, thread.clock);
-  std::uint32_t const mark = kind == Access::kAtomic ? GlobalCell::kAtomic : block_mark_;
-  auto race = [&](char const* before, Epoch epoch) {
-    fail(Fault::kRace,
-         where() + ": " + before + " by thread " + std::to_string(epoch.thread()) + " and " +
-             (store ? "written" : "read") + " by thread " + std::to_string(thread.linear) +
-             " of the same block with no barrier between",
-         site);
-  };
   for (std::size_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
     GlobalCell& cell = array.cells[i];
-    bool const foreign_write = cell.writer != 0 && cell.writer != mark;
-    bool const foreign_read = store && cell.reader != 0 && cell.reader != block_mark_;
-    if (foreign_write || foreign_read) {
-      fail(Fault::kRace,
-           where() + ": " + (foreign_write ? "written" : "read") + " by another block and " +
-               (store ? "written" : "read") + " by this one in the same launch",
-           site);
-    }
-    if (cell.writer == block_mark_ && !happened_before(cell.write, thread)) {
-      race("written", cell.write);
+    if (cell.writer != 0 && !(cell.writer == block_mark_ && happened_before(cell.write, thread))) {
+      check_after_write(array, i, kind, site);
     }
     if (store) {
-      for (Epoch& read : cell.reads) {
-        if (read && !happened_before(read, thread)) {
-          race("read", read);
-        }
-        read = Epoch{};
+      if (cell.reader != 0) {
+        check_after_reads(array, i, kind, site);
       }
-      cell.writer = mark;
-      cell.write = now;
+      if (kind == Access::kAtomic) {
+        remember_atomic(array, i);
+      } else {
+        if (cell.writer == GlobalCell::kAtomic) {
+          array.places.erase(i / kPlaceCells);
+        }
+        cell.writer = block_mark_;
+        cell.write = now;
+      }
     } else if (cell.reader == 0 || cell.reader == block_mark_) {
       cell.reader = block_mark_;
       bool const first = !cell.reads[0] || happened_before(cell.reads[0], thread);
       cell.reads[first ? 0 : 1] = now;
     } else {
-      cell.reader = GlobalCell::kMany;
+      remember_read_of_many(array, i);
     }
   }
 }

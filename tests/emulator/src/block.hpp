@@ -15,10 +15,15 @@
 
 namespace emulator::detail {
 
-/// How far each thread of the block had come when this knowledge was last exchanged.
-using Knowledge = std::vector<std::uint32_t>;
-
 constexpr std::size_t kStackBytes = 256 << 10;  // of a fiber
+
+/// What fences and atomics tell a thread of other blocks, and others of its own. Barriers join it.
+struct FenceKnowledge {
+  Blocks fenced;    // what happened before a fence, and an atomic now would release
+  Blocks seen;      // what the atomics that were seen had released
+  Blocks known;     // the same up to the last fence: it happened before what the thread does now
+  Blocks unfenced;  // what would be known if there were a fence everywhere; for reports
+};
 
 struct AsyncCopy {
   char* target;
@@ -36,6 +41,7 @@ struct Thread {
   // Everything another thread did up to known[other] happens before what this thread does now.
   std::uint32_t clock = 1;
   std::shared_ptr<Knowledge const> known;
+  std::shared_ptr<FenceKnowledge const> fences;  // null where neither fence nor atomic was met
 
   std::vector<std::uint32_t> proxy_fences;  // the clock at each
 
@@ -99,6 +105,10 @@ class Launch {
   /// Where in shared memory `address` is.
   std::uint32_t shared_address(std::uintptr_t address, void* site);
   void fence_proxy_async();
+  void thread_fence();
+  /// Of an atomic of the running thread, whose access has been checked: it sees what those before
+  /// it released and, if it `stores`, releases.
+  void exchange_releases(std::uintptr_t address, bool stores);
   /// The threads of a warpgroup meet, and order nothing.
   void warpgroup_arrive();
   // Of the running thread's warp, whose lanes have met.
@@ -117,6 +127,7 @@ class Launch {
   void suspend(std::string why);
   void switch_to_next(Context& from);
   void exchange_knowledge(std::vector<int> const& from, std::vector<int> const& to);
+  void join_fences(std::vector<int> const& from, std::vector<int> const& to);
   bool happened_before(Epoch epoch, Thread const& thread) const;
   std::uint64_t random();
   void check_alignment(std::uintptr_t address, std::size_t bytes, void* site);
@@ -132,6 +143,16 @@ class Launch {
   void finish_product(WarpgroupProduct& product, int first, void* site);
   void touch_global(Array& array, std::uintptr_t address, std::size_t bytes, Access kind,
                     bool aligned, void* site);
+  bool happened_before(std::uint32_t mark, Epoch epoch, Thread const& thread) const;
+  void check_after_write(Array const& array, std::size_t cell, Access kind, void* site);
+  void check_after_reads(Array& array, std::size_t cell, Access kind, void* site);
+  void remember_read_of_many(Array& array, std::size_t cell);
+  void remember_atomic(Array& array, std::size_t cell);
+  [[noreturn]] void fail_race(Array const& array, std::size_t cell, char const* before,
+                              std::uint32_t mark, Epoch epoch, Access kind, void* site);
+  std::string missing_order(std::uint32_t mark, Epoch epoch) const;
+  Blocks own_progress() const;
+  Dim3 block_of(std::uint32_t mark) const;
   std::string deadlock_text() const;
 
   LaunchConfig config_;
@@ -148,6 +169,7 @@ class Launch {
   std::uint64_t random_state_;
   Dim3 block_index_;
   std::uint32_t block_mark_ = 0;  // 1 + linear block index
+  bool atomics_seen_ = false;     // in any block
   std::vector<Warp> warps_;
   std::vector<Barrier> barriers_;
   std::vector<std::vector<int>> warpgroups_;      // who has arrived

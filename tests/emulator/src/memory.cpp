@@ -97,6 +97,8 @@ void Arrays::forget_accesses() {
   for (auto& [start, array] : arrays_) {
     if (array.touched) {
       madvise(array.cells, array.num_cells() * sizeof(GlobalCell), MADV_DONTNEED);
+      array.readers.clear();
+      array.places.clear();
       array.touched = false;
     }
   }

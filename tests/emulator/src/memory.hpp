@@ -5,7 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace emulator::detail {
@@ -34,10 +36,16 @@ struct SharedCell {
   std::uint32_t async_thread = 0;  // 1 + the thread whose cp.async is on its way here
 };
 
+/// How far each thread of a block had come when this knowledge was last exchanged.
+using Knowledge = std::vector<std::uint32_t>;
+/// The same of several blocks, by their marks.
+using Blocks = std::map<std::uint32_t, std::shared_ptr<Knowledge const>>;
+
 /// History of one cell of a global array. Blocks: 1 + linear index, or one of the marks below.
 struct GlobalCell {
-  static constexpr std::uint32_t kAtomic = 0xffffffffu;
-  static constexpr std::uint32_t kMany = 0xfffffffeu;
+  static constexpr std::uint32_t kAtomic = 0xffffffffu;  // see Array::places
+  static constexpr std::uint32_t kMany = 0xfffffffeu;    // nobody knows which
+  static constexpr std::uint32_t kListed = 0xfffffffdu;  // see Array::readers
   static constexpr int kReads = 2;  // the first and the last of concurrent readers
 
   std::uint32_t writer = 0;
@@ -47,12 +55,33 @@ struct GlobalCell {
   Epoch reads[kReads];
 };
 
+/// A block's reads of a cell.
+struct Reader {
+  std::uint32_t mark;
+  Epoch reads[GlobalCell::kReads];
+};
+
+constexpr std::size_t kPlaceBytes = 4;
+constexpr std::size_t kPlaceCells = kPlaceBytes / kCellBytes;
+
+/// Four bytes that atomics have touched since the last ordinary store.
+struct AtomicPlace {
+  std::uint32_t mark = 0;  // of the last atomic's block
+  Epoch last;
+  std::uint32_t store_mark = 0;  // of the ordinary store before the first atomic
+  Epoch store;
+  Blocks released;  // what happened before a fence before an atomic here
+  Blocks unfenced;  // what happened before an atomic here; for reports
+};
+
 struct Array {
   std::string name;
   char* data = nullptr;
   std::size_t bytes = 0;
   bool read_only = false;
   GlobalCell* cells = nullptr;  // lazily backed: a sparse array costs what is touched
+  std::unordered_map<std::size_t, std::vector<Reader>> readers;  // by cell, where kListed
+  std::unordered_map<std::size_t, AtomicPlace> places;           // by word
   bool touched = false;
   char* mapping = nullptr;
   std::size_t mapping_bytes = 0;

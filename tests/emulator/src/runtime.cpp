@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -460,22 +461,57 @@ void warpgroup_wait(int pending) {
   });
 }
 
+void thread_fence() {
+  Inside const guard;
+  active->thread_fence();
+}
+
 namespace {
 
-template <class T>
-T add_atomically(T* address, T value) {
-  Inside const guard;
-  active->access(reinterpret_cast<std::uintptr_t>(address), sizeof(T), Launch::Access::kAtomic,
-                 /*aligned=*/true, __builtin_return_address(0));
-  T const old = *address;
-  *address = old + value;
+std::uint32_t update(Atomic operation, std::uint32_t old, std::uint32_t operand) {
+  switch (operation) {
+    case Atomic::kAdd:
+      return old + operand;
+    case Atomic::kAddFloat: {
+      float sum, term;
+      std::memcpy(&sum, &old, sizeof(sum));
+      std::memcpy(&term, &operand, sizeof(term));
+      sum += term;
+      std::memcpy(&old, &sum, sizeof(sum));
+      return old;
+    }
+    case Atomic::kIncrement:
+      return old >= operand ? 0 : old + 1;
+    case Atomic::kExchange:
+    case Atomic::kCompareExchange:
+      return operand;
+    case Atomic::kMax:
+      return std::max(old, operand);
+    case Atomic::kMaxSigned:
+      return static_cast<std::int32_t>(old) < static_cast<std::int32_t>(operand) ? operand : old;
+  }
   return old;
 }
 
 }  // namespace
 
-float atomic_add(float* address, float value) { return add_atomically(address, value); }
-int atomic_add(int* address, int value) { return add_atomically(address, value); }
+std::uint32_t atomic(Atomic operation, void* address, std::uint32_t operand,
+                     std::uint32_t expected) {
+  Inside const guard;
+  auto const place = reinterpret_cast<std::uintptr_t>(address);
+  active->access(place, sizeof(operand), Launch::Access::kAtomic, /*aligned=*/true,
+                 __builtin_return_address(0));
+  std::uint32_t old;
+  std::memcpy(&old, address, sizeof(old));
+  // One that compares and finds something else is a load.
+  bool const stores = operation != Atomic::kCompareExchange || old == expected;
+  active->exchange_releases(place, stores);
+  if (stores) {
+    std::uint32_t const value = update(operation, old, operand);
+    std::memcpy(address, &value, sizeof(value));
+  }
+  return old;
+}
 
 }  // namespace emulator
 

@@ -62,15 +62,81 @@ inline int __all_sync(unsigned mask, int predicate) {
   return (__ballot_sync(mask, predicate) & mask) == mask;
 }
 
+// Caches are not modelled: what these say about them is not checked.
 template <class T>
 T __ldg(T const* address) {
   return *address;
 }
-
-inline float atomicAdd(float* address, float value) {
-  return ::emulator::atomic_add(address, value);
+template <class T>
+T __ldcs(T const* address) {
+  return *address;
 }
-inline int atomicAdd(int* address, int value) { return ::emulator::atomic_add(address, value); }
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
+template <class T>
+void __stcs(T* address, T value) {
+  *address = value;
+}
+
+inline void __threadfence() { ::emulator::thread_fence(); }
+inline void __threadfence_system() { ::emulator::thread_fence(); }
+
+namespace emulator::detail {
+
+template <class T>
+T atomic_value(Atomic operation, T* address, T value, T expected = T{}) {
+  static_assert(sizeof(T) == 4, "atomics of 4 bytes alone are emulated");
+  std::uint32_t operand, old;
+  std::memcpy(&operand, &value, sizeof(T));
+  std::memcpy(&old, &expected, sizeof(T));
+  old = atomic(operation, address, operand, old);
+  std::memcpy(&value, &old, sizeof(T));
+  return value;
+}
+
+}  // namespace emulator::detail
+
+inline int atomicAdd(int* address, int value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kAdd, address, value);
+}
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kAdd, address, value);
+}
+inline float atomicAdd(float* address, float value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kAddFloat, address, value);
+}
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kIncrement, address, limit);
+}
+inline int atomicExch(int* address, int value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kExchange, address, value);
+}
+inline unsigned atomicExch(unsigned* address, unsigned value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kExchange, address, value);
+}
+inline float atomicExch(float* address, float value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kExchange, address, value);
+}
+inline int atomicCAS(int* address, int expected, int value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kCompareExchange, address, value,
+                                          expected);
+}
+inline unsigned atomicCAS(unsigned* address, unsigned expected, unsigned value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kCompareExchange, address, value,
+                                          expected);
+}
+inline int atomicMax(int* address, int value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kMaxSigned, address, value);
+}
+inline unsigned atomicMax(unsigned* address, unsigned value) {
+  return ::emulator::detail::atomic_value(::emulator::Atomic::kMax, address, value);
+}
+
+// Launches never overlap here: the one before is complete, and what it wrote is visible.
+inline void cudaGridDependencySynchronize() {}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float x, float y) { return x / y; }

@@ -29,7 +29,8 @@ enum class Fault {
   kAsyncPending,      // a touch of a cp.async target before the matching wait
   kWarpgroupPending,  // a touch of an accumulator of wgmma before the matching wait
   kProxy,             // wgmma on what no fence.proxy.async of its writer followed
-  kRace,              // two threads, one writing, with no barrier between; or two blocks
+  kRace,              // two threads, one writing, with no barrier between; or two blocks, with
+                      // no fences and atomic between
   kDivergence,        // lanes of a warp at different warp-wide instructions
   kDeadlock,          // a barrier that not every thread reaches
   kCrash,             // a memory fault in code that was not compiled with instrumentation
@@ -157,8 +158,13 @@ void warpgroup_wait(int pending);
 void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint32_t const (&a)[4],
                    std::uint64_t b, float* d, bool adds);
 
-/// Atomics are exempt from race reports among themselves.
-float atomic_add(float* address, float value);
-int atomic_add(int* address, int value);
+/// fence.acq_rel of the device.
+void thread_fence();
+
+enum class Atomic { kAdd, kAddFloat, kIncrement, kExchange, kCompareExchange, kMax, kMaxSigned };
+/// An atomic read-modify-write of 4 bytes of global memory; returns what was there. No race with
+/// another one, and what a fence came before is released by it.
+std::uint32_t atomic(Atomic operation, void* address, std::uint32_t operand,
+                     std::uint32_t expected = 0);
 
 }  // namespace emulator
