@@ -1,5 +1,6 @@
-// What a C++ test needs and no more: checks that report and count, and an exit status. Where there is
-// a variable RETENTION_STOP_AT_FAILURE in the environment, the first check that fails ends the program.
+// What a C++ test needs and no more: checks that report and count, and an exit status. Where there
+// is a variable RETENTION_STOP_AT_FAILURE in the environment, the first check that fails ends the
+// program.
 //
 //   RETENTION_TEST(name) { ... }  // main.cpp runs those that its arguments name
 

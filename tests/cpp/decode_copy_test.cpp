@@ -1,4 +1,5 @@
-// Copies of slots on the emulator: as if all sources were read first, and nobody else's memory moves.
+// Copies of slots on the emulator: as if all sources were read first, and nobody else's memory
+// moves.
 
 #include "retention/kernel/decode_copy.hpp"
 

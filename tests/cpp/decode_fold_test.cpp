@@ -1,5 +1,5 @@
-// Folds on the emulator: the state that float64 loops make of the same tokens, both planes to the last
-// bit where nothing is added, and slots that do not fold as they were.
+// Folds on the emulator: the state that float64 loops make of the same tokens, both planes to the
+// last bit where nothing is added, and slots that do not fold as they were.
 
 #include "retention/kernel/decode_fold.hpp"
 
@@ -241,8 +241,8 @@ void run(Case const& c, std::uint64_t seed) {
       decay = std::exp(decay);
       for (size_t i = 0; i < D * ValueDim; ++i) {
         double const e = expected.state.value[i];
-        double const actual =
-            c.planes ? join(pool.high[first + i], pool.low[first + i]) : float(pool.high[first + i]);
+        double const actual = c.planes ? join(pool.high[first + i], pool.low[first + i])
+                                       : float(pool.high[first + i]);
         // Of the tokens' terms, phi and v are rounded to bf16; a bf16 state as a whole.
         double const kept = decay * std::abs(initial.state.value[i]);
         double bound = 0x1p-7 * expected.state.magnitude[i] + 0x1p-20 * kept;
@@ -259,8 +259,9 @@ void run(Case const& c, std::uint64_t seed) {
       }
       for (size_t i = 0; i < D; ++i) {
         double const e = expected.key_sum.value[i];
-        double const bound = 0x1p-20 * (expected.key_sum.magnitude[i] +
-                                        decay * std::abs(initial.key_sum.value[i])) + 1e-30;
+        double const bound =
+            0x1p-20 * (expected.key_sum.magnitude[i] + decay * std::abs(initial.key_sum.value[i])) +
+            1e-30;
         double const error = std::abs(double{pool.key_sum[sums + i]} - e) / bound;
         worst = error <= worst ? worst : error;
       }
@@ -269,8 +270,8 @@ void run(Case const& c, std::uint64_t seed) {
   for (unsigned const arrived : arrivals) {
     RETENTION_CHECK_EQUAL(arrived, 0u);
   }
-  std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << ", seed " << seed
-            << ": error " << worst << " of the bound\n";
+  std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << ", seed " << seed << ": error "
+            << worst << " of the bound\n";
   RETENTION_CHECK(worst <= 1.0);
   if (count > 0) {
     // Each is off by less than one unit, at random; cut off, they would be by a third on average.
@@ -290,10 +291,19 @@ void run_all() {
   run_case({"one slot", {{32, 20, 0, 16}}});
   run_case({"nothing in the state", {{0, 16, 0, 16}}, 2});
   run_case({"which fold",
-            {{32, 15, 0, 0}, {32, 16, 0, 16}, {40, 8, 0, 8}, {40, 7, 0, 0}, {0, 5, 5, 5},
-             {5, 16, 5, 16}, {3, 40, 0, 13}},
-            1, 16, 0, kSlice});
-  Case keep{"tokens that stay", {{16, 19, 0, 0}, {16, 20, 0, 16}, {0, 50, 0, 16}}, 2, 16, 4, kSlice};
+            {{32, 15, 0, 0},
+             {32, 16, 0, 16},
+             {40, 8, 0, 8},
+             {40, 7, 0, 0},
+             {0, 5, 5, 5},
+             {5, 16, 5, 16},
+             {3, 40, 0, 13}},
+            1,
+            16,
+            0,
+            kSlice});
+  Case keep{
+      "tokens that stay", {{16, 19, 0, 0}, {16, 20, 0, 16}, {0, 50, 0, 16}}, 2, 16, 4, kSlice};
   run_case(keep);
   keep.planes = false;
   keep.name = "bf16 states";

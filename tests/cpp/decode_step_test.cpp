@@ -30,7 +30,7 @@ struct Case {
   std::vector<Row> rows;
   int heads = 1;
   int group = 1;
-  int slice_pairs = 0;  // 0: one block a head
+  int slice_pairs = 0;      // 0: one block a head
   float log_gate = -0.05f;  // 0: no gates
   int resets = 0;           // every so many tokens one of -inf; 0: none
   bool packed = false;
@@ -191,8 +191,7 @@ void run(Case const& c, std::uint64_t seed) {
           value[at(params.value_stride, r, t, h) + e] =
               Element(in.value[(before + t) * ValueDim + e]);
         }
-        log_gate[at(params.gate_stride, r, t, h)] =
-            c.log_gate != 0.0f ? in.gate[before + t] : 0.0f;
+        log_gate[at(params.gate_stride, r, t, h)] = c.log_gate != 0.0f ? in.gate[before + t] : 0.0f;
       }
       for (size_t n = 0; n < group; ++n) {
         std::vector<float>& q = inputs[r][h][n].query;
@@ -222,11 +221,9 @@ void run(Case const& c, std::uint64_t seed) {
   params.group = c.group;
   params.pool = pool;
   params.slice_pairs = c.slice_pairs;
-  params.parts =
-      c.slice_pairs == 0 ? 1 : (Kernel::kPairs + c.slice_pairs - 1) / c.slice_pairs + 1;
+  params.parts = c.slice_pairs == 0 ? 1 : (Kernel::kPairs + c.slice_pairs - 1) / c.slice_pairs + 1;
   auto const parts = static_cast<size_t>(params.parts);
-  GlobalArray<float> partial("partial",
-                             rows * heads * parts * tokens * group * (ValueDim + 1) + 1);
+  GlobalArray<float> partial("partial", rows * heads * parts * tokens * group * (ValueDim + 1) + 1);
   GlobalArray<unsigned> arrivals("arrivals", rows * (heads + 1));
   std::fill(arrivals.begin(), arrivals.end(), 0u);
   params.partial = partial.data();
@@ -270,8 +267,7 @@ void run(Case const& c, std::uint64_t seed) {
         auto const expected = retention::test::attend(in, {}, 1.0);
         for (size_t t = 0; t < n; ++t) {
           for (size_t e = 0; e < ValueDim; ++e) {
-            double const actual =
-                float(output[at(params.output_stride, r, t, h * group + g) + e]);
+            double const actual = float(output[at(params.output_stride, r, t, h * group + g) + e]);
             if (!there(row)) {
               RETENTION_CHECK(actual == 0.0);
               continue;
@@ -284,12 +280,10 @@ void run(Case const& c, std::uint64_t seed) {
       }
       for (size_t t = 0; there(row) && t < n; ++t) {
         Cursor const& cursor = cursors[static_cast<size_t>(row.slot)];
-        size_t const place =
-            (static_cast<size_t>(cursor.start + row.recent) + t) % ring;
+        size_t const place = (static_cast<size_t>(cursor.start + row.recent) + t) % ring;
         bool same = true;
         for (size_t e = 0; e < HeadDim; ++e) {
-          Element const actual =
-              pool.keys.at(row.slot, static_cast<int>(h))[place * HeadDim + e];
+          Element const actual = pool.keys.at(row.slot, static_cast<int>(h))[place * HeadDim + e];
           same = same && actual == key[at(params.key_stride, r, t, h) + e];
           keys_before[static_cast<size_t>(&pool.keys.at(row.slot, static_cast<int>(h))[0] -
                                           keys.data()) +
@@ -310,8 +304,9 @@ void run(Case const& c, std::uint64_t seed) {
   RETENTION_CHECK(Bits(keys).bytes == Bits(keys_before).bytes);
   std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << ", rows " << MmaRows
             << ", seed " << seed << ": error " << std::sqrt(error / size) << '\n';
-  // phi and the high plane are rounded to bf16, and so may be the output; all else is fp32. Of a whole
-  // batch: a query that hardly sees any key reads from a state what is left of larger numbers.
+  // phi and the high plane are rounded to bf16, and so may be the output; all else is fp32. Of a
+  // whole batch: a query that hardly sees any key reads from a state what is left of larger
+  // numbers.
   RETENTION_CHECK(error <= 6.25 * 0x1p-18 * size);
 }
 

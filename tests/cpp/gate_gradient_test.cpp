@@ -227,8 +227,9 @@ void run_case(Case const& c, std::uint64_t seed) {
           sum = given.sum + given.product;
           magnitude = given.magnitude;
           // Sums of eight products in fp32, and the decay.
-          rounding = 0x1p-22 * given.product_magnitude / std::sqrt(static_cast<double>(elements) / 8.0) +
-                     0x1p-21 * std::abs(given.product);
+          rounding =
+              0x1p-22 * given.product_magnitude / std::sqrt(static_cast<double>(elements) / 8.0) +
+              0x1p-21 * std::abs(given.product);
         }
         double const x = double{d_gate[layout.at(in_stride, s, t, h)]};
         sum += x;

@@ -400,6 +400,4 @@ void run_all_cases(std::uint64_t seed) {
 
 }  // namespace
 
-RETENTION_TEST(output) {
-  run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0);
-}
+RETENTION_TEST(output) { run_all_cases<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>(0); }

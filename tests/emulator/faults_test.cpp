@@ -89,6 +89,7 @@ enum class Mistake {
   kStoreAfterAtomic,      // to what the last block reads
   kOverwrittenByFirst,    // what all blocks read: by the first one to arrive
   kOverwrittenByOther,    // by the last of another group
+  kOverwrittenTooEarly,   // by the last, before its fence
   kAtomicPastEnd,
   kAtomicMisaligned,
   kAtomicToInput,
@@ -305,7 +306,8 @@ struct ArrivalKernel {
       unsigned const arrived = count(counter);
       is_last = arrived == kBlocks - 1;
       fence(false, kReaderFences);
-      if (M == Mistake::kOverwrittenByFirst && arrived == 0) {
+      if ((M == Mistake::kOverwrittenByFirst && arrived == 0) ||
+          (M == Mistake::kOverwrittenTooEarly && is_last)) {
         p.totals[group * kThreads + 5] = before;
       }
       *last = is_last;
@@ -660,6 +662,8 @@ void expect_arrivals() {
   expect_race(run_arrival<Mistake::kOverwrittenByFirst>, "overwritten by the first", {no_atomic});
   expect_race(run_arrival<Mistake::kOverwrittenByOther>, "overwritten by another group",
               {no_atomic});
+  expect_race(run_arrival<Mistake::kOverwrittenTooEarly>, "overwritten too early",
+              {no_fence_of_reader});
   expect(run_meeting<Mistake::kNone>, "meeting", {Fault::kNone});
   expect_race(run_meeting<Mistake::kNoFences>, "meeting without fences",
               {"of the same block with no barrier between"});

@@ -10,18 +10,17 @@ namespace retention::kernel {
 /// The counter is 0 before the first and after the last. All threads of a block call it; `is_last`
 /// is in shared memory.
 CUTE_DEVICE bool is_last_arrival(int& is_last, unsigned* counter, int count, int thread) {
+  __syncthreads();
   if (count == 1) {
-    __syncthreads();
     return true;
   }
-  __threadfence();
-  __syncthreads();
   if (thread == 0) {
     auto const last = static_cast<unsigned>(count - 1);
+    __threadfence();
     is_last = atomicInc(counter, last) == last ? 1 : 0;
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return is_last != 0;
 }
 

@@ -1,4 +1,5 @@
-// Copies of slots, as if all sources were read before any target is written: beams may change places.
+// Copies of slots, as if all sources were read before any target is written: beams may change
+// places.
 //
 // A block has some words of all slots at one time: it reads them from every source into shared
 // memory, and then writes them to every target. No slot is twice among the targets.
@@ -55,7 +56,8 @@ struct DecodeCopy {
     params.null_slot = pool.null_slot;
     Tensor* next = params.tensors;
     auto const add = [&](auto const& part, std::int64_t elements) {
-      constexpr auto kInWord = static_cast<std::int64_t>(sizeof(std::uint32_t) / sizeof(*part.data));
+      constexpr auto kInWord =
+          static_cast<std::int64_t>(sizeof(std::uint32_t) / sizeof(*part.data));
       *next++ = {reinterpret_cast<std::uint32_t*>(part.data), part.slot_stride / kInWord,
                  part.head_stride / kInWord, heads, static_cast<int>(elements / kInWord)};
     };
@@ -102,9 +104,8 @@ struct DecodeCopy {
         }
       }
     };
-    for_each([&](int pair, int word, std::uint32_t& held) {
-      held = *at(params.source[pair], word);
-    });
+    for_each(
+        [&](int pair, int word, std::uint32_t& held) { held = *at(params.source[pair], word); });
     __syncthreads();
     for_each([&](int pair, int word, std::uint32_t const& held) {
       *at(params.target[pair], word) = held;

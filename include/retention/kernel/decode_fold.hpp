@@ -1,13 +1,13 @@
 // Folding the oldest tokens of rings into states, in place: at the start of a step, so that these
 // tokens are confirmed, for whoever rejects drafts has taken them back by then. Which slots fold is
-// seen on the device: those that have a window's tokens beyond the `keep` that are to stay. A launch
-// is the same for all of them, and can be replayed.
+// seen on the device: those that have a window's tokens beyond the `keep` that are to stay. A
+// launch is the same for all of them, and can be replayed.
 //
 //   S = e^{G} S + sum_j e^{sum of the log gates after j} phi_k(k_j) v_j^T,   z likewise
 //
-// is expand-reduce over one window with S in fp32 registers: M = 16 state rows, K = tokens. Of the two
-// planes of S nothing is lost; a bf16 state is rounded at random, up or down in proportion to what is
-// lost, so that thousands of folds do not add up to a drift.
+// is expand-reduce over one window with S in fp32 registers: M = 16 state rows, K = tokens. Of the
+// two planes of S nothing is lost; a bf16 state is rounded at random, up or down in proportion to
+// what is lost, so that thousands of folds do not add up to a drift.
 
 #pragma once
 
@@ -126,15 +126,13 @@ struct DecodeFold {
     if (thread >= 32) {
       return;
     }
-    float const* gates = params.pool.log_gates.data == nullptr
-                             ? nullptr
-                             : params.pool.log_gates.at(slot, head);
+    float const* gates =
+        params.pool.log_gates.data == nullptr ? nullptr : params.pool.log_gates.at(slot, head);
     float passed = 0.0f;
     for (int end = tokens; end > 0; end -= 32) {
       int const token = end - 1 - thread;
-      float const own = gates != nullptr && token >= 0
-                            ? gates[params.pool.place(cursor, token)]
-                            : 0.0f;
+      float const own =
+          gates != nullptr && token >= 0 ? gates[params.pool.place(cursor, token)] : 0.0f;
       float sum = own;  // and those after it in these 32
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -206,9 +204,10 @@ struct DecodeFold {
           float native[2];
 #pragma unroll
           for (int s = 0; s < 2; ++s) {
-            native[s] = first + token + s < tokens ? multiplicity * shared.weight[first + token + s] *
-                                                         shared.key[8 * J + group][token + s]
-                                                   : 0.0f;
+            native[s] = first + token + s < tokens
+                            ? multiplicity * shared.weight[first + token + s] *
+                                  shared.key[8 * J + group][token + s]
+                            : 0.0f;
           }
 #pragma unroll
           for (int upper = 0; upper < 2; ++upper) {
@@ -225,9 +224,9 @@ struct DecodeFold {
         cute::Tensor registers = cute::recast<std::uint32_t>(b);
 #pragma unroll
         for (int n = 0; n < ValueDim / 8; ++n) {
-          float(&c)[4] = sums[n];
-          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], registers(0, n),
-                   registers(1, n), c[0], c[1], c[2], c[3]);
+          float (&c)[4] = sums[n];
+          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], registers(0, n), registers(1, n),
+                   c[0], c[1], c[2], c[3]);
         }
       }
     }
@@ -339,9 +338,8 @@ struct DecodeFold {
           float const(&pair)[4] = sums[4 * c + i];
           std::uint32_t random = 0;
           if (!has_low) {
-            auto const place =
-                static_cast<std::uint64_t>(head) * kPairs * kTileRows * ValueDim +
-                static_cast<std::uint64_t>(at + 2 * i);
+            auto const place = static_cast<std::uint64_t>(head) * kPairs * kTileRows * ValueDim +
+                               static_cast<std::uint64_t>(at + 2 * i);
             random = random_bits(static_cast<std::uint32_t>(slot), place, cursor.folded);
           }
 #pragma unroll
@@ -353,8 +351,7 @@ struct DecodeFold {
               low[i] |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(planes.low))
                         << 16 * s;
             } else {
-              high[i] |= static_cast<std::uint32_t>(
-                             round_at_random(x, random >> 16 * s & 0xffff))
+              high[i] |= static_cast<std::uint32_t>(round_at_random(x, random >> 16 * s & 0xffff))
                          << 16 * s;
             }
           }

@@ -1,9 +1,10 @@
 // The memory of many sequences that are decoded: slots of a pool, which belongs to the caller.
 //
 // Per slot and key head there are the state, into which old tokens were folded, and a ring of the
-// recent ones, which are read one by one. A state in fp32 is two planes of 16 bits: `high`, its bits
-// rounded to their upper half, which is a bf16, and `low`, the bits less those of the high plane. A
-// step reads the high plane alone, half the bytes; a fold reads and writes both, and loses nothing.
+// recent ones, which are read one by one. A state in fp32 is two planes of 16 bits: `high`, its
+// bits rounded to their upper half, which is a bf16, and `low`, the bits less those of the high
+// plane. A step reads the high plane alone, half the bytes; a fold reads and writes both, and loses
+// nothing.
 
 #pragma once
 

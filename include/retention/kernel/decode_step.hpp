@@ -7,12 +7,13 @@
 // with L_i the log gates of the ring up to token i. A token costs the bytes of S, so S is read once
 // for all query heads of a key head and all new tokens.
 //
-// A batch that does not fill the device is split: blocks take slices of the state's block pairs, one
-// more takes the ring, and the last of a head to arrive adds up what they found, in their order.
+// A batch that does not fill the device is split: blocks take slices of the state's block pairs,
+// one more takes the ring, and the last of a head to arrive adds up what they found, in their
+// order.
 //
 // Products with the state are mma.m16n8k16 in bf16 for both element types, since the high plane is
-// bf16: M = 16 query rows, of the new tokens and the heads of a group, K = state rows. phi is made in
-// fp32 and rounded once, in the order of expand_apply.hpp. Everything else is fp32.
+// bf16: M = 16 query rows, of the new tokens and the heads of a group, K = state rows. phi is made
+// in fp32 and rounded once, in the order of expand_apply.hpp. Everything else is fp32.
 
 #pragma once
 
@@ -106,9 +107,9 @@ struct DecodeStep {
     alignas(16) float query[kRows][HeadDim];
     float normalizer[kWarps][kRows];
     float ring_normalizer[kRows];
-    float since_start[kMaxTokens];              // log gates of the new tokens up to each
-    float between[kMaxTokens][kMaxTokens];      // of those after j up to i
-    float after[kRingTile];                     // of those after each of a tile, up to the new ones
+    float since_start[kMaxTokens];          // log gates of the new tokens up to each
+    float between[kMaxTokens][kMaxTokens];  // of those after j up to i
+    float after[kRingTile];                 // of those after each of a tile, up to the new ones
     float warp_sum[kWarps];
     int is_last;
   };
@@ -142,8 +143,8 @@ struct DecodeStep {
     work.slot = params.slots[work.row];
     int const first = params.cu_seqlens == nullptr ? 0 : params.cu_seqlens[work.row];
     work.first_token = first;
-    work.tokens = params.cu_seqlens == nullptr ? params.tokens
-                                               : params.cu_seqlens[work.row + 1] - first;
+    work.tokens =
+        params.cu_seqlens == nullptr ? params.tokens : params.cu_seqlens[work.row + 1] - first;
     bool const there = params.pool.has(work.slot);
     if (there) {
       work.cursor = *params.pool.cursor(work.slot);
@@ -329,9 +330,8 @@ struct DecodeStep {
     }
   };
 
-  CUTE_DEVICE static void apply_state(Params const& params, SharedStorage& shared,
-                                      Work const& work, int start, int thread,
-                                      float (&sums)[kGroupRows]) {
+  CUTE_DEVICE static void apply_state(Params const& params, SharedStorage& shared, Work const& work,
+                                      int start, int thread, float (&sums)[kGroupRows]) {
     int const lane = thread % 32, warp = thread / 32;
     int const group = lane / 4, quad = lane % 4;
     int const row_warp = warp % kRowWarps, pair_warp = warp / kRowWarps;
@@ -379,13 +379,14 @@ struct DecodeStep {
         }
         cute::Tensor b =
             cute::make_tensor<cute::bfloat16_t>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
-        collective::load_rows_transposed(shared.state.rows, StateLayout{}, 16 * k, 0, stage, lane, b);
+        collective::load_rows_transposed(shared.state.rows, StateLayout{}, 16 * k, 0, stage, lane,
+                                         b);
         cute::Tensor registers = cute::recast<std::uint32_t>(b);
 #pragma unroll
         for (int n = 0; n < ValueDim / 8; ++n) {
-          float(&c)[4] = output[n];
-          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], registers(0, n),
-                   registers(1, n), c[0], c[1], c[2], c[3]);
+          float (&c)[4] = output[n];
+          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], registers(0, n), registers(1, n),
+                   c[0], c[1], c[2], c[3]);
         }
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -522,8 +523,7 @@ struct DecodeStep {
 
   /// Adds what the queries read from a tile of `count` tokens.
   CUTE_DEVICE static void add_tile(Params const& params, SharedStorage& shared, int start, int rows,
-                                   bool is_new, int count, int thread,
-                                   float (&sums)[kGroupRows]) {
+                                   bool is_new, int count, int thread, float (&sums)[kGroupRows]) {
     int const lane = thread % 32;
     for (int m = thread / 32; m < rows; m += kWarps) {
       int const token = (start + m) / params.group;
@@ -537,8 +537,8 @@ struct DecodeStep {
           score += shared.query[m][2 * i] * detail::unpack_lo<Element>(pair);
           score += shared.query[m][2 * i + 1] * detail::unpack_hi<Element>(pair);
         }
-        float const gates = is_new ? shared.between[token][lane]
-                                   : shared.after[lane] + shared.since_start[token];
+        float const gates =
+            is_new ? shared.between[token][lane] : shared.after[lane] + shared.since_start[token];
         weight = score * score * expf(gates);
       }
       shared.tile.weight[m][lane] = weight;
@@ -580,7 +580,8 @@ struct DecodeStep {
                                                        work, i / ValueDim, work.head)[i % ValueDim];
     }
     if (params.log_gate != nullptr && thread < work.tokens) {
-      pool.log_gates.at(work.slot, work.head)[pool.place(work.cursor, work.cursor.length + thread)] =
+      pool.log_gates.at(work.slot,
+                        work.head)[pool.place(work.cursor, work.cursor.length + thread)] =
           *row_of(params.log_gate, params.gate_stride, params, work, thread, work.head);
     }
   }
