@@ -326,10 +326,11 @@ def torch_newest(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check the formatting and the common mistakes that ruff knows."""
-    install(session, "ruff", "clang-format")
+    """Check the formatting, the common mistakes that ruff knows, and the package's types."""
+    install(session, "ruff", "clang-format", "mypy", "torch")
     session.run("ruff", "check", str(ROOT))
     session.run("ruff", "format", "--check", str(ROOT))
+    session.run("mypy")
     sources = [
         str(path)
         for folder in ("include", "src", "tests")

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from retention.lm.config import DTYPES, LARGEST, ModelConfig, TrainConfig
 from retention.lm.errors import OutputError, UsageError, shown
@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"{self.prog}: error: {message}\n")
 
-    def _print_message(self, message: str, file: TextIO | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         # argparse itself says nothing where its help cannot be written.
         if file is sys.stdout:
             _write(message)
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from retention import installation
 
         _write(f"retention {installation.info()['version']}\n")
@@ -49,8 +49,8 @@ class _Version(argparse.Action):
 
 
 class _CMakeDir(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
-        from retention import _C
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        import retention._C as _C
 
         # Beside the compiled module, which an editable installation keeps apart from the sources.
         _write(f"{Path(_C.__file__).parent / 'lib' / 'cmake' / 'retention'}\n")
@@ -353,7 +353,7 @@ def _train(options: argparse.Namespace) -> int:
     return int(outcome)
 
 
-def _pick(kind: type, given: dict[str, object]) -> object:
+def _pick(kind: type, given: dict[str, object]) -> Any:
     """A configuration from the options of its fields' names, the others at their defaults."""
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in given.items() if name in names})

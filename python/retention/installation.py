@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from retention import _C
+import retention._C as _C
 from retention.ops.cuda import coverage
 
 _GIB = 1024**3

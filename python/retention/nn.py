@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -341,7 +342,7 @@ class PowerRetention(nn.Module):
         self.gating = gating
         self.rope_theta = rope_theta
 
-        where = {"device": device, "dtype": dtype}
+        where: Any = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **where)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
@@ -423,7 +424,7 @@ class PowerRetention(nn.Module):
             switch_over_seq_len=self.switch_over_seq_len,
             cu_seqlens=cu_seqlens,
         )
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(cast(Tensor, out).flatten(2))
 
     def init_cache(
         self,

@@ -203,8 +203,8 @@ def newest(
             if os.path.lexists(paths[-1]):
                 damaged[paths[-1]] = error
             continue
-        for error in damaged.values():
-            say(f"{error}; taking {saved.path.name} instead")
+        for reason in damaged.values():
+            say(f"{reason}; taking {saved.path.name} instead")
         return saved
     if damaged:
         raise UsageError(f"{folder}: no checkpoint is whole: {next(iter(damaged.values()))}")

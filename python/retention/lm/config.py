@@ -15,7 +15,7 @@ FORMAT = 1
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = 2**63 - 1  # of an integer: what PyTorch takes as a size or a seed
 
-_Config = TypeVar("_Config")
+_Config = TypeVar("_Config", "ModelConfig", "TrainConfig")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +95,14 @@ def run_config_from_json(text: str, source: Path) -> RunConfig:
         raise UsageError(f"{source}: not the configuration of a run ({error})") from None
 
 
-def config_from_dict(kind: type[_Config], parts: object) -> _Config:
+def config_from_dict(kind: type[_Config], parts: Any) -> _Config:
     """A `ModelConfig` or `TrainConfig` from what `dataclasses.asdict` made of it and JSON kept.
 
     Raises:
         ValueError: for another set of fields, a value of another type, or one out of its range.
     """
     check_type(kind.__name__, parts, dict)
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     check_fields(kind.__name__, parts, set(fields))
     values = {name: _checked(name, fields[name], value) for name, value in parts.items()}
     return kind(**values)
@@ -123,7 +123,7 @@ def check_type(what: str, value: object, *kinds: type) -> None:
         raise ValueError(f"{what}: expected {wanted}, got {type(value).__name__}")
 
 
-def check_number(what: str, value: object, *kinds: type, least: float = 0) -> None:
+def check_number(what: str, value: Any, *kinds: type, least: float = 0) -> None:
     """Raise ValueError unless `value` is a finite number of one of these types, `least` or more."""
     check_type(what, value, *kinds)
     if not least <= value < (math.inf if type(value) is float else LARGEST + 1):
@@ -134,7 +134,7 @@ def check_number(what: str, value: object, *kinds: type, least: float = 0) -> No
 _MAY_BE_0 = {"warmup", "seed", "min_learning_rate", "weight_decay"}
 
 
-def _checked(name: str, kind: str, value: object) -> Any:
+def _checked(name: str, kind: str, value: Any) -> Any:
     """`value`, whose field has the annotation `kind`."""
     kind, _, optional = kind.partition(" | ")
     if optional and value is None:

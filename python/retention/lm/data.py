@@ -169,7 +169,7 @@ def _user_files(data: Sequence[str]) -> list[tuple[str, bytes]]:
         # An empty path would be the current folder.
         root = Path(given) if given else None
         with explained(f"--data: cannot read {given!r}"):
-            there = root and status(root)
+            there = status(root) if root else None
         if there is None:
             raise UsageError(f"--data: no such file or folder: {given or repr(given)}")
         if stat.S_ISDIR(there.st_mode):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,7 +117,7 @@ class LanguageModel(nn.Module):
         self.config = config
         blocks = [Block(config) for _ in range(config.layers)]  # raises for sizes that make none
         self.embedding = ByteEmbedding(config.hidden_size)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks: Any = nn.ModuleList(blocks)  # whose type has no room for that of a block
         self.norm = nn.RMSNorm(config.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -29,13 +30,13 @@ class TrainingProgress:
     does not count what another process did.
     """
 
-    def __init__(self, steps: int, done: int, tokens_per_step: int, stream=None):
+    def __init__(self, steps: int, done: int, tokens_per_step: int, stream: TextIO | None = None):
         self.steps = steps
         self.first = done
         self.done = done
         self.tokens_per_step = tokens_per_step
         self.output = LastingOutput(stream or sys.stdout)
-        self.console = Console(file=self.output, highlight=False, soft_wrap=True)
+        self.console = Console(file=cast(TextIO, self.output), highlight=False, soft_wrap=True)
         self.began = self.last_line = time.monotonic()
         self.smoothed: float | None = None
         self.bar: Progress | None = None

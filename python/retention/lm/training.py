@@ -8,10 +8,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
-def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
     """Mean nats a byte over `tokens` `[b, t + 1]`, each predicted from those before it."""
     logits = model(tokens[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
@@ -88,7 +89,10 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, corpus: data.Corpus, config: TrainConfig, device: torch.device
+    model: Callable[[Tensor], Tensor],
+    corpus: data.Corpus,
+    config: TrainConfig,
+    device: torch.device,
 ) -> float:
     """Mean nats a byte over the held-out windows."""
     total, count = 0.0, 0
@@ -362,7 +366,7 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received  # only the main thread may set handlers
         return
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)

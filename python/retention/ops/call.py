@@ -71,11 +71,16 @@ def forward_call(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
 
 def backward_call(arguments: tuple[Any, ...]) -> BackwardCall:
     """The groups of backward's arguments."""
-    *options, wanted = arguments[14:]
+    deg, chunk_size, switch_over, wanted = arguments[14:]
     return BackwardCall(
         OutputGradients(*arguments[:3]),
         Operands(*arguments[3:10]),
         Saved(*arguments[10:14]),
-        Options(*options, return_final_state=False, save_for_backward=True, keep_states=False),
+        Options(
+            *(deg, chunk_size, switch_over),
+            return_final_state=False,
+            save_for_backward=True,
+            keep_states=False,
+        ),
         wanted,
     )

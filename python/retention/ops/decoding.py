@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,8 @@ def decode(
         exponent = unit_exponent(q)
         q = q * torch.ldexp(q.new_ones(exponent.shape), -exponent)
         q = q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, tq, d]
-        n = z = 0
+        n: Tensor | int = 0
+        z: Tensor | int = 0
         g = None
         if K is not None:
             g, k, v = _cache(K, V, log_G, dtype)
@@ -48,7 +51,7 @@ def decode(
         if initial_state is not None:
             n_state, z_state = _read_state(q, g, initial_state, sum_of_keys, deg)
             n, z = n + n_state, z + z_state
-        out = normalise(n, z)  # [b, h, r, tq, dv]
+        out = normalise(cast(Tensor, n), cast(Tensor, z))  # [b, h, r, tq, dv]
         out = out.permute(0, 3, 1, 2, 4).reshape(b, tq, hq, dv).to(Q.dtype)
         if K is None or switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
             return out, initial_state, sum_of_keys

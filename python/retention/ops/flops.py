@@ -77,7 +77,7 @@ def flops(
     return 2 * b * (state_dim(d, deg) * dv * (reading + updating) + inside * pairs * hq)
 
 
-def _call(operands: Operands, options: Options) -> dict[str, int]:
+def _call(operands: Operands, options: Options) -> dict[str, Any]:
     Q, V = operands.Q, operands.V
     b, t, hq, d = Q.shape
     h, dv = V.shape[2:]

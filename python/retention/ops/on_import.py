@@ -31,7 +31,7 @@ class _Finder(MetaPathFinder):
             execute(module)
             self.action()
 
-        spec.loader.exec_module = execute_and_act
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]  # of this one
         return spec
 
 

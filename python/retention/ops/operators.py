@@ -142,7 +142,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options = forward_call(arguments)
     _check_forward(operands, options)
     saves_output = _saves_output(operands, options.deg)
-    kept_bytes = 0
+    kept_bytes: Any = 0
     if options.save_for_backward and options.keep_states and saves_output:
         kept_bytes = torch.library.get_ctx().new_dynamic_size()  # the device decides
     return run.allocate_forward(operands, options, saves_output, kept_bytes)

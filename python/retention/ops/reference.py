@@ -51,11 +51,11 @@ def reference(
         bounds = checks.sequence_bounds(cu_seqlens, Q.shape[1])
         for n, (start, stop) in enumerate(pairwise(bounds)):
             gate = None if log_G is None else log_G[:, start:stop]
-            initial = (None, None)
+            S = z = None
             if initial_state is not None:
-                initial = (initial_state[n : n + 1], sum_of_keys[n : n + 1])
-            tokens = (x[:, start:stop] for x in (Q, K, V))
-            parts.append(_sequence(*tokens, gate, *initial, deg, scale))
+                S, z = initial_state[n : n + 1], sum_of_keys[n : n + 1]
+            q, k, v = (x[:, start:stop] for x in (Q, K, V))
+            parts.append(_sequence(q, k, v, gate, S, z, deg, scale))
         outs, states, sums = zip(*parts, strict=True)
         nobodys = Q.new_zeros(1, Q.shape[1] - bounds[-1], Q.shape[2], V.shape[3])
         out, state, keys = torch.cat((*outs, nobodys), dim=1), torch.cat(states), torch.cat(sums)

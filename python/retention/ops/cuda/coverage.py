@@ -6,12 +6,13 @@ import contextlib
 import contextvars
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from retention import _C
+import retention._C as _C
 from retention.ops.symmetric_power import state_dim
 
 # The element types of kernels: their numbers in the host API, and their names in those of kernels.
@@ -20,6 +21,17 @@ _ELEMENT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 DEVICE_TYPES = {"cuda"}
 _MOST_FEATURES = 128  # of keys and of values
 _LEAST_CAPABILITY = (8, 0)
+
+
+class TensorLike(Protocol):
+    """What describes a tensor, or is one."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
 
 # Of this thread or task, unlike a global, which others would see change under their feet.
 _turned_off: contextvars.ContextVar[bool] = contextvars.ContextVar("turned off", default=False)
@@ -94,7 +106,7 @@ def kernel_dims(dtype: torch.dtype, d: int, dv: int, deg: int) -> tuple[int, int
     """
     name = re.compile(rf"forward_{_ELEMENT_NAMES.get(dtype)}_d(\d+)_dv(\d+)_p{deg}")
     compiled = [
-        tuple(map(int, match.groups()))
+        (int(match[1]), int(match[2]))
         for match in map(name.fullmatch, _C.build_info()["kernels"])
         if match
     ]
@@ -109,7 +121,7 @@ def cover(Q: Tensor, V: Tensor, deg: int) -> bool:
     return kernel_dims(Q.dtype, int(Q.shape[3]), int(V.shape[3]), deg) is not None
 
 
-def saves_output(Q: Tensor, V: Tensor, deg: int) -> bool:
+def saves_output(Q: TensorLike, V: TensorLike, deg: int) -> bool:
     """Whether forward saves the output and its residual for backward: on every path, where there
     are kernels for such tensors on some device and in some build.
 

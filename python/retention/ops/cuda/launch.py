@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retention import _C
+import retention._C as _C
 from retention.ops.call import BackwardCall, Operands, forward_call
 from retention.ops.cuda.plans import Plan, layout, plan_forward, row_strides
 from retention.ops.torch_private import allocate, current_device, current_stream

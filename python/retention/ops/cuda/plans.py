@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retention import _C
+import retention._C as _C
 from retention.ops.arguments import check_arguments, state_shape
 from retention.ops.call import Operands, Options, OutputGradients, Saved, forward_call
 from retention.ops.checks import check_chunks
@@ -239,7 +239,6 @@ def _make_plan(operands: Operands, options: Options) -> Plan:
 
 def row_strides(x: Tensor) -> tuple[int, int, int] | None:
     """Strides of b, t and h where the kernels can read rows 16 bytes at a time, else None."""
-    *strides, last = x.stride()
     # The stride of a dimension of size 1 means nothing, whatever it is.
-    strides = [0 if n == 1 else stride for n, stride in zip(x.shape, strides, strict=False)]
-    return None if last != 1 or any(stride % 8 for stride in strides) else tuple(strides)
+    b, t, h, _ = (0 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return None if x.stride(3) != 1 or (b | t | h) % 8 else (b, t, h)

@@ -108,7 +108,7 @@ class _Chunk:
     z: Tensor | None  # [N, r, c, 1], the normaliser at that scale, in backward
     deg: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._since = None if self.g is None else self.g.cumsum(-1)
 
     def _root(self, exponent: Tensor) -> Tensor:

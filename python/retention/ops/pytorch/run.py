@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def choose_chunk(
 
 
 def allocate_forward(
-    operands: Operands, options: Options, saves_output: bool, kept_bytes: int = 0
+    operands: Operands, options: Options, saves_output: bool, kept_bytes: Any = 0
 ) -> tuple[Tensor, ...]:
     """The results of forward. Those that are not wanted are empty, of as many dimensions."""
     Q, V = operands.Q, operands.V
@@ -81,9 +82,9 @@ def forward(operands: Operands, options: Options, saves_output: bool) -> tuple[T
         for batch in packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, options.deg)):
             sequence = _sequence(batch, operands, options)
             S = sequence.join_state(_rows(initial_state, batch), _rows(sum_of_keys, batch))
-            targets = [batch.room(x) for x in (out, norm, residual)]
-            S = chunked.forward(sequence, S, *targets, options.return_final_state)
-            for x, written in zip((out, norm, residual), targets, strict=True):
+            o, z, r = (batch.room(x) for x in (out, norm, residual))
+            S = chunked.forward(sequence, S, o, z, r, options.return_final_state)
+            for x, written in ((out, o), (norm, z), (residual, r)):
                 batch.put(x, written)
             if options.return_final_state:
                 state[batch.states], keys[batch.states] = sequence.split_state(S)
@@ -116,7 +117,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, ...]:
                 sequence.join_state(_rows(d_state, batch), _rows(d_keys, batch)),
                 batch.take(call.saved.norm),
                 batch.take(d_out),
-                *targets,
+                *(targets[0], targets[1], targets[2], targets[3]),
                 initial_wanted,
             )
             for x, written in zip(of_tokens, targets, strict=True):
@@ -136,7 +137,8 @@ def _sequence(batch: packed.Batch, operands: Operands, options: Options) -> chun
     Q, _, V, *_ = operands
     deg, chunk_size, switch_over, *_ = options
     chunk = choose_chunk(batch.length, Q.shape[3], V.shape[3], deg, chunk_size, switch_over)
-    return chunked.Sequence(*map(batch.take, operands[:4]), deg, max(1, chunk))
+    q, k, v, g = map(batch.take, operands[:4])
+    return chunked.Sequence(q, k, v, g, deg, max(1, chunk))
 
 
 def _state_size(Q: Tensor, V: Tensor, deg: int) -> int:
