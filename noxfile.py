@@ -309,6 +309,13 @@ def wheel(session: nox.Session) -> None:
             *("--markdown", str(dist / "resources.md")),
             *(str(path) for path in (package / "lib").glob("libretention.*")),
         )
+    if sys.platform == "linux":
+        # The tag that the wheel could have, by the versions of the system's symbols that it needs.
+        install(session, "auditwheel")
+        said = session.run("auditwheel", "show", str(built[0]), silent=True)
+        if (tag := re.search(r'tag:\s*"(manylinux\w+)"', said)) is None:
+            session.error(f"{built[0].name}: expected a wheel fit for manylinux, got\n{said}")
+        session.log(f"{built[0].name}: fit for {tag[1]}")
 
 
 @nox.session
