@@ -157,11 +157,10 @@ def public_api(session: nox.Session, python: str) -> dict:
 
 def run_core_tests(session: nox.Session, requirement: str) -> None:
     """Run the core tests with another version of torch than that of constraints.txt."""
-    # What torch itself needs, some of it in versions of its own, is as it asks for.
-    free = {"torch", "filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy"}
-    lines = CONSTRAINTS.read_text().splitlines()
+    # What torch needs, some of it in one version alone, is not that of constraints.txt.
+    free = r"^(torch|filelock|fsspec|jinja2|networkx|nvidia-.*|setuptools|sympy)==.*\n"
     constraints = fresh_folder(session, "torch") / "constraints.txt"
-    constraints.write_text("\n".join(x for x in lines if x.partition("==")[0] not in free))
+    constraints.write_text(re.sub(free, "", CONSTRAINTS.read_text(), flags=re.MULTILINE))
     install_build_tools(session)
     install(
         session,
@@ -389,6 +388,13 @@ def wheel(session: nox.Session) -> None:
             *("--markdown", str(dist / "resources.md")),
             *(str(path) for path in (package / "lib").glob("libretention.*")),
         )
+    if sys.platform == "linux":
+        # The tag that the wheel could have, by the versions of the system's symbols that it needs.
+        install(session, "auditwheel")
+        said = session.run("auditwheel", "show", str(built[0]), silent=True)
+        if (tag := re.search(r'tag:\s*"(manylinux\w+)"', said)) is None:
+            session.error(f"{built[0].name}: expected a wheel fit for manylinux, got\n{said}")
+        session.log(f"{built[0].name}: fit for {tag[1]}")
 
 
 @nox.session

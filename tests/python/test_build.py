@@ -221,19 +221,39 @@ def test_headers_serve_a_cmake_project(tmp_path):
 # ---- Options that depend on the compiler, the architecture and the platform ---------------------
 
 
-@pytest.fixture
-def cutlass(tmp_path):
-    """What passes for a checkout of CUTLASS while nothing is compiled."""
-    (tmp_path / "include" / "cutlass").mkdir(parents=True)
-    (tmp_path / "include" / "cutlass" / "version.h").write_text(
+@pytest.fixture(scope="module")
+def nvcc_build(tmp_path_factory):
+    """Configures again and again in one folder: asking nvcc what it is takes the most time."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc on PATH")
+    folder = tmp_path_factory.mktemp("nvcc")
+    # What passes for a checkout of CUTLASS while nothing is compiled.
+    (folder / "cutlass").mkdir()
+    (folder / "cutlass" / "version.h").write_text(
         "#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n"
     )
-    return tmp_path / "include"
+
+    def run(version, architectures):
+        # Read after the compiler was asked for its version.
+        (folder / "version.cmake").write_text(f"set(CMAKE_CUDA_COMPILER_VERSION {version})\n")
+        given = "-UCMAKE_CUDA_ARCHITECTURES"
+        if architectures is not None:
+            given = f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"
+        result = configure(
+            folder / "build",
+            *("-DRETENTION_CUDA=ON", f"-DCUTLASS_ROOT={folder}", given),
+            f"-DCMAKE_USER_MAKE_RULES_OVERRIDE_CUDA={folder / 'version.cmake'}",
+            *("-DCMAKE_CUDA_COMPILER_WORKS=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"),
+        )
+        assert result.returncode == 0, result.stdout
+        commands = json.loads((folder / "build" / "compile_commands.json").read_text())
+        return [x["command"] for x in commands if x["file"].endswith(".cu")], result.message
+
+    return run
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on PATH")
 @pytest.mark.parametrize(
-    ("nvcc", "compressed", "architectures", "warned"),
+    ("version", "compressed", "architectures", "warned"),
     [
         ("12.8.61", True, None, False),
         ("12.6.85", False, "80-real;90", True),
@@ -241,24 +261,13 @@ def cutlass(tmp_path):
         ("12.8.61", True, "90-real;90a-real", False),
     ],
 )
-def test_options_of_nvcc(tmp_path, cutlass, nvcc, compressed, architectures, warned):
-    # Read after the compiler was asked for its version.
-    (tmp_path / "version.cmake").write_text(f"set(CMAKE_CUDA_COMPILER_VERSION {nvcc})\n")
-    result = configure(
-        tmp_path / "build",
-        *("-DRETENTION_CUDA=ON", f"-DCUTLASS_ROOT={cutlass}", "-DCMAKE_CUDA_COMPILER_WORKS=ON"),
-        f"-DCMAKE_USER_MAKE_RULES_OVERRIDE_CUDA={tmp_path / 'version.cmake'}",
-        "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        *([f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"] if architectures else []),
-    )
-    assert result.returncode == 0, result.stdout
-    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
-    kernels = [x["command"] for x in commands if x["file"].endswith(".cu")]
+def test_options_of_nvcc(nvcc_build, version, compressed, architectures, warned):
+    kernels, message = nvcc_build(version, architectures)
     assert len(kernels) == 18
     assert {"--compress-mode=size" in command for command in kernels} == {compressed}
     warning = f"got '{architectures}', expected 90a-real among them for an H100 or H200"
-    assert (warning in result.message) is warned
-    assert ("Warning" in result.message) is warned
+    assert (warning in message) is warned
+    assert ("Warning" in message) is warned
 
 
 OTHER_SYSTEM = ("-DCMAKE_CXX_COMPILER_WORKS=ON", "-DRETENTION_CUDA=OFF")
