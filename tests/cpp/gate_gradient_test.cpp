@@ -302,7 +302,7 @@ RETENTION_TEST(gate_gradient) {
   }
   for (int const resets : {2, 3, 41, 700, 2300}) {
     for (int const chunk_size : {64, 2112, 0}) {
-      Case c{"resets", {5200, 5200}, false, 3, chunk_size, States::kAll, Fill::kCancelling};
+      Case c{"resets", {5200}, false, 2, chunk_size, States::kAll, Fill::kCancelling};
       c.resets = resets;
       run(c, seed++);
     }
