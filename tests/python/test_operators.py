@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import retention
 from cases import INPUTS, Case, make
+from retention.ops import call
 from retention.ops.cuda import coverage
 
 FULL = Case(t=100, d=64, dv=32, state=True)
@@ -274,3 +275,11 @@ def test_backward_follows_its_forward_in_every_thread(caplog, off):
     reason = "kernels are turned off" if off else "no kernels for cpu devices"
     path = f"backward on cpu: PyTorch path ({reason}); bfloat16"
     assert [message[: len(path)] for message in caplog.messages] == [path] * 2
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_groups_of_arguments_have_the_schemas_names(op):
+    schema = getattr(torch.ops.retention, op).default._schema
+    names = [getattr(call, f"{op.upper()}_{of}") for of in ("ARGUMENTS", "RESULTS")]
+    assert [x.name for x in schema.arguments] == [*names[0]]
+    assert [x.name for x in schema.returns] == [*names[1]]

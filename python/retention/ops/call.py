@@ -61,12 +61,18 @@ class BackwardCall(NamedTuple):
     wanted: Sequence[bool]  # which gradients: of Q, K, V, log_G, initial_state and sum_of_keys
 
 
-_new = tuple.__new__  # half as long as a named tuple's own, which every call would wait for
+FORWARD_ARGUMENTS = Operands._fields + Options._fields
+FORWARD_RESULTS = ("out", "norm", "state", "sum_of_keys", "residual", "kept")
+BACKWARD_ARGUMENTS = (
+    *(OutputGradients._fields + Operands._fields + Saved._fields),
+    *("deg", "chunk_size", "switch_over_seq_len", "wanted"),
+)
+BACKWARD_RESULTS = ("dQ", "dK", "dV", "d_log_G", "d_initial_state", "d_keys")
 
 
 def forward_call(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
     """The groups of forward's arguments."""
-    return _new(Operands, arguments[:7]), _new(Options, arguments[7:])
+    return Operands(*arguments[:7]), Options(*arguments[7:])
 
 
 def backward_call(arguments: tuple[Any, ...]) -> BackwardCall:

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from retention.ops import call
 from retention.ops.cuda.coverage import saves_output
 
 # [n, h, D, dv] and [n, h, D]; in all others but these and those that have neither, heads are third.
@@ -24,16 +25,15 @@ _WITHOUT = {"cu_seqlens", "kept"}
 
 def register() -> None:
     """For all DTensors."""
-    for op, missing in (("forward", _missing_of_forward), ("backward", _missing_of_backward)):
-        overload = getattr(torch.ops.retention, op).default
-        register_sharding(overload)(_strategy(overload, missing))
+    forward = _strategy(call.FORWARD_ARGUMENTS, call.FORWARD_RESULTS, _missing_of_forward)
+    backward = _strategy(call.BACKWARD_ARGUMENTS, call.BACKWARD_RESULTS, _missing_of_backward)
+    register_sharding(torch.ops.retention.forward.default)(forward)
+    register_sharding(torch.ops.retention.backward.default)(backward)
 
 
-def _strategy(overload: torch._ops.OpOverload, missing: Any) -> Any:
+def _strategy(names: tuple[str, ...], results: tuple[str, ...], missing: Any) -> Any:
     """What ``register_sharding`` asks for: a function from the operator's arguments, with specs in
     the tensors' places, to pairs of placements of results and of arguments."""
-    names = [argument.name for argument in overload._schema.arguments]
-    results = [result.name for result in overload._schema.returns]
 
     def shardings(*arguments: Any, **named: Any) -> list[tuple[list[Any], list[Any]]]:
         given = dict(zip(names, arguments, strict=False)) | named
@@ -94,10 +94,10 @@ def _missing_of_forward(given: dict[str, Any]) -> set[str]:
 
 def _missing_of_backward(given: dict[str, Any]) -> set[str]:
     """Gradients that are empty: those of inputs that are None, and those that nobody wants."""
-    names = ("dQ", "dK", "dV", "d_log_G", "d_initial_state", "d_keys")
-    inputs = ("Q", "K", "V", "log_G", "initial_state", "sum_of_keys")
     return {
         name
-        for name, of, want in zip(names, inputs, given["wanted"], strict=True)
+        for name, of, want in zip(
+            call.BACKWARD_RESULTS, call.Operands._fields[:6], given["wanted"], strict=True
+        )
         if not want or given[of] is None
     }
