@@ -324,15 +324,21 @@ void test_units() {
 template <class Element, int HeadDim, int ValueDim>
 void run_all_cases(std::uint64_t seed) {
   using G = Gates;
-  auto test = [&](Case const& c) { run<Element, HeadDim, ValueDim>(c, seed++); };
+  // A large state takes its time on the emulator.
+  auto test = [&](Case const& c, bool large_too = false) {
+    if (HeadDim <= 64 || large_too) {
+      run<Element, HeadDim, ValueDim>(c, seed);
+    }
+    ++seed;
+  };
   test({"whole chunks", 64, {128}});
-  test({"partial tile, two heads", 128, {150}, false, 2});
+  test({"partial tile, two heads", 128, {150}, false, 2}, true);
   test({"initial, strided", 64, {100, 100}, false, 1, G::kMild, true, 0, true});
   test({"no gates", 64, {70}, false, 1, G::kNone});
-  test({"packed", 64, {65, 0, 1, 130}, true, 1, G::kMild, true});
-  test({"segments", 64, {260}, false, 1, G::kMild, true, 2});
+  test({"packed", 64, {65, 0, 1, 130}, true, 1, G::kMild, true}, true);
+  test({"segments", 64, {260}, false, 1, G::kMild, true, 2}, true);
   test({"strong gates", 128, {200}, false, 1, G::kStrong, true});
-  test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000});
+  test({"large keys and values", 64, {130}, false, 1, G::kMild, true, 2, false, 3000, 1000}, true);
   test({"resets", 1024, {1100}, false, 1, G::kResets, true});
 }
 

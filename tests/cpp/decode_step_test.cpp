@@ -195,9 +195,16 @@ void run(Case const& c, std::uint64_t seed) {
       }
       for (size_t n = 0; n < group; ++n) {
         std::vector<float>& q = inputs[r][h][n].query;
-        draw(q, count * HeadDim, std::ldexp(1.0f, static_cast<int>(n % 5) * 8 - 16));
+        // Of any magnitude, which cancels, and aligned with some key: a query that hardly sees any
+        // reads from a state what is left of larger numbers.
+        constexpr int kStep = std::is_same_v<Element, cute::half_t> ? 4 : 8;
+        float const scale = std::ldexp(1.0f, kStep * (static_cast<int>(n % 5) - 2));
+        draw(q, count * HeadDim, 1.0f);
         for (size_t t = 0; t < static_cast<size_t>(row.tokens); ++t) {
+          size_t const seen = rng() % (before + t + 1);
           for (size_t e = 0; e < HeadDim; ++e) {
+            q[(before + t) * HeadDim + e] += in.key[seen * HeadDim + e];
+            q[(before + t) * HeadDim + e] *= scale;
             query[at(params.query_stride, r, t, h * group + n) + e] =
                 Element(q[(before + t) * HeadDim + e]);
             q[(before + t) * HeadDim + e] =
@@ -304,9 +311,7 @@ void run(Case const& c, std::uint64_t seed) {
   RETENTION_CHECK(Bits(keys).bytes == Bits(keys_before).bytes);
   std::cout << c.name << ": d " << HeadDim << ", dv " << ValueDim << ", rows " << MmaRows
             << ", seed " << seed << ": error " << std::sqrt(error / size) << '\n';
-  // phi and the high plane are rounded to bf16, and so may be the output; all else is fp32. Of a
-  // whole batch: a query that hardly sees any key reads from a state what is left of larger
-  // numbers.
+  // phi and the high plane are rounded to bf16, and so may be the output; all else is fp32.
   RETENTION_CHECK(error <= 6.25 * 0x1p-18 * size);
 }
 
