@@ -360,7 +360,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run(empty);
   // A state of many elements takes its time on the emulator.
   bool const large =
-      retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 100000;
+      retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 50000;
   if (retention::test::kOnDevice || !large) {
     // Odd seeds keep the workspace of forward.
     run({"three segments", {140}, 64, 64, false, 1, 1, -0.05, true});

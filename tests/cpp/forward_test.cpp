@@ -254,7 +254,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run(empty);
   // A state of many elements takes its time on the emulator.
   bool const large =
-      retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 100000;
+      retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 50000;
   if (!retention::test::kOnDevice && large) {
     run({"segments", {200}, 64, 128, false, 1, 2, -0.05, true, true});
     run({"strong gates, strided", {90}, 64, 0, false, 1, 1, -60.0, true, true, true});
