@@ -38,7 +38,7 @@ def imported(site):
 
 
 def test_files_of_the_authors_package_in_the_same_folder_are_an_error(site):
-    assert imported(site) == "ModuleNotFoundError: No module named 'torch'"
+    assert "distribution" not in imported(site)  # but for what it is made of: torch, its library
     installed(site, "retention-1.0.7", "retention/__init__.py", "retention/triton.py")
     message = imported(site)
     assert message.startswith(
