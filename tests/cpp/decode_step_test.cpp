@@ -77,6 +77,11 @@ void run(Case const& c, std::uint64_t seed) {
     }
     return retention::kernel::SlotTensor<T>{array.data(), slot_stride, head_stride};
   };
+  // Of a slot and head: worked out here a second time.
+  auto const start_of = [&](auto& array, size_t size, int slot, size_t h) {
+    size_t const slots_before = c.far ? 0 : static_cast<size_t>(slot);
+    return array.data() + slots_before * (heads * size + gap) + h * size;
+  };
   DecodePool<Element> const pool{slot_tensor(high, D * ValueDim),
                                  {},
                                  slot_tensor(key_sum, D),
@@ -160,25 +165,24 @@ void run(Case const& c, std::uint64_t seed) {
         first.tokens = row.folded;
         auto const state = retention::test::chunk_states(first, {}, 1 << 30).back();
         for (size_t i = 0; i < D * ValueDim && row.folded > 0; ++i) {
-          pool.high.at(row.slot, static_cast<int>(h))[i] =
+          start_of(high, D * ValueDim, row.slot, h)[i] =
               cute::bfloat16_t(static_cast<float>(state.state.value[i]));
         }
         for (size_t i = 0; i < D && row.folded > 0; ++i) {
-          pool.key_sum.at(row.slot, static_cast<int>(h))[i] =
-              static_cast<float>(state.key_sum.value[i]);
+          start_of(key_sum, D, row.slot, h)[i] = static_cast<float>(state.key_sum.value[i]);
         }
         for (size_t t = 0; t < recent; ++t) {
           size_t const place = (static_cast<size_t>(start) + t) % ring;
           for (size_t e = 0; e < HeadDim; ++e) {
-            pool.keys.at(row.slot, static_cast<int>(h))[place * HeadDim + e] =
+            start_of(keys, ring * HeadDim, row.slot, h)[place * HeadDim + e] =
                 Element(in.key[(folded + t) * HeadDim + e]);
           }
           for (size_t e = 0; e < ValueDim; ++e) {
-            pool.values.at(row.slot, static_cast<int>(h))[place * ValueDim + e] =
+            start_of(values, ring * ValueDim, row.slot, h)[place * ValueDim + e] =
                 Element(in.value[(folded + t) * ValueDim + e]);
           }
           if (c.log_gate != 0.0f) {
-            pool.log_gates.at(row.slot, static_cast<int>(h))[place] = in.gate[folded + t];
+            start_of(gates, ring, row.slot, h)[place] = in.gate[folded + t];
           }
         }
       }
@@ -290,18 +294,18 @@ void run(Case const& c, std::uint64_t seed) {
         size_t const place = (static_cast<size_t>(cursor.start + row.recent) + t) % ring;
         bool same = true;
         for (size_t e = 0; e < HeadDim; ++e) {
-          Element const actual = pool.keys.at(row.slot, static_cast<int>(h))[place * HeadDim + e];
+          Element const actual = start_of(keys, ring * HeadDim, row.slot, h)[place * HeadDim + e];
           same = same && actual == key[at(params.key_stride, r, t, h) + e];
-          keys_before[static_cast<size_t>(&pool.keys.at(row.slot, static_cast<int>(h))[0] -
+          keys_before[static_cast<size_t>(start_of(keys, ring * HeadDim, row.slot, h) -
                                           keys.data()) +
                       place * HeadDim + e] = actual;
         }
         for (size_t e = 0; e < ValueDim; ++e) {
-          same = same && pool.values.at(row.slot, static_cast<int>(h))[place * ValueDim + e] ==
+          same = same && start_of(values, ring * ValueDim, row.slot, h)[place * ValueDim + e] ==
                              value[at(params.value_stride, r, t, h) + e];
         }
         if (c.log_gate != 0.0f) {
-          same = same && pool.log_gates.at(row.slot, static_cast<int>(h))[place] ==
+          same = same && start_of(gates, ring, row.slot, h)[place] ==
                              log_gate[at(params.gate_stride, r, t, h)];
         }
         RETENTION_CHECK(same);
