@@ -206,13 +206,14 @@ def _weight_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per pair of the query rows i, [N, r, i, j]: w / z, its derivative by the score, and do . v.
 
-    do [N, r, c, dv]. Neither quotient overflows where z is small: z >= w.
+    do [N, r, c, dv]. Neither quotient overflows where z is small: z >= w. Weights are rounded as
+    they are in forward: where one is all there is, its share is 1 and not almost.
     """
     a = _scores(x, i)
-    slope = integer_power(a, x.deg - 1)
+    slope, share = integer_power(a, x.deg - 1), integer_power(a, x.deg)
     if decay is not None:
-        slope = slope * decay
-    share = (a * slope).div_(x.z[:, :, i])
+        slope, share = slope * decay, share.mul_(decay)
+    share.div_(x.z[:, :, i])
     slope = (slope / x.z[:, :, i]).mul_(x.deg)
     do_v = torch.bmm(do[:, :, i].flatten(1, 2), x.v[:, : i.stop, :-1].mT)
     return share, slope, do_v.view_as(a)
