@@ -22,6 +22,7 @@
 
 #include "retention/collective/tile.hpp"
 #include "retention/detail/packed.hpp"
+#include "retention/detail/reduce.hpp"
 #include "retention/kernel/decode_arrival.hpp"
 #include "retention/kernel/decode_pool.hpp"
 #include "retention/kernel/sequence.hpp"
@@ -231,10 +232,7 @@ struct DecodeStep {
       for (int i = thread; i < work.cursor.length; i += kThreads) {
         sum += gates[params.pool.place(work.cursor, i)];
       }
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-      }
+      sum = detail::reduce_warp(sum, detail::Plus{});
     }
     if (thread % 32 == 0) {
       shared.warp_sum[thread / 32] = sum;
@@ -277,10 +275,7 @@ struct DecodeStep {
         }
         largest = fmaxf(largest, fabsf(x[i]));
       }
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-      }
+      largest = detail::reduce_warp(largest, detail::Maximum{});
       int exponent = 0;
       if (largest > 0.0f && largest <= 3.4e38f) {
         frexpf(largest, &exponent);
@@ -542,10 +537,7 @@ struct DecodeStep {
         weight = score * score * expf(gates);
       }
       shared.tile.weight[m][lane] = weight;
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        weight += __shfl_xor_sync(0xffffffffu, weight, lanes);
-      }
+      weight = detail::reduce_warp(weight, detail::Plus{});
       if (lane == 0) {
         shared.ring_normalizer[m] += weight;
       }
