@@ -173,7 +173,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     }
   }
 
-  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
+  CUTE_DEVICE static void column_factors(SharedStorage& shared, Work const& work,
                                          detail::CumulativeGate const& row_gate, int slot,
                                          int gate_offset, float (&factor)[kTileKeys / 8][2]) {
     if (work.gate == nullptr) {
@@ -182,11 +182,12 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
         factor[i / 2][i % 2] = work.unit;
       }
     } else {
+      Tiles::make_column_factors(shared, row_gate, 1.0f, slot);
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
-        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
-        factor[n][0] = detail::exp2(row_gate.since(key.gate[0]));
-        factor[n][1] = detail::exp2(row_gate.since(key.gate[1]));
+        float2 const pair = Tiles::column_factors(shared, gate_offset, n);
+        factor[n][0] = pair.x;
+        factor[n][1] = pair.y;
       }
     }
   }

@@ -244,6 +244,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     auto const offsets = [&]() -> Offsets const& {
       return kParksProducts ? shared.offsets[this_thread()] : kept_offsets;
     };
+    if (!Diagonal && work.gate != nullptr) {
+      Tiles::make_column_factors(shared, rows.gate[first_row], 0.5f, slot);  // roots
+    }
     float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, s root(E), and then da
     multiply<QueryLayout, KeyLayout>(kept_query, query, offsets().query, shared.key, offsets().key,
                                      slot, weight);
@@ -329,26 +332,26 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     }
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
-      float column[2];  // root of C_j
-      if constexpr (!Diagonal) {
-        column[0] = detail::exp2(0.5f * rows.gate[first_row].since(key.gate[0]));
-        column[1] = detail::exp2(0.5f * rows.gate[first_row].since(key.gate[1]));
-      }
+      if constexpr (Diagonal) {
+        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
 #pragma unroll
-      for (int m = 0; m < kMmaRows; ++m) {
+        for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (Diagonal) {
+          for (int i = 0; i < 4; ++i) {
             detail::CumulativeGate const row = rows.gate[first_row + lane / 4 + 16 * m + i / 2 * 8];
             weight[m][n][i] *= detail::exp2(0.5f * row.since(key.gate[i % 2]));
-          } else {
-            weight[m][n][i] *= column[i % 2];
           }
         }
-      }
-      if constexpr (Diagonal) {
         __syncwarp();  // else registers would have the rows' gates throughout
+      } else {
+        float2 const column = Tiles::column_factors(shared, gate_offset, n);
+#pragma unroll
+        for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            weight[m][n][i] *= i % 2 == 0 ? column.x : column.y;
+          }
+        }
       }
     }
   }

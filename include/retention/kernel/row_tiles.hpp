@@ -38,8 +38,9 @@ struct PackedTiles {
     return sequences.turn_blocks(start(sequences.length));
   }
 
-  /// For a number below count(); beyond the end of its sequence where there is no tile.
-  CUTE_HOST_DEVICE Tile find(int number) const {
+  /// For a number below count(), the same in all lanes of a warp; beyond the end of its sequence
+  /// where there is no tile.
+  CUTE_DEVICE Tile find(int number) const {
     Chunk const found = sequences.search(
         number, [&](SequenceList::Entry const& entry) { return start(entry.first_token); });
     if (sequences.list.entries[found.sequence].length <= sequences.whole_until) {

@@ -131,7 +131,8 @@ struct Sequences {
   }
 
   /// The chunk of a number below num_chunks(); beyond the end of its sequence where there is none.
-  CUTE_HOST_DEVICE Chunk find(int number) const {
+  /// All lanes of a warp have the same number.
+  CUTE_DEVICE Chunk find(int number) const {
     if (!packed()) {
       return {number / max_chunks(), number % max_chunks()};
     }
@@ -140,20 +141,24 @@ struct Sequences {
 
   /// The last of those listed whose first number is not above `number`, and what that is ahead of
   /// it: too much for any sequence where there is none. `first` is what the tokens before it have.
+  /// Each lane looks at another one, for what takes time is one load after the other.
   template <class First>
-  CUTE_HOST_DEVICE Chunk search(int number, First first) const {
+  CUTE_DEVICE Chunk search(int number, First first) const {
+    int const lane = static_cast<int>(threadIdx.x) % 32;
     int low = 0;
     int high = *list.count;
-    while (high - low > 1) {
-      int const middle = low + (high - low) / 2;
-      if (first(list.entries[middle]) + middle <= number) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    int const ahead = number - low - first(list.entries[low]);
-    return {low, ahead < 0 ? INT32_MAX : ahead};
+    int found = 0;  // the first number of `low`
+    do {
+      int const step = (high - low + 31) / 32;
+      int const place = low + lane * step;
+      int const own = place < high ? first(list.entries[place]) + place : INT32_MAX;
+      unsigned const before = __ballot_sync(0xffffffffu, lane == 0 || own <= number);
+      int const last = 31 - __clz(static_cast<int>(before));
+      found = __shfl_sync(0xffffffffu, own, last);
+      low += last * step;
+      high = cute::min(low + step, high);
+    } while (high - low > 1);
+    return {low, found > number ? INT32_MAX : number - found};
   }
 
   /// Blocks that take turns, see kernel/items.hpp, where tokens make up to `of_tokens` items and

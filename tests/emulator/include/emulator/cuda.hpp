@@ -57,6 +57,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return ::emulator::ballot(mask, predicate != 0);
 }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) {
   return (__ballot_sync(mask, predicate) & mask) == mask;
