@@ -7,7 +7,7 @@ from torch import Tensor
 
 from retention.ops import checks, operators  # noqa: F401  (registers torch.ops.retention)
 from retention.ops.arguments import cast_for_autocast, check_arguments, check_decoding_arguments
-from retention.ops.call import Operands
+from retention.ops.call import Operands, short_arguments
 from retention.ops.decoding import decode
 
 
@@ -98,15 +98,13 @@ def power_retention(
     operands = Operands(Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens)
     check_arguments(operands, deg, scale)
     checks.check_chunks(chunk_size, switch_over_seq_len)
-    out, _, state, keys, _, _ = torch.ops.retention.forward(
-        *operands,
-        deg,
-        chunk_size,
-        switch_over_seq_len,
-        return_final_state,
-        False,  # save_for_backward: autograd decides
-        keep_states,
+    save_for_backward = False  # autograd decides
+    options = (
+        *(deg, chunk_size, switch_over_seq_len),
+        *(return_final_state, save_for_backward, keep_states),
     )
+    arguments = short_arguments(operands, options)
+    out, _, state, keys, _, _ = torch.ops.retention.forward(*arguments)
     return (out, state, keys) if return_final_state else out
 
 

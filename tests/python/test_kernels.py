@@ -18,6 +18,7 @@ import retention
 from cases import Case, error, make, run, use_kernels
 from retention import _C
 from retention.ops import checks, operators, torch_private
+from retention.ops.call import Operands, short_arguments
 from retention.ops.cuda import coverage, launch, plans
 
 KERNELS = _C.build_info()["kernels"]
@@ -1765,10 +1766,8 @@ def test_nothing_waits_for_the_device(paths, bounds):
 def test_the_host_is_done_in_time(monkeypatch):
     """The operator's own cost, up to the call that launches."""
     inputs = lowered(Case(t=64, b=1, hq=8, h=2, d=64, dv=64), torch.bfloat16, "cuda")
-    constants = operands(inputs)
-    leaves = operands(
-        {name: x if x is None else x.clone().requires_grad_() for name, x in inputs.items()}
-    )
+    constants = short_arguments(Operands(**inputs), operands(inputs)[7:])  # as callers have them
+    leaves = tuple(x.clone().requires_grad_() for x in constants)
     forward = torch.ops.retention.forward
 
     def microseconds(arguments, calls=100, rounds=100):

@@ -17,21 +17,21 @@ class Operands(NamedTuple):
     Q: Tensor  # [b, t, hq, d]
     K: Tensor  # [b, t, h, d]
     V: Tensor  # [b, t, h, dv]
-    log_G: Tensor | None  # [b, t, h]  # noqa: N815
-    initial_state: Tensor | None  # [n, h, D, dv]
-    sum_of_keys: Tensor | None  # [n, h, D]
-    cu_seqlens: Tensor | None  # [n + 1]
+    log_G: Tensor | None = None  # [b, t, h]  # noqa: N815
+    initial_state: Tensor | None = None  # [n, h, D, dv]
+    sum_of_keys: Tensor | None = None  # [n, h, D]
+    cu_seqlens: Tensor | None = None  # [n + 1]
 
 
 class Options(NamedTuple):
     """What a call of forward is asked for; one of backward has the first three."""
 
-    deg: int
-    chunk_size: int | None
-    switch_over_seq_len: int | None
-    return_final_state: bool
-    save_for_backward: bool
-    keep_states: bool
+    deg: int = 2
+    chunk_size: int | None = None
+    switch_over_seq_len: int | None = None
+    return_final_state: bool = False
+    save_for_backward: bool = False
+    keep_states: bool = False
 
 
 class OutputGradients(NamedTuple):
@@ -70,8 +70,27 @@ BACKWARD_ARGUMENTS = (
 BACKWARD_RESULTS = ("dQ", "dK", "dV", "d_log_G", "d_initial_state", "d_keys")
 
 
+FORWARD_DEFAULTS = Operands._field_defaults | Options._field_defaults
+_LAST_ARGUMENTS = tuple(FORWARD_DEFAULTS.values())
+_USUAL_OPTIONS = tuple(Options())
+
+
+def short_arguments(operands: Operands, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of forward, in most calls without those that have their defaults: each takes its time."""
+    if options != _USUAL_OPTIONS:
+        return (*operands, *options)
+    is_plain = operands.initial_state is None and operands.cu_seqlens is None
+    return operands[:4] if is_plain else operands
+
+
+def all_arguments(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward's, of which PyTorch leaves out the last ones that have their defaults."""
+    missing = len(FORWARD_ARGUMENTS) - len(arguments)
+    return arguments + _LAST_ARGUMENTS[-missing:] if missing else arguments
+
+
 def forward_call(arguments: tuple[Any, ...]) -> tuple[Operands, Options]:
-    """The groups of forward's arguments."""
+    """The groups of forward's arguments, the last of which may be missing."""
     return Operands(*arguments[:7]), Options(*arguments[7:])
 
 

@@ -4,6 +4,8 @@ Defined once with fakes and an autograd formula. On CUDA devices the compiled ke
 that they cover; the chunked PyTorch path runs all others. The logger ``retention`` says at level
 DEBUG which one each call took, and why.
 
+PyTorch does not hand on the last arguments of a call that have their defaults.
+
 ``wanted`` of backward has a bool for each of its six results, in their order; those of the initial
 state and its sum of keys are wanted both or neither. A result that is not wanted is empty, [0].
 """
@@ -18,7 +20,14 @@ import torch
 from torch import Tensor, is_grad_enabled
 
 from retention.ops.arguments import check_arguments, check_backward_arguments, state_shape
-from retention.ops.call import BackwardCall, Operands, Options, backward_call, forward_call
+from retention.ops.call import (
+    BackwardCall,
+    Operands,
+    Options,
+    all_arguments,
+    backward_call,
+    forward_call,
+)
 from retention.ops.checks import check_chunks
 from retention.ops.cuda import coverage, launch
 from retention.ops.cuda.plans import of_results, plan_forward
@@ -35,9 +44,10 @@ _logger = logging.getLogger("retention")
 _library = torch.library.Library("retention", "DEF")
 
 _library.define(
-    "forward(Tensor Q, Tensor K, Tensor V, Tensor? log_G, Tensor? initial_state, "
-    "Tensor? sum_of_keys, Tensor? cu_seqlens, int deg, int? chunk_size, int? switch_over_seq_len, "
-    "bool return_final_state, bool save_for_backward, bool keep_states) "
+    "forward(Tensor Q, Tensor K, Tensor V, Tensor? log_G=None, Tensor? initial_state=None, "
+    "Tensor? sum_of_keys=None, Tensor? cu_seqlens=None, int deg=2, int? chunk_size=None, "
+    "int? switch_over_seq_len=None, bool return_final_state=False, "
+    "bool save_for_backward=False, bool keep_states=False) "
     "-> (Tensor out, Tensor norm, Tensor state, Tensor sum_of_keys, Tensor residual, Tensor kept)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -88,6 +98,7 @@ def _check_backward(call: BackwardCall) -> None:
 
 
 def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    arguments = all_arguments(arguments)
     plan = plan_forward(arguments)
     if _logger.isEnabledFor(logging.DEBUG):
         _log("forward", Operands(*arguments[:7]), plan.reason, plan.head_dims)
@@ -169,6 +180,7 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
     all else that the host does for a call. Where the CUDA kernel is next, it is called from here,
     which saves the way through the dispatcher.
     """
+    arguments = all_arguments(arguments)
     Q, K, V, log_G, initial_state, sum_of_keys, _, _, _, _, _, _, keep_states = arguments
     differentiable = is_grad_enabled() and (
         Q.requires_grad

@@ -25,18 +25,23 @@ _WITHOUT = {"cu_seqlens", "kept"}
 
 def register() -> None:
     """For all DTensors."""
-    forward = _strategy(call.FORWARD_ARGUMENTS, call.FORWARD_RESULTS, _missing_of_forward)
-    backward = _strategy(call.BACKWARD_ARGUMENTS, call.BACKWARD_RESULTS, _missing_of_backward)
+    forward = _strategy(
+        call.FORWARD_ARGUMENTS, call.FORWARD_DEFAULTS, call.FORWARD_RESULTS, _missing_of_forward
+    )
+    backward = _strategy(call.BACKWARD_ARGUMENTS, {}, call.BACKWARD_RESULTS, _missing_of_backward)
     register_sharding(torch.ops.retention.forward.default)(forward)
     register_sharding(torch.ops.retention.backward.default)(backward)
 
 
-def _strategy(names: tuple[str, ...], results: tuple[str, ...], missing: Any) -> Any:
+def _strategy(
+    names: tuple[str, ...], defaults: dict[str, Any], results: tuple[str, ...], missing: Any
+) -> Any:
     """What ``register_sharding`` asks for: a function from the operator's arguments, with specs in
     the tensors' places, to pairs of placements of results and of arguments."""
 
     def shardings(*arguments: Any, **named: Any) -> list[tuple[list[Any], list[Any]]]:
-        given = dict(zip(names, arguments, strict=False)) | named
+        passed = dict(zip(names, arguments, strict=False)) | named
+        given = defaults | passed
         ways = ["not at all"]
         if given["cu_seqlens"] is None:
             ways.append("batch")
@@ -47,10 +52,10 @@ def _strategy(names: tuple[str, ...], results: tuple[str, ...], missing: Any) ->
             (
                 [_placement(name, way, name in empty) for name in results],
                 [
-                    _placement(name, way, given[name].shape.numel() == 0)
-                    if hasattr(given[name], "placements")
+                    _placement(name, way, value.shape.numel() == 0)
+                    if hasattr(value, "placements")
                     else None
-                    for name in names
+                    for name, value in passed.items()
                 ],
             )
             for way in ways
