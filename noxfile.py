@@ -170,7 +170,7 @@ def run_core_tests(session: nox.Session, requirement: str) -> None:
     )
     session.run("python", "-c", "import torch; print('torch', torch.__version__)")
     tests = [f"tests/python/{name}.py" for name in CORE_TESTS]
-    session.run("python", "-m", "pytest", *(session.posargs or tests))
+    run_pytest(session, *(session.posargs or tests), env={})
 
 
 def without_nvcc() -> dict[str, str | None]:
@@ -208,6 +208,15 @@ def run_ctest(session: nox.Session, build: str, *arguments: str) -> None:
     )
 
 
+def run_pytest(session: nox.Session, *arguments: str, env: dict[str, str]) -> None:
+    """On all processors, but where tests share a GPU and measure times and memory on it."""
+    if not gpu_architectures():
+        # A thread of PyTorch's each, else they wait for one another's.
+        arguments = ("--numprocesses", "auto", *arguments)
+        env = {"OMP_NUM_THREADS": "1"} | env
+    session.run("python", "-m", "pytest", *arguments, env=env)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the C++ tests (ctest), then the Python tests (pytest, which gets what follows `--`).
@@ -242,7 +251,7 @@ def tests(session: nox.Session) -> None:
     # Where it is named, it must be there. The emulator is for Linux.
     emulated = {"RETENTION_EMULATED": f"{build}/emulated"} if sys.platform == "linux" else {}
     with timed(session, "pytest"):
-        session.run("python", "-m", "pytest", *(session.posargs or ["tests/python"]), env=emulated)
+        run_pytest(session, *(session.posargs or ["tests/python"]), env=emulated)
 
 
 def last_seen_revision() -> str:

@@ -250,6 +250,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, s root(E), and then da
     multiply<QueryLayout, KeyLayout>(kept_query, query, offsets().query, shared.key, offsets().key,
                                      slot, weight);
+    if constexpr (!Diagonal) {
+      __syncwarp();  // the factors are there
+    }
     multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets().gate, lane, weight);
     float product[kMmaRows][kTileKeys / 8][4] = {};  // u
     multiply<OutputLayout, ValueLayout>(kept_output, d_output, offsets().output, shared.value,
@@ -338,13 +341,13 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
         for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            detail::CumulativeGate const row = rows.gate[first_row + lane / 4 + 16 * m + i / 2 * 8];
+            auto const row = rows.gate[first_row + lane / 4 + 16 * m + i / 2 * 8];
             weight[m][n][i] *= detail::exp2(0.5f * row.since(key.gate[i % 2]));
           }
         }
         __syncwarp();  // else registers would have the rows' gates throughout
       } else {
-        float2 const column = Tiles::column_factors(shared, gate_offset, n);
+        float2 const column = Tiles::column_factors(shared, slot, gate_offset, n);
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
