@@ -65,7 +65,7 @@ Status check_backward(BackwardArguments const& a) {
 Status can_implement(BackwardArguments const& arguments) {
   Status status = can_implement(arguments.forward);
   if (status) {
-    CompiledKernels const& compiled = *find_compiled(arguments.forward);
+    CompiledKernels const& compiled = *find_compiled(configuration_of(arguments.forward));
     status = check_shared_bytes(compiled.configuration, compiled.backward_shared_bytes());
   }
   return status ? check_backward(arguments) : status;
@@ -91,7 +91,7 @@ Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* str
   if (workspace == nullptr) {
     return Status("workspace: got a null pointer");
   }
-  return find_compiled(arguments.forward)->run_backward(plan, workspace, stream);
+  return find_compiled(configuration_of(arguments.forward))->run_backward(plan, workspace, stream);
 }
 
 }  // namespace retention::device

@@ -10,6 +10,7 @@
 #include <iterator>
 #include <retention/device/backward.hpp>
 #include <retention/device/build_info.hpp>
+#include <retention/device/decode.hpp>
 #include <retention/device/forward.hpp>
 #include <retention/symmetric_power.hpp>
 #include <stdexcept>
@@ -96,6 +97,30 @@ constexpr auto kBackwardPointers =
                                         "d_final_key_sum", "d_query", "d_key", "d_value",
                                         "d_log_gate", "d_initial_state", "d_initial_key_sum"});
 
+// DecodePool, and the arguments of the calls that take one: those of the pool, then their own. The
+// output of a step is contiguous.
+constexpr std::array kDecodePoolSizes = {
+    "element",        "degree",         "head_dim",       "value_dim", "heads",       "slots",
+    "ring",           "null_slot",      "high_slot",      "high_head", "low_slot",    "low_head",
+    "key_sum_slot",   "key_sum_head",   "keys_slot",      "keys_head", "values_slot", "values_head",
+    "log_gates_slot", "log_gates_head", "cursors_stride",
+};
+constexpr std::array kDecodePoolPointers = {
+    "high", "low", "key_sum", "keys", "values", "log_gates", "cursors",
+};
+constexpr auto kDecodeStepSizes = joined(
+    kDecodePoolSizes, std::array{"rows", "tokens", "query_heads", "query_batch", "query_token",
+                                 "query_head", "key_batch", "key_token", "key_head", "value_batch",
+                                 "value_token", "value_head", "log_gate_batch", "log_gate_token",
+                                 "log_gate_head", "window", "keep", "slice_pairs"});
+constexpr auto kDecodeStepPointers = joined(
+    kDecodePoolPointers,
+    std::array{"query", "key", "value", "log_gate", "output", "slots", "cu_seqlens", "arrivals"});
+constexpr auto kDecodeListSizes = joined(kDecodePoolSizes, std::array{"count"});
+constexpr auto kDecodeCopyPointers = joined(kDecodePoolPointers, std::array{"source", "target"});
+constexpr auto kDecodeResetPointers = joined(kDecodePoolPointers, std::array{"slots", "phases"});
+constexpr auto kDecodeRollbackPointers = joined(kDecodePoolPointers, std::array{"slots", "tokens"});
+
 /// Takes the integers of a tuple one after the other.
 class Reader {
  public:
@@ -132,6 +157,19 @@ class Reader {
     return {batch, token, integer()};
   }
 
+  retention::device::SlotStrides slot_strides() {
+    std::int64_t const slot = integer();
+    return {slot, integer()};
+  }
+
+  retention::ElementType element() {
+    int const element = size();
+    if (element != 0 && element != 1) {
+      raise_value_error("element: expected 0 (bf16) or 1 (fp16), got " + std::to_string(element));
+    }
+    return element == 0 ? retention::ElementType::kBFloat16 : retention::ElementType::kFloat16;
+  }
+
   template <class T>
   T* pointer() {
     return reinterpret_cast<T*>(static_cast<std::uintptr_t>(integer()));
@@ -145,11 +183,7 @@ class Reader {
 
 retention::device::ForwardArguments read_forward(Reader& size, Reader& at) {
   retention::device::ForwardArguments a;
-  int const element = size.size();
-  if (element != 0 && element != 1) {
-    raise_value_error("element: expected 0 (bf16) or 1 (fp16), got " + std::to_string(element));
-  }
-  a.element = element == 0 ? retention::ElementType::kBFloat16 : retention::ElementType::kFloat16;
+  a.element = size.element();
   a.degree = size.size();
   a.head_dim = size.size();
   a.value_dim = size.size();
@@ -210,6 +244,106 @@ struct Backward {
   }
 };
 
+retention::device::DecodePool read_pool(Reader& size, Reader& at) {
+  retention::device::DecodePool p;
+  p.element = size.element();
+  p.degree = size.size();
+  p.head_dim = size.size();
+  p.value_dim = size.size();
+  p.heads = size.size();
+  p.slots = size.size();
+  p.ring = size.size();
+  p.null_slot = size.size();
+  p.high_strides = size.slot_strides();
+  p.low_strides = size.slot_strides();
+  p.key_sum_strides = size.slot_strides();
+  p.keys_strides = size.slot_strides();
+  p.values_strides = size.slot_strides();
+  p.log_gates_strides = size.slot_strides();
+  p.cursors_stride = size.integer();
+  p.high = at.pointer<void>();
+  p.low = at.pointer<void>();
+  p.key_sum = at.pointer<float>();
+  p.keys = at.pointer<void>();
+  p.values = at.pointer<void>();
+  p.log_gates = at.pointer<float>();
+  p.cursors = at.pointer<retention::Cursor>();
+  return p;
+}
+
+struct DecodeStep {
+  static retention::device::DecodeStepArguments read(nb::tuple const& sizes,
+                                                     nb::tuple const& pointers) {
+    Reader size(sizes, kDecodeStepSizes, "sizes");
+    Reader at(pointers, kDecodeStepPointers, "pointers");
+    retention::device::DecodeStepArguments a;
+    a.pool = read_pool(size, at);
+    a.rows = size.size();
+    a.tokens = size.size();
+    a.query_heads = size.size();
+    a.query_strides = size.strides();
+    a.key_strides = size.strides();
+    a.value_strides = size.strides();
+    a.log_gate_strides = size.strides();
+    a.output_strides =
+        retention::device::Strides::contiguous(a.tokens, a.query_heads, a.pool.value_dim);
+    a.window = size.size();
+    a.keep = size.size();
+    a.slice_pairs = size.size();
+    a.query = at.pointer<void>();
+    a.key = at.pointer<void>();
+    a.value = at.pointer<void>();
+    a.log_gate = at.pointer<float>();
+    a.output = at.pointer<void>();
+    a.slots = at.pointer<int>();
+    a.cu_seqlens = at.pointer<int>();
+    a.arrivals = at.pointer<unsigned>();
+    return a;
+  }
+};
+
+struct DecodeCopy {
+  static retention::device::DecodeCopyArguments read(nb::tuple const& sizes,
+                                                     nb::tuple const& pointers) {
+    Reader size(sizes, kDecodeListSizes, "sizes");
+    Reader at(pointers, kDecodeCopyPointers, "pointers");
+    retention::device::DecodeCopyArguments a;
+    a.pool = read_pool(size, at);
+    a.count = size.size();
+    a.source = at.pointer<int>();
+    a.target = at.pointer<int>();
+    return a;
+  }
+};
+
+struct DecodeReset {
+  static retention::device::DecodeResetArguments read(nb::tuple const& sizes,
+                                                      nb::tuple const& pointers) {
+    Reader size(sizes, kDecodeListSizes, "sizes");
+    Reader at(pointers, kDecodeResetPointers, "pointers");
+    retention::device::DecodeResetArguments a;
+    a.pool = read_pool(size, at);
+    a.count = size.size();
+    a.slots = at.pointer<int>();
+    a.phases = at.pointer<int>();
+    return a;
+  }
+};
+
+struct DecodeRollback {
+  static retention::device::DecodeRollbackArguments read(nb::tuple const& sizes,
+                                                         nb::tuple const& pointers) {
+    Reader size(sizes, kDecodeListSizes, "sizes");
+    Reader at(pointers, kDecodeRollbackPointers, "pointers");
+    retention::device::DecodeRollbackArguments a;
+    a.pool = read_pool(size, at);
+    a.count = size.size();
+    a.slots = at.pointer<int>();
+    a.tokens = at.pointer<int>();
+    return a;
+  }
+};
+
 template <class Pass>
 nb::object can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {
   auto const status = retention::device::can_implement(Pass::read(sizes, pointers));
@@ -225,15 +359,13 @@ int forward_chunk_size(nb::tuple const& sizes, nb::tuple const& pointers) {
   return retention::device::chunk_size(Forward::read(sizes, pointers));
 }
 
-template <class Pass>
-void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
-         std::uintptr_t stream) {
-  auto const arguments = Pass::read(sizes, pointers);
+/// Calls without the lock of the interpreter, and raises what went wrong.
+template <class Arguments, class... Rest>
+void call(Arguments const& arguments, Rest... rest) {
   retention::device::Status status;
   {
     nb::gil_scoped_release const released;
-    status = retention::device::run(arguments, reinterpret_cast<void*>(workspace),
-                                    reinterpret_cast<CUstream_st*>(stream));
+    status = retention::device::run(arguments, rest...);
   }
   if (status) {
     return;
@@ -242,6 +374,18 @@ void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t works
     raise_value_error(status.message());
   }
   throw std::runtime_error(status.message());
+}
+
+template <class Pass>
+void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
+         std::uintptr_t stream) {
+  call(Pass::read(sizes, pointers), reinterpret_cast<void*>(workspace),
+       reinterpret_cast<CUstream_st*>(stream));
+}
+
+template <class Pass>
+void run_on_list(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t stream) {
+  call(Pass::read(sizes, pointers), reinterpret_cast<CUstream_st*>(stream));
 }
 
 template <std::size_t N>
@@ -262,7 +406,7 @@ nb::dict build_info() {
   }
   nb::list kernels;
   for (auto const& configuration : retention::device::compiled_configurations()) {
-    for (char const* pass : {"forward_", "backward_"}) {
+    for (char const* pass : {"forward_", "backward_", "decode_"}) {
       kernels.append(pass + retention::to_string(configuration));
     }
   }
@@ -389,6 +533,87 @@ of a cudaStream_t. It neither allocates nor synchronises.
 
 Raises ValueError for what backward_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
+
+  module.attr("DECODE_POOL_SIZES") = to_tuple(kDecodePoolSizes);
+  module.attr("DECODE_POOL_POINTERS") = to_tuple(kDecodePoolPointers);
+  module.attr("DECODE_STEP_SIZES") = to_tuple(kDecodeStepSizes);
+  module.attr("DECODE_STEP_POINTERS") = to_tuple(kDecodeStepPointers);
+  module.attr("DECODE_LIST_SIZES") = to_tuple(kDecodeListSizes);
+  module.attr("DECODE_COPY_POINTERS") = to_tuple(kDecodeCopyPointers);
+  module.attr("DECODE_RESET_POINTERS") = to_tuple(kDecodeResetPointers);
+  module.attr("DECODE_ROLLBACK_POINTERS") = to_tuple(kDecodeRollbackPointers);
+
+  module.def("decode_step_can_implement", &can_implement<DecodeStep>, "sizes"_a, "pointers"_a,
+             nb::sig("def decode_step_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             R"(Why decode_step refuses these arguments, or None if it takes them.
+
+They are the fields of the C++ DecodePool in the order of DECODE_POOL_SIZES and
+DECODE_POOL_POINTERS, then those of DecodeStepArguments, together DECODE_STEP_SIZES
+and DECODE_STEP_POINTERS. `element` is 0 for bf16 and 1 for fp16; each `_slot`,
+`_batch`, `_token` and `_head` is a stride in elements, and `cursors_stride` one in
+cursors of 32 bytes; pointers are addresses, 0 for null, and nothing is read from
+them.
+
+Raises ValueError for a wrong count, OverflowError or ValueError for a number out
+of range, and TypeError for what is not an integer.)");
+
+  module.def(
+      "decode_step_workspace_size", &workspace_size<DecodeStep>, "sizes"_a, "pointers"_a,
+      nb::sig("def decode_step_workspace_size(sizes: tuple[int, ...], "
+              "pointers: tuple[int, ...]) -> int"),
+      R"(Bytes of device memory that decode_step needs as its workspace on the current device,
+0 for none and for sizes that make no sense. The pointers do not matter.
+
+Arguments and errors as in decode_step_can_implement.)");
+
+  module.def("decode_step", &run<DecodeStep>, "sizes"_a, "pointers"_a, "workspace"_a, "stream"_a,
+             nb::sig("def decode_step(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "workspace: int, stream: int) -> None"),
+             R"(Enqueue the next tokens of sequences on a CUDA stream of the current device.
+
+With a `window`, full rings are folded first. `sizes` and `pointers` as in
+decode_step_can_implement; the output is contiguous. `arrivals` are rows * (heads + 1)
+32-bit integers that were zero before the first call and are zero after every one;
+neither they nor the workspace are shared by calls that can overlap. `workspace` is the
+address of decode_step_workspace_size(sizes, pointers) bytes, 256-byte aligned, or 0
+where that is 0, and `stream` that of a cudaStream_t. It neither allocates nor
+synchronises.
+
+Raises ValueError for what decode_step_can_implement refuses, and RuntimeError for the
+workspace or where CUDA fails.)");
+
+  module.def("decode_copy", &run_on_list<DecodeCopy>, "sizes"_a, "pointers"_a, "stream"_a,
+             nb::sig("def decode_copy(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "stream: int) -> None"),
+             R"(Enqueue copies of slots, as if all were read before any is written.
+
+`sizes` are those of DECODE_LIST_SIZES, and `pointers` those of DECODE_COPY_POINTERS:
+the pool's, and the `count` slots of `source` and `target`, int32 on the device, no
+target twice. A pair with a slot that is not there stands for nothing.
+
+Raises ValueError for arguments that are refused, and RuntimeError where CUDA fails.)");
+
+  module.def("decode_reset", &run_on_list<DecodeReset>, "sizes"_a, "pointers"_a, "stream"_a,
+             nb::sig("def decode_reset(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "stream: int) -> None"),
+             R"(Enqueue that slots become empty.
+
+`sizes` as in decode_copy, and `pointers` those of DECODE_RESET_POINTERS: `slots`,
+`count` different ones, and their `phases`, int32 on the device; 0 for phases of 0.
+
+Raises as decode_copy does.)");
+
+  module.def("decode_rollback", &run_on_list<DecodeRollback>, "sizes"_a, "pointers"_a, "stream"_a,
+             nb::sig("def decode_rollback(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "stream: int) -> None"),
+             R"(Enqueue that the newest tokens of slots were never seen.
+
+`sizes` as in decode_copy, and `pointers` those of DECODE_ROLLBACK_POINTERS:
+`slots`, `count` different ones, and how many `tokens` of each are taken back, int32
+on the device. Of more than its ring holds, all that it holds.
+
+Raises as decode_copy does.)");
 
   module.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, object]"),
              R"(How this module was compiled, as a dict:

@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "retention/device/backward_plan.hpp"
+#include "retention/device/decode_plan.hpp"
 #include "retention/device/forward_plan.hpp"
 
 namespace retention::device {
@@ -15,19 +17,32 @@ struct CompiledKernels {
   Configuration configuration;
   Status (*run_forward)(ForwardPlan const& plan, void* workspace, CUstream_st* stream);
   Status (*run_backward)(BackwardPlan const& plan, void* workspace, CUstream_st* stream);
+  Status (*run_decode_step)(DecodeStepPlan const& plan, void* workspace, CUstream_st* stream);
+  Status (*run_decode_copy)(DecodeCopyArguments const& arguments, CUstream_st* stream);
+  Status (*run_decode_reset)(DecodeResetArguments const& arguments, CUstream_st* stream);
+  Status (*run_decode_rollback)(DecodeRollbackArguments const& arguments, CUstream_st* stream);
   // Of shared memory, that a block of some kernel takes.
   std::size_t (*forward_shared_bytes)();
   std::size_t (*backward_shared_bytes)();
+  std::size_t (*decode_shared_bytes)();
 };
 
 /// Defined in a source that the build generates from the table of configurations.
 std::vector<CompiledKernels> const& compiled_kernels();
 
-/// Those for a call; null where there are none.
-CompiledKernels const* find_compiled(ForwardArguments const& arguments);
+/// Null where there are none.
+CompiledKernels const* find_compiled(Configuration const& configuration);
+
+Configuration configuration_of(ForwardArguments const& arguments);
+
+/// Whether there are kernels for it, and if not, why.
+Status check_configuration(Configuration const& configuration);
 
 /// Whether there can be a plan for these sizes.
 Status check_sizes(ForwardArguments const& arguments);
+
+/// The beginning of a message.
+std::string got(char const* name, std::int64_t value);
 
 /// Of the current device; those of an H100 where there is none.
 int multiprocessors();

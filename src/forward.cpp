@@ -2,7 +2,6 @@
 
 #include "retention/device/forward.hpp"
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -12,31 +11,6 @@
 namespace retention::device {
 
 namespace {
-
-Configuration configuration_of(ForwardArguments const& a) {
-  return {a.element, a.head_dim, a.value_dim, a.degree};
-}
-
-Status check_configuration(ForwardArguments const& arguments) {
-  if (find_compiled(arguments) != nullptr) {
-    return {};
-  }
-  Configuration const wanted = configuration_of(arguments);
-  bool const known = std::find(std::begin(kConfigurations), std::end(kConfigurations), wanted) !=
-                     std::end(kConfigurations);
-  if (known && compiled_kernels().empty()) {
-    return Status("this library was compiled without CUDA kernels");
-  }
-  if (known) {
-    return Status("no kernel for " + to_string(wanted) + " was compiled into this library");
-  }
-  return Status("no kernel for " + to_string(wanted) +
-                ": expected degree 2, head_dim and value_dim of 32, 64 or 128, and bf16 or fp16");
-}
-
-std::string got(char const* name, std::int64_t value) {
-  return std::string(name) + ": got " + std::to_string(value) + ", expected ";
-}
 
 Status check_pointers(ForwardArguments const& a) {
   struct Operand {
@@ -75,13 +49,8 @@ Status check_pointers(ForwardArguments const& a) {
 
 }  // namespace
 
-CompiledKernels const* find_compiled(ForwardArguments const& arguments) {
-  for (CompiledKernels const& compiled : compiled_kernels()) {
-    if (compiled.configuration == configuration_of(arguments)) {
-      return &compiled;
-    }
-  }
-  return nullptr;
+Configuration configuration_of(ForwardArguments const& a) {
+  return {a.element, a.head_dim, a.value_dim, a.degree};
 }
 
 Status check_sizes(ForwardArguments const& a) {
@@ -127,21 +96,12 @@ Status check_sizes(ForwardArguments const& a) {
   return {};
 }
 
-Status check_shared_bytes(Configuration const& configuration, std::size_t needed) {
-  std::size_t const available = shared_bytes();
-  if (needed <= available) {
-    return {};
-  }
-  return Status("too little shared memory for " + to_string(configuration) + ": expected " +
-                std::to_string(needed) + " bytes a block, this device has " +
-                std::to_string(available));
-}
-
 Status can_implement(ForwardArguments const& arguments) {
-  Status status = check_configuration(arguments);
+  Configuration const configuration = configuration_of(arguments);
+  Status status = check_configuration(configuration);
   if (status) {
-    status = check_shared_bytes(configuration_of(arguments),
-                                find_compiled(arguments)->forward_shared_bytes());
+    status =
+        check_shared_bytes(configuration, find_compiled(configuration)->forward_shared_bytes());
   }
   if (status) {
     status = check_sizes(arguments);
@@ -173,15 +133,7 @@ Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stre
        reinterpret_cast<std::uintptr_t>(workspace) % plan.kAlignment != 0)) {
     return Status("workspace: expected memory aligned to 256 bytes");
   }
-  return find_compiled(arguments)->run_forward(plan, workspace, stream);
-}
-
-std::vector<Configuration> compiled_configurations() {
-  std::vector<Configuration> configurations;
-  for (CompiledKernels const& compiled : compiled_kernels()) {
-    configurations.push_back(compiled.configuration);
-  }
-  return configurations;
+  return find_compiled(configuration_of(arguments))->run_forward(plan, workspace, stream);
 }
 
 }  // namespace retention::device

@@ -77,7 +77,7 @@ def _kernel_table(names: list[str]) -> list[str]:
     if not names:
         return ["none compiled"]
     passes: dict[tuple[str, int, int, int], str] = {}
-    for name in sorted(names, reverse=True):  # forward comes before backward
+    for name in sorted(names, reverse=True):  # forward, decode, backward
         kind, element, d, dv, deg = re.fullmatch(_KERNEL_NAME, name).groups()
         cell = (element, int(deg), int(d), int(dv))
         passes[cell] = passes.get(cell, "") + kind[0]
@@ -87,7 +87,7 @@ def _kernel_table(names: list[str]) -> list[str]:
         cells.append([*map(str, row), *(passes.get((*row, dv), "-") for dv in columns)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    return [*lines, "f: forward, b: backward"]
+    return [*lines, "f: forward, d: decode, b: backward"]
 
 
 def _path(kind: str, index: int | None, build: dict[str, Any]) -> dict[str, str]:

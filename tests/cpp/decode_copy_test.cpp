@@ -11,7 +11,7 @@
 namespace {
 
 using emulator::GlobalArray;
-using retention::kernel::Cursor;
+using retention::Cursor;
 using retention::kernel::DecodeCopy;
 using retention::kernel::DecodePool;
 using std::size_t;

@@ -12,7 +12,7 @@
 namespace {
 
 using emulator::GlobalArray;
-using retention::kernel::Cursor;
+using retention::Cursor;
 using retention::kernel::DecodePool;
 using retention::kernel::TokenStride;
 using retention::test::Inputs;

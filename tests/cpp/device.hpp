@@ -11,12 +11,14 @@
 
 #include "check.hpp"
 #include "retention/device/backward.hpp"
+#include "retention/device/decode.hpp"
 #include "retention/device/forward.hpp"
 
 #ifdef RETENTION_EMULATOR
 #include "emulator/emulator.hpp"
 #include "emulator_launcher.hpp"
 #include "retention/device/backward_kernels.hpp"
+#include "retention/device/decode_kernels.hpp"
 #include "retention/device/forward_kernels.hpp"
 #else
 #include <cuda_runtime.h>
@@ -62,6 +64,7 @@ inline std::vector<Configuration> configurations() {
 using Memory = emulator::GlobalArray<char>;
 using ForwardKernels = device::ForwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
 using BackwardKernels = device::BackwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
+using DecodeKernels = device::DecodeKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
 inline constexpr int kMultiprocessors = 4;
 
 inline auto plan(device::ForwardArguments const& arguments) {
@@ -69,6 +72,9 @@ inline auto plan(device::ForwardArguments const& arguments) {
 }
 inline auto plan(device::BackwardArguments const& arguments) {
   return device::BackwardPlan::make(arguments, kMultiprocessors);
+}
+inline auto plan(device::DecodeStepArguments const& arguments) {
+  return device::DecodeStepPlan::make(arguments, kMultiprocessors);
 }
 
 template <class Arguments>
@@ -79,10 +85,27 @@ std::size_t workspace_bytes(Arguments const& arguments) {
 // A template, so that a test compiles no kernels but those it runs.
 template <class Arguments>
 device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t seed) {
-  using Kernels = std::conditional_t<std::is_same_v<Arguments, device::ForwardArguments>,
-                                     ForwardKernels, BackwardKernels>;
+  using Kernels =
+      std::conditional_t<std::is_same_v<Arguments, device::ForwardArguments>, ForwardKernels,
+                         std::conditional_t<std::is_same_v<Arguments, device::BackwardArguments>,
+                                            BackwardKernels, DecodeKernels>>;
   return Kernels::run(plan(arguments), workspace.data(), EmulatorLauncher{seed});
 }
+
+/// A call on slots in a list, which takes no workspace.
+template <class Arguments>
+device::Status run(Arguments const& arguments, std::uint64_t seed) {
+  return DecodeKernels::run(arguments, EmulatorLauncher{seed});
+}
+
+/// A call that is made again and again with the same arguments; on a device by a graph.
+class Repeated {
+ public:
+  template <class Arguments>
+  device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t seed) {
+    return test::run(arguments, workspace, seed);
+  }
+};
 
 #else
 
@@ -166,12 +189,63 @@ std::size_t workspace_bytes(Arguments const& arguments) {
   return device::workspace_size(arguments);
 }
 
-template <class Arguments>
-device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t) {
-  device::Status const status = device::run(arguments, workspace.data(), nullptr);
+/// What the call said, or what went wrong when it ran.
+inline device::Status finished(device::Status status) {
   cudaError_t const error = cudaDeviceSynchronize();
   return status && error != cudaSuccess ? device::Status(cudaGetErrorString(error)) : status;
 }
+
+template <class Arguments>
+device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t) {
+  return finished(device::run(arguments, workspace.data(), nullptr));
+}
+
+/// A call on slots in a list, which takes no workspace.
+template <class Arguments>
+device::Status run(Arguments const& arguments, std::uint64_t) {
+  return finished(device::run(arguments, nullptr));
+}
+
+/// A call that is made again and again with the same arguments: once as it is, for kernels are
+/// loaded then, and from the second time on by a graph.
+class Repeated {
+ public:
+  Repeated() { require(cudaStreamCreate(&stream_)); }
+  Repeated(Repeated const&) = delete;
+  Repeated& operator=(Repeated const&) = delete;
+  ~Repeated() {
+    if (graph_ != nullptr) {
+      cudaGraphExecDestroy(graph_);
+    }
+    cudaStreamDestroy(stream_);
+  }
+
+  template <class Arguments>
+  device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t) {
+    if (first_) {
+      first_ = false;
+      return finished(device::run(arguments, workspace.data(), stream_));
+    }
+    if (graph_ == nullptr) {
+      cudaGraph_t captured = nullptr;
+      require(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
+      device::Status const status = device::run(arguments, workspace.data(), stream_);
+      require(cudaStreamEndCapture(stream_, &captured));
+      if (!status) {
+        return status;
+      }
+      require(cudaGraphInstantiate(&graph_, captured, 0));
+      require(cudaGraphDestroy(captured));
+    }
+    require(cudaGraphLaunch(graph_, stream_));
+    return finished({});
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaGraphExec_t graph_ = nullptr;
+  bool first_ = true;
+};
 
 #endif
 

@@ -12,6 +12,7 @@
 #include "emulator/emulator.hpp"
 #include "emulator_launcher.hpp"
 #include "retention/device/backward_plan.hpp"
+#include "retention/device/decode_plan.hpp"
 #include "retention/device/forward_plan.hpp"
 #include "retention/symmetric_power.hpp"
 
@@ -19,6 +20,7 @@ namespace retention::test {
 
 class Copies {
  public:
+  Copies() = default;
   explicit Copies(device::ForwardArguments const& sizes) : a_(sizes) {}
 
   /// Replaces the pointers, by arrays that live as long as this. None of these results holds
@@ -62,18 +64,64 @@ class Copies {
     result(b.d_initial_key_sum, "d_initial_key_sum", states(), 4);
   }
 
+  void take(device::DecodePool& p) {
+    std::int64_t const D = state_dim(p.head_dim, p.degree), ring = p.ring;
+    in_place(p.high, "high", p.slots, p.heads, p.high_strides, D * p.value_dim, 2);
+    in_place(p.low, "low", p.slots, p.heads, p.low_strides, D * p.value_dim, 2);
+    in_place(p.key_sum, "key_sum", p.slots, p.heads, p.key_sum_strides, D, 4);
+    in_place(p.keys, "keys", p.slots, p.heads, p.keys_strides, ring * p.head_dim, 2);
+    in_place(p.values, "values", p.slots, p.heads, p.values_strides, ring * p.value_dim, 2);
+    in_place(p.log_gates, "log_gates", p.slots, p.heads, p.log_gates_strides, ring, 4);
+    in_place(p.cursors, "cursors", p.slots, 1, {p.cursors_stride, 0}, 1, sizeof(Cursor));
+  }
+
+  void take(device::DecodeStepArguments& a) {
+    bool const packed = a.cu_seqlens != nullptr;
+    std::int64_t const batch = packed ? 1 : a.rows;
+    std::int64_t const tokens = packed ? a.cu_seqlens[a.rows] : a.tokens;
+    auto const elements = [&](int heads, int width, device::Strides const& s) {
+      return (batch - 1) * s.batch + (tokens - 1) * s.token + (heads - 1) * s.head + width;
+    };
+    device::DecodePool const& p = a.pool;
+    operand(a.query, "query", elements(a.query_heads, p.head_dim, a.query_strides), 2);
+    operand(a.key, "key", elements(p.heads, p.head_dim, a.key_strides), 2);
+    operand(a.value, "value", elements(p.heads, p.value_dim, a.value_strides), 2);
+    operand(a.log_gate, "log_gate", elements(p.heads, 1, a.log_gate_strides), 4);
+    in_place(a.output, "output", 1, 1, {}, elements(a.query_heads, p.value_dim, a.output_strides),
+             2);
+    operand(a.slots, "slots", a.rows, 4);
+    operand(a.cu_seqlens, "cu_seqlens", a.rows + std::int64_t{1}, 4);
+    in_place(a.arrivals, "arrivals", 1, 1, {}, std::int64_t{a.rows} * (p.heads + 1), 4);
+    take(a.pool);
+  }
+  void take(device::DecodeCopyArguments& a) {
+    operand(a.source, "source", a.count, 4);
+    operand(a.target, "target", a.count, 4);
+    take(a.pool);
+  }
+  void take(device::DecodeResetArguments& a) {
+    operand(a.slots, "slots", a.count, 4);
+    operand(a.phases, "phases", a.count, 4);
+    take(a.pool);
+  }
+  void take(device::DecodeRollbackArguments& a) {
+    operand(a.slots, "slots", a.count, 4);
+    operand(a.tokens, "tokens", a.count, 4);
+    take(a.pool);
+  }
+
   template <class T>
   void result(T*& data, char const* name, std::int64_t elements, std::size_t element_bytes) {
     if (data != nullptr) {
       Array& array = add(name, elements, element_bytes, /*read_only=*/false);
-      results_.push_back({data, arrays_.size() - 1});
+      results_.push_back({data, arrays_.size() - 1, 0, array.size()});
       data = reinterpret_cast<T*>(array.data());
     }
   }
 
   void give_back() {
-    for (auto const& [target, index] : results_) {
-      std::memcpy(target, arrays_[index].data(), arrays_[index].size());
+    for (Result const& result : results_) {
+      std::memcpy(result.target, arrays_[result.index].data() + result.offset, result.bytes);
     }
   }
 
@@ -82,7 +130,9 @@ class Copies {
 
   struct Result {
     void* target;
-    std::size_t index;
+    std::size_t index;  // of its array
+    std::size_t offset;
+    std::size_t bytes;
   };
 
   template <class T>
@@ -97,6 +147,29 @@ class Copies {
   Array& add(char const* name, std::int64_t elements, std::size_t element_bytes, bool read_only) {
     std::size_t const bytes = static_cast<std::size_t>(elements) * element_bytes;
     return arrays_.emplace_back(name, bytes, read_only);
+  }
+
+  // What is between the parts of a tensor belongs to others.
+  template <class T>
+  void in_place(T*& data, char const* name, int slots, int heads,
+                device::SlotStrides const& strides, std::int64_t elements,
+                std::size_t element_bytes) {
+    if (data == nullptr) {
+      return;
+    }
+    std::int64_t const span = (slots - 1) * strides.slot + (heads - 1) * strides.head + elements;
+    Array& array = add(name, span, element_bytes, /*read_only=*/false);
+    char* const first = reinterpret_cast<char*>(data);
+    std::size_t const bytes = static_cast<std::size_t>(elements) * element_bytes;
+    for (int slot = 0; slot < slots; ++slot) {
+      for (int head = 0; head < heads; ++head) {
+        std::size_t const offset =
+            static_cast<std::size_t>(slot * strides.slot + head * strides.head) * element_bytes;
+        std::memcpy(array.data() + offset, first + offset, bytes);
+        results_.push_back({first + offset, arrays_.size() - 1, offset, bytes});
+      }
+    }
+    data = reinterpret_cast<T*>(array.data());
   }
 
   std::int64_t batch() const { return a_.cu_seqlens != nullptr ? 1 : a_.sequences; }
@@ -141,6 +214,26 @@ device::Status run_on_copies(device::BackwardPlan const& plan, void* workspace,
   device::Status const status =
       Kernels::run(device::BackwardPlan::make(arguments, device::multiprocessors()), workspace,
                    launcher(stream));
+  copies.give_back();
+  return status;
+}
+
+template <class Kernels>
+device::Status run_on_copies(device::DecodeStepPlan plan, void* workspace, CUstream_st* stream) {
+  Copies copies;
+  copies.take(plan.arguments);
+  copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
+  device::Status const status = Kernels::run(plan, workspace, launcher(stream));
+  copies.give_back();
+  return status;
+}
+
+/// A call on slots in a list.
+template <class Kernels, class Arguments>
+device::Status run_on_copies(Arguments arguments, CUstream_st* stream) {
+  Copies copies;
+  copies.take(arguments);
+  device::Status const status = Kernels::run(arguments, launcher(stream));
   copies.give_back();
   return status;
 }

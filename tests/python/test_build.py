@@ -118,7 +118,7 @@ def test_info_is_laid_out_in_aligned_lines():
     info["build"] |= {
         "kernels": [
             f"{kind}_{element}_d{d}_dv{dv}_p2"
-            for kind in ("backward", "forward")
+            for kind in ("backward", "decode", "forward")
             for element in ("bf16", "fp16")
             for d, dv in ((32, 32), (128, 32), (128, 64))
             if (kind, element, d) != ("backward", "fp16", 32)
@@ -126,11 +126,11 @@ def test_info_is_laid_out_in_aligned_lines():
     }
     assert format_info(info).split("\n")[5:11] == [
         "kernels    element  degree  d    dv 32  dv 64",
-        "           bf16     2       32   fb     -",
-        "           bf16     2       128  fb     fb",
-        "           fp16     2       32   f      -",
-        "           fp16     2       128  fb     fb",
-        "           f: forward, b: backward",
+        "           bf16     2       32   fdb    -",
+        "           bf16     2       128  fdb    fdb",
+        "           fp16     2       32   fd     -",
+        "           fp16     2       128  fdb    fdb",
+        "           f: forward, d: decode, b: backward",
     ]
     info["build"] |= {"cuda": False, "cuda_toolkit": None, "cutlass": None}
     assert "CUDA       not built\nCUTLASS    none\n" in format_info(info)

@@ -37,12 +37,12 @@ struct DecodeCopy {
     int const* source;  // [count]
     int const* target;  // [count]
     int count;          // at most kMaxSlots
-    int slots;
-    int null_slot;  // pairs with a slot up to this one, or beyond the last, stand for nothing
+    SlotCursors cursors;
     Tensor tensors[kMaxTensors];
 
-    CUTE_HOST_DEVICE bool has(int slot) const {
-      return slot > null_slot && slot >= 0 && slot < slots;
+    /// Pairs with a slot that is not there stand for nothing.
+    CUTE_HOST_DEVICE bool has(int pair) const {
+      return cursors.has(source[pair]) && cursors.has(target[pair]);
     }
     /// Words of a slot that a block has at one time.
     CUTE_HOST_DEVICE int words() const { return kWords / count; }
@@ -52,8 +52,7 @@ struct DecodeCopy {
   template <class Element>
   CUTE_HOST static void set_tensors(Params& params, DecodePool<Element> const& pool, int heads,
                                     int state_dim, int head_dim, int value_dim) {
-    params.slots = pool.slots;
-    params.null_slot = pool.null_slot;
+    params.cursors = pool.cursors;
     Tensor* next = params.tensors;
     auto const add = [&](auto const& part, std::int64_t elements) {
       constexpr auto kInWord =
@@ -68,8 +67,8 @@ struct DecodeCopy {
     add(pool.values, std::int64_t{pool.ring} * value_dim);
     add(pool.log_gates, pool.ring);
     constexpr int kCursorWords = sizeof(Cursor) / sizeof(std::uint32_t);
-    *next++ = {reinterpret_cast<std::uint32_t*>(pool.cursors), kCursorWords * pool.cursor_stride, 0,
-               1, kCursorWords};
+    *next++ = {reinterpret_cast<std::uint32_t*>(pool.cursors.data),
+               kCursorWords * pool.cursors.stride, 0, 1, kCursorWords};
   }
 
   /// (parts of the largest tensor, heads, tensors)
@@ -99,7 +98,7 @@ struct DecodeCopy {
     auto const for_each = [&](auto const& body) {
       for (int i = static_cast<int>(threadIdx.x); i < params.count * words; i += kThreads) {
         int const pair = i / words;
-        if (params.has(params.source[pair]) && params.has(params.target[pair])) {
+        if (params.has(pair)) {
           body(pair, i % words, shared.words[i]);
         }
       }

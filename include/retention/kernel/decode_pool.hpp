@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/cursor.hpp"
+
 namespace retention::kernel {
 
 /// A part of the pool, [slots, heads, ...]; what follows the heads is contiguous.
@@ -25,15 +27,17 @@ struct SlotTensor {
   }
 };
 
-/// Where a slot's ring starts, how many tokens are in it, and how many were folded into the state:
-/// with none the state is empty, whatever its memory holds.
-struct alignas(16) Cursor {
-  int start;
-  int length;
-  int phase;  // windows end where the number of folded tokens is this one, modulo the window
-  int unused;
-  std::int64_t folded;
-  std::int64_t seen;  // in all: folded + length, but for states from elsewhere
+/// The cursors of a pool, and which slots it has.
+struct SlotCursors {
+  Cursor* data;
+  std::int64_t stride;  // from slot to slot, in cursors
+  int slots;
+  int null_slot;  // slots up to this one stand for nothing, as those beyond the last
+
+  CUTE_HOST_DEVICE bool has(int slot) const {
+    return slot > null_slot && slot >= 0 && slot < slots;
+  }
+  CUTE_HOST_DEVICE Cursor* at(int slot) const { return data + slot * stride; }
 };
 
 template <class Element>
@@ -44,16 +48,11 @@ struct DecodePool {
   SlotTensor<Element> keys;           // [slots, heads, ring, d]
   SlotTensor<Element> values;         // [slots, heads, ring, dv]
   SlotTensor<float> log_gates;        // [slots, heads, ring]; null without gates
-  Cursor* cursors;                    // [slots]
-  std::int64_t cursor_stride;         // from slot to slot, in cursors
-  int slots;
-  int null_slot;  // slots up to this one stand for nothing, as those beyond the last
-  int ring;       // tokens it can hold
+  SlotCursors cursors;
+  int ring;  // tokens it can hold
 
-  CUTE_HOST_DEVICE bool has(int slot) const {
-    return slot > null_slot && slot >= 0 && slot < slots;
-  }
-  CUTE_HOST_DEVICE Cursor* cursor(int slot) const { return cursors + slot * cursor_stride; }
+  CUTE_HOST_DEVICE bool has(int slot) const { return cursors.has(slot); }
+  CUTE_HOST_DEVICE Cursor* cursor(int slot) const { return cursors.at(slot); }
 
   /// Where the ring has a token, counted from its oldest.
   CUTE_HOST_DEVICE int place(Cursor const& cursor, int token) const {

@@ -1,0 +1,259 @@
+// The host side of the decoding kernels.
+
+#include "retention/device/decode.hpp"
+
+#include <climits>
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <utility>
+
+#include "compiled.hpp"
+#include "retention/device/decode_plan.hpp"
+
+namespace retention::device {
+
+namespace {
+
+using Named = std::pair<char const*, std::int64_t>;
+
+Configuration configuration_of(DecodePool const& p) {
+  return {p.element, p.head_dim, p.value_dim, p.degree};
+}
+
+Status check_positive(std::initializer_list<Named> sizes) {
+  for (auto const& [name, value] : sizes) {
+    if (value < 1) {
+      return Status(got(name, value) + "at least 1");
+    }
+  }
+  return {};
+}
+
+Status check_given(std::initializer_list<std::pair<char const*, void const*>> pointers) {
+  for (auto const& [name, data] : pointers) {
+    if (data == nullptr) {
+      return Status(std::string(name) + ": got a null pointer");
+    }
+  }
+  return {};
+}
+
+bool is_aligned(void const* data, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % bytes == 0;
+}
+
+// Rows are copied 16 bytes at a time.
+constexpr int kRowBytes = 16;
+
+Status check_rows(char const* name, void const* data, int element_bytes,
+                  std::initializer_list<std::int64_t> strides) {
+  bool aligned = is_aligned(data, kRowBytes);
+  for (std::int64_t const stride : strides) {
+    aligned = aligned && stride % (kRowBytes / element_bytes) == 0;
+  }
+  return aligned
+             ? Status{}
+             : Status(std::string(name) +
+                      ": expected a 16-byte aligned pointer and strides that are multiples of " +
+                      std::to_string(kRowBytes / element_bytes));
+}
+
+Status check_sizes(DecodePool const& p) {
+  // A state's elements are counted by 32-bit integers.
+  if (!is_supported(p.head_dim, p.degree) || p.value_dim < 1 ||
+      state_dim(p.head_dim, p.degree) > INT_MAX / p.value_dim) {
+    return Status("head_dim, value_dim, degree: got " + std::to_string(p.head_dim) + ", " +
+                  std::to_string(p.value_dim) + " and " + std::to_string(p.degree) +
+                  ", expected a multiple of 8, a positive and a positive even number, and a state "
+                  "of less than 2^31 elements");
+  }
+  Status status = check_positive({{"heads", p.heads}, {"slots", p.slots}, {"ring", p.ring}});
+  constexpr int kMaxHeads = 65535;
+  if (status && p.heads > kMaxHeads) {
+    return Status(got("heads", p.heads) + "at most " + std::to_string(kMaxHeads));
+  }
+  constexpr int kMaxRing = 1 << 20;  // so are a ring's
+  if (status && p.ring > kMaxRing) {
+    return Status(got("ring", p.ring) + "at most " + std::to_string(kMaxRing));
+  }
+  return status;
+}
+
+Status check_pool(DecodePool const& p) {
+  Configuration const configuration = configuration_of(p);
+  Status status = check_configuration(configuration);
+  if (status) {
+    status = check_shared_bytes(configuration, find_compiled(configuration)->decode_shared_bytes());
+  }
+  if (status) {
+    status = check_sizes(p);
+  }
+  if (status) {
+    status = check_given({{"high", p.high},
+                          {"key_sum", p.key_sum},
+                          {"keys", p.keys},
+                          {"values", p.values},
+                          {"cursors", p.cursors}});
+  }
+  struct Tensor {
+    char const* name;
+    void const* data;
+    int element_bytes;
+    SlotStrides const& strides;
+  };
+  for (Tensor const& x : {Tensor{"high", p.high, 2, p.high_strides},
+                          {"low", p.low, 2, p.low_strides},
+                          {"key_sum", p.key_sum, 4, p.key_sum_strides},
+                          {"keys", p.keys, 2, p.keys_strides},
+                          {"values", p.values, 2, p.values_strides}}) {
+    if (status) {
+      status = check_rows(x.name, x.data, x.element_bytes, {x.strides.slot, x.strides.head});
+    }
+  }
+  if (status && !is_aligned(p.cursors, alignof(Cursor))) {
+    return Status("cursors: expected a 16-byte aligned pointer");
+  }
+  return status;
+}
+
+Status check_sizes(DecodeStepArguments const& a) {
+  DecodePool const& p = a.pool;
+  Status status = check_sizes(p);
+  if (status) {
+    status =
+        check_positive({{"rows", a.rows}, {"tokens", a.tokens}, {"query_heads", a.query_heads}});
+  }
+  if (!status) {
+    return status;
+  }
+  if (a.tokens > kMaxDecodeTokens) {
+    return Status(got("tokens", a.tokens) + "at most " + std::to_string(kMaxDecodeTokens));
+  }
+  constexpr int kMaxGroup = 64;
+  if (a.query_heads % p.heads != 0 || a.query_heads / p.heads > kMaxGroup) {
+    return Status(got("query_heads", a.query_heads) +
+                  "a multiple of heads = " + std::to_string(p.heads) + ", and at most " +
+                  std::to_string(kMaxGroup) + " to one of them");
+  }
+  if (a.window != 0 && (a.window < a.tokens || a.window > kMaxDecodeWindow)) {
+    return Status(got("window", a.window) + "0, or tokens = " + std::to_string(a.tokens) + " to " +
+                  std::to_string(kMaxDecodeWindow));
+  }
+  if (a.keep < 0) {
+    return Status(got("keep", a.keep) + "0 or more");
+  }
+  // After a fold, a ring has less than a window beyond those that are kept.
+  std::int64_t const least =
+      a.window == 0 ? a.tokens : std::int64_t{a.window} - 1 + a.keep + a.tokens;
+  if (p.ring < least) {
+    return Status(got("ring", p.ring) + "at least " + std::to_string(least) +
+                  (a.window == 0 ? ", the tokens of a step"
+                                 : ": window - 1, and keep, and the tokens of a step"));
+  }
+  if (a.slice_pairs < 0) {
+    return Status(got("slice_pairs", a.slice_pairs) + "0 or more");
+  }
+  // Of the smallest slices that there could be.
+  std::int64_t const pairs = state_dim(p.head_dim, p.degree) / DecodeStepPlan::kPairRows;
+  if (std::int64_t{a.rows} * p.heads > INT_MAX / (pairs + 1)) {
+    return Status(got("rows", a.rows) + "at most " +
+                  std::to_string(INT_MAX / (pairs + 1) / p.heads) + " with " +
+                  std::to_string(p.heads) + " heads");
+  }
+  return {};
+}
+
+Status check_pointers(DecodeStepArguments const& a) {
+  struct Operand {
+    char const* name;
+    void const* data;
+    Strides const& strides;
+  };
+  for (Operand const& x : {Operand{"query", a.query, a.query_strides},
+                           {"key", a.key, a.key_strides},
+                           {"value", a.value, a.value_strides},
+                           {"output", a.output, a.output_strides}}) {
+    Status status = check_given({{x.name, x.data}});
+    if (status) {
+      status = check_rows(x.name, x.data, 2, {x.strides.batch, x.strides.token, x.strides.head});
+    }
+    if (!status) {
+      return status;
+    }
+  }
+  if ((a.log_gate == nullptr) != (a.pool.log_gates == nullptr)) {
+    return Status("log_gate and the pool's log_gates: expected both or neither");
+  }
+  return check_given({{"slots", a.slots}, {"arrivals", a.arrivals}});
+}
+
+/// Of a call on slots in a list.
+Status check_list(DecodePool const& pool, int count,
+                  std::initializer_list<std::pair<char const*, void const*>> pointers) {
+  Status status = check_pool(pool);
+  if (status) {
+    status = check_positive({{"count", count}});
+  }
+  return status ? check_given(pointers) : status;
+}
+
+}  // namespace
+
+Status can_implement(DecodeStepArguments const& arguments) {
+  Status status = check_pool(arguments.pool);
+  if (status) {
+    status = check_sizes(arguments);
+  }
+  return status ? check_pointers(arguments) : status;
+}
+
+Status can_implement(DecodeCopyArguments const& a) {
+  Status status = check_list(a.pool, a.count, {{"source", a.source}, {"target", a.target}});
+  if (status && a.count > kMaxDecodeCopies) {
+    return Status(got("count", a.count) + "at most " + std::to_string(kMaxDecodeCopies));
+  }
+  return status;
+}
+
+Status can_implement(DecodeResetArguments const& a) {
+  return check_list(a.pool, a.count, {{"slots", a.slots}});
+}
+
+Status can_implement(DecodeRollbackArguments const& a) {
+  return check_list(a.pool, a.count, {{"slots", a.slots}, {"tokens", a.tokens}});
+}
+
+std::size_t workspace_size(DecodeStepArguments const& arguments) {
+  return check_sizes(arguments) ? DecodeStepPlan::make(arguments, multiprocessors()).workspace_bytes
+                                : 0;
+}
+
+Status run(DecodeStepArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  auto const plan = DecodeStepPlan::make(arguments, multiprocessors());
+  if (plan.workspace_bytes > 0 &&
+      (workspace == nullptr || !is_aligned(workspace, Regions::kAlignment))) {
+    return Status("workspace: expected memory aligned to 256 bytes");
+  }
+  return find_compiled(configuration_of(arguments.pool))->run_decode_step(plan, workspace, stream);
+}
+
+Status run(DecodeCopyArguments const& a, CUstream_st* stream) {
+  Status const status = can_implement(a);
+  return status ? find_compiled(configuration_of(a.pool))->run_decode_copy(a, stream) : status;
+}
+
+Status run(DecodeResetArguments const& a, CUstream_st* stream) {
+  Status const status = can_implement(a);
+  return status ? find_compiled(configuration_of(a.pool))->run_decode_reset(a, stream) : status;
+}
+
+Status run(DecodeRollbackArguments const& a, CUstream_st* stream) {
+  Status const status = can_implement(a);
+  return status ? find_compiled(configuration_of(a.pool))->run_decode_rollback(a, stream) : status;
+}
+
+}  // namespace retention::device

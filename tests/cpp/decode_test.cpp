@@ -1,0 +1,498 @@
+// Decoding through the host API against float64 loops over all tokens that a slot has seen: steps
+// with folds, tokens taken back, slots copied and emptied, in random order. On the emulator, for
+// the configuration that TEST_ELEMENT, TEST_HEAD_DIM and TEST_VALUE_DIM name; on a CUDA device, for
+// all that were compiled.
+
+#include "retention/device/decode.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.hpp"
+#include "device.hpp"
+#include "element.hpp"
+#include "reference.hpp"
+#include "retention/device/decode_plan.hpp"
+#include "retention/symmetric_power.hpp"
+
+namespace {
+
+using retention::Configuration;
+using retention::Cursor;
+using retention::device::DecodeStepArguments;
+using retention::device::SlotStrides;
+using retention::device::Strides;
+using retention::test::Array;
+using retention::test::decode;
+using retention::test::encode;
+using retention::test::Inputs;
+using std::size_t;
+
+struct Case {
+  char const* name;
+  int steps = 8;
+  int tokens = 1;  // of a row, at most
+  int heads = 1;
+  int group = 1;
+  int slice_pairs = 0;
+  int window = 16;
+  int keep = 0;
+  float log_gate = -0.05f;  // 0: no gates
+  bool packed = false;      // rows of different lengths
+  bool planes = true;       // else bf16 states
+  bool strided = false;
+  int null_slot = -1;
+  int rows = 3;
+};
+
+/// A slot as it should be.
+struct Slot {
+  Cursor cursor{};
+  std::vector<Inputs> heads;  // what it has seen, without queries
+};
+
+class Decoder {
+ public:
+  static constexpr int kSlots = 4;
+
+  Decoder(Configuration const& configuration_, Case const& c_, std::uint64_t seed, bool unchecked)
+      : configuration(configuration_),
+        c(c_),
+        element(configuration.element),
+        d(static_cast<size_t>(configuration.head_dim)),
+        dv(static_cast<size_t>(configuration.value_dim)),
+        D(static_cast<size_t>(retention::state_dim(configuration.head_dim, 2))),
+        unchecked_(unchecked),
+        rng_(static_cast<unsigned>(seed)) {
+    retention::device::DecodePool& p = a_.pool;
+    p.element = element;
+    p.head_dim = configuration.head_dim;
+    p.value_dim = configuration.value_dim;
+    p.heads = c.heads;
+    p.slots = kSlots;
+    p.ring = static_cast<int>(ring);
+    p.null_slot = c.null_slot;
+    p.high = high_.upload();
+    p.high_strides = strides(D * dv);
+    p.low = c.planes ? low_.upload() : nullptr;
+    p.low_strides = strides(D * dv);
+    p.key_sum = key_sum_.upload();
+    p.key_sum_strides = strides(D);
+    p.keys = keys_.upload();
+    p.keys_strides = strides(ring * d);
+    p.values = values_.upload();
+    p.values_strides = strides(ring * dv);
+    p.log_gates = c.log_gate != 0.0f ? log_gates_.upload() : nullptr;
+    p.log_gates_strides = strides(ring);
+    for (size_t s = 0; s < kSlots; ++s) {
+      cursors_[2 * s] = {};
+      slots_[s].heads.resize(heads, Inputs{0, p.head_dim, p.value_dim, {}, {}, {}, {}});
+    }
+    p.cursors = cursors_.upload();
+    p.cursors_stride = 2;
+    a_.rows = c.rows;
+    a_.tokens = c.tokens;
+    a_.query_heads = c.heads * c.group;
+    auto const contiguous = [&](size_t count, size_t width) {
+      return Strides::contiguous(c.tokens, static_cast<std::int64_t>(count),
+                                 static_cast<std::int64_t>(width));
+    };
+    a_.query = query_.upload();
+    a_.query_strides = contiguous(heads * group, d);
+    a_.key = key_.upload();
+    a_.key_strides = contiguous(heads, d);
+    a_.value = value_.upload();
+    a_.value_strides = contiguous(heads, dv);
+    a_.log_gate = c.log_gate != 0.0f ? log_gate_.upload() : nullptr;
+    a_.log_gate_strides = contiguous(heads, 1);
+    a_.output = output_.upload();
+    a_.output_strides = contiguous(heads * group, dv);
+    a_.slots = row_slots_.upload();
+    a_.cu_seqlens = c.packed ? cu_seqlens_.upload() : nullptr;
+    a_.window = c.window;
+    a_.keep = c.keep;
+    for (size_t i = 0; i < rows * (heads + 1); ++i) {
+      arrivals_[i] = 0;
+    }
+    a_.arrivals = arrivals_.upload();
+    a_.slice_pairs = c.slice_pairs;
+    workspace_ = std::make_unique<retention::test::Memory>(
+        "workspace", retention::test::workspace_bytes(a_) + 1);
+  }
+
+  /// Steps, and between them what else there is.
+  void run() {
+    reset({2, 0}, {static_cast<int>(rng_() % 7), 5});  // the others are empty by their zeros
+    for (int i = 0; i < c.steps; ++i) {
+      std::vector<int> const rows_of_slots = some_slots();
+      step(rows_of_slots);
+      if (i % 3 == 1) {
+        std::vector<int> tokens;
+        for (int const slot : rows_of_slots) {
+          // Once more than there are.
+          int const held = there(slot) ? slots_[static_cast<size_t>(slot)].cursor.length : 0;
+          tokens.push_back(i == 4 ? held + 1 : std::min(held, c.tokens - 1));
+        }
+        roll_back(rows_of_slots, tokens);
+      }
+      if (i % 4 == 2) {
+        copy({1, 3, 0}, {3, 1, 2});
+      }
+      if (i % 5 == 4) {
+        reset({3, -1, kSlots}, {});
+      }
+    }
+    if (!unchecked_) {
+      double const error = size_ == 0.0 ? 0.0 : std::sqrt(error_ / size_);
+      std::cout << c.name << ": " << to_string(configuration) << ": error " << error / 0x1p-9
+                << " roundings of bf16\n";
+      // phi of the query and of the key, the value of a key that is folded, the high plane and the
+      // output are rounded to bf16, by a third of the most that this can be on average.
+      RETENTION_CHECK(error <= 1.25 * 0x1p-9);
+    }
+  }
+
+ private:
+  bool there(int slot) const { return slot > c.null_slot && slot >= 0 && slot < kSlots; }
+
+  SlotStrides strides(size_t elements) const {
+    SlotStrides s = SlotStrides::contiguous(c.heads, static_cast<std::int64_t>(elements));
+    s.slot += static_cast<std::int64_t>(gap);
+    return s;
+  }
+
+  template <class T>
+  void check_run(retention::device::Status const& status, T& what) {
+    RETENTION_CHECK_EQUAL(status.message(), std::string());
+    what.download();
+  }
+
+  /// As many as there are rows: all slots in some order, and what stands for none.
+  std::vector<int> some_slots() {
+    std::vector<int> all(kSlots);
+    std::iota(all.begin(), all.end(), 0);
+    all.push_back(rng_() % 2 == 0 ? c.null_slot : kSlots);
+    std::shuffle(all.begin(), all.end(), rng_);
+    all.resize(rows);
+    return all;
+  }
+
+  void step(std::vector<int> const& rows_of_slots) {
+    std::vector<size_t> tokens;
+    cu_seqlens_[0] = 0;
+    for (size_t r = 0; r < rows; ++r) {
+      tokens.push_back(c.packed ? 1 + rng_() % static_cast<unsigned>(c.tokens)
+                                : static_cast<size_t>(c.tokens));
+      row_slots_[r] = rows_of_slots[r];
+      cu_seqlens_[r + 1] = cu_seqlens_[r] + static_cast<int>(tokens[r]);
+    }
+    std::vector<std::vector<float>> queries;  // of each row, head and query head: [tokens, d]
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t h = 0; h < heads; ++h) {
+        Inputs seen = there(rows_of_slots[r]) ? slot(rows_of_slots[r]).heads[h] : empty();
+        for (size_t t = 0; t < tokens[r]; ++t) {
+          append(seen, r, t, h);
+        }
+        for (size_t g = 0; g < group; ++g) {
+          queries.push_back(draw_queries(seen, r, tokens[r], h * group + g));
+        }
+        if (there(rows_of_slots[r])) {
+          slot(rows_of_slots[r]).heads[h] = seen;
+        }
+      }
+    }
+    for (auto* array : {&query_, &key_, &value_}) {
+      array->upload();
+    }
+    log_gate_.upload();
+    row_slots_.upload();
+    cu_seqlens_.upload();
+    check_run(repeated_.run(a_, *workspace_, rng_()), output_);
+    for (size_t r = 0; r < rows; ++r) {
+      if (there(rows_of_slots[r])) {
+        Cursor& cursor = slot(rows_of_slots[r]).cursor;
+        fold(cursor);
+        cursor.length += static_cast<int>(tokens[r]);
+        cursor.seen += static_cast<int>(tokens[r]);
+      }
+    }
+    check_cursors();
+    arrivals_.download();
+    for (size_t i = 0; i < rows * (heads + 1); ++i) {
+      RETENTION_CHECK_EQUAL(arrivals_[i], 0u);
+    }
+    for (size_t i = 0; i < queries.size() && !unchecked_; ++i) {
+      size_t const r = i / (heads * group), n = i % (heads * group);
+      compare(rows_of_slots[r], r, tokens[r], n, queries[i]);
+    }
+  }
+
+  /// A new token of a row and head, which also goes to the tensors of the call.
+  void append(Inputs& seen, size_t r, size_t t, size_t h) {
+    ++seen.tokens;
+    fill(&key_[at(a_.key_strides, r, t, h)], d, seen.key);
+    fill(&value_[at(a_.value_strides, r, t, h)], dv, seen.value);
+    if (c.log_gate != 0.0f) {
+      // Once in a while one that ends what came before.
+      float const gate = rng_() % 40 == 0 ? -std::numeric_limits<float>::infinity()
+                                          : c.log_gate * static_cast<float>(1 + rng_() % 3);
+      log_gate_[at(a_.log_gate_strides, r, t, h)] = gate;
+      seen.gate.push_back(gate);
+    }
+  }
+
+  /// Each aligned with a recent key: one that hardly sees any reads from a state what is left of
+  /// larger numbers.
+  std::vector<float> draw_queries(Inputs const& seen, size_t r, size_t tokens, size_t n) {
+    std::vector<float> queries;
+    size_t const before = static_cast<size_t>(seen.tokens) - tokens;
+    for (size_t t = 0; t < tokens; ++t) {
+      std::uint16_t* target = &query_[at(a_.query_strides, r, t, n)];
+      size_t const now = before + t;
+      size_t const aligned = now - rng_() % std::min<size_t>(now + 1, 24);
+      for (size_t i = 0; i < d; ++i) {
+        target[i] = encode(element, normal_(rng_) + double{seen.key[aligned * d + i]});
+        queries.push_back(static_cast<float>(decode(element, target[i])));
+      }
+    }
+    return queries;
+  }
+
+  void fill(std::uint16_t* target, size_t width, std::vector<float>& copy) {
+    for (size_t i = 0; i < width; ++i) {
+      target[i] = encode(element, normal_(rng_));
+      copy.push_back(static_cast<float>(decode(element, target[i])));
+    }
+  }
+
+  void compare(int of_slot, size_t r, size_t tokens, size_t n, std::vector<float> const& queries) {
+    Inputs in = there(of_slot) ? slot(of_slot).heads[n / group] : empty();
+    size_t const before = there(of_slot) ? static_cast<size_t>(in.tokens) - tokens : 0;
+    in.query.assign(before * d, 0.0f);
+    in.query.insert(in.query.end(), queries.begin(), queries.end());
+    auto const expected = retention::test::attend(in, {}, 1.0);
+    for (size_t t = 0; t < tokens; ++t) {
+      for (size_t e = 0; e < dv; ++e) {
+        double const actual = decode(element, output_[at(a_.output_strides, r, t, n) + e]);
+        if (!there(of_slot)) {
+          RETENTION_CHECK(actual == 0.0);
+          continue;
+        }
+        double const o = expected.output[(before + t) * dv + e];
+        error_ += (actual - o) * (actual - o);
+        size_ += o * o;
+      }
+    }
+  }
+
+  /// The oldest tokens of a ring, up to the end of their window.
+  void fold(Cursor& cursor) const {
+    for (int tokens = 1; tokens <= c.window; ++tokens) {
+      if ((cursor.folded + tokens - cursor.phase) % c.window == 0) {
+        if (cursor.length - tokens >= c.keep) {
+          cursor.start = (cursor.start + tokens) % static_cast<int>(ring);
+          cursor.length -= tokens;
+          cursor.folded += tokens;
+        }
+        return;
+      }
+    }
+  }
+
+  void roll_back(std::vector<int> const& which, std::vector<int> const& tokens) {
+    retention::device::DecodeRollbackArguments b;
+    b.pool = a_.pool;
+    b.count = static_cast<int>(which.size());
+    b.slots = list(first_list_, which);
+    b.tokens = list(second_list_, tokens);
+    check_run(retention::test::run(b, rng_()), cursors_);
+    for (size_t i = 0; i < which.size(); ++i) {
+      if (there(which[i])) {
+        Slot& s = slot(which[i]);
+        int const taken = std::min(tokens[i], s.cursor.length);
+        s.cursor.length -= taken;
+        s.cursor.seen -= taken;
+        for (Inputs& in : s.heads) {
+          in.tokens -= taken;
+          auto const left = static_cast<size_t>(in.tokens);
+          in.key.resize(left * d);
+          in.value.resize(left * dv);
+          in.gate.resize(c.log_gate != 0.0f ? left : 0);
+        }
+      }
+    }
+    check_cursors();
+  }
+
+  void copy(std::vector<int> const& source, std::vector<int> const& target) {
+    retention::device::DecodeCopyArguments b;
+    b.pool = a_.pool;
+    b.count = static_cast<int>(source.size());
+    b.source = list(first_list_, source);
+    b.target = list(second_list_, target);
+    check_run(retention::test::run(b, rng_()), cursors_);
+    std::vector<Slot> const before(slots_, slots_ + kSlots);
+    for (size_t i = 0; i < source.size(); ++i) {
+      if (there(source[i]) && there(target[i])) {
+        slot(target[i]) = before[static_cast<size_t>(source[i])];
+      }
+    }
+    check_cursors();
+  }
+
+  void reset(std::vector<int> const& which, std::vector<int> const& phases) {
+    retention::device::DecodeResetArguments b;
+    b.pool = a_.pool;
+    b.count = static_cast<int>(which.size());
+    b.slots = list(first_list_, which);
+    b.phases = phases.empty() ? nullptr : list(second_list_, phases);
+    check_run(retention::test::run(b, rng_()), cursors_);
+    for (size_t i = 0; i < which.size(); ++i) {
+      if (there(which[i])) {
+        slot(which[i]).cursor = {};
+        slot(which[i]).cursor.phase = phases.empty() ? 0 : phases[i];
+        for (Inputs& in : slot(which[i]).heads) {
+          in = empty();
+        }
+      }
+    }
+    check_cursors();
+  }
+
+  void check_cursors() {
+    cursors_.download();
+    for (size_t s = 0; s < kSlots; ++s) {
+      Cursor const& actual = cursors_[2 * s];
+      Cursor const& expected = slots_[s].cursor;
+      RETENTION_CHECK_EQUAL(actual.length, expected.length);
+      RETENTION_CHECK_EQUAL(actual.phase, expected.phase);
+      RETENTION_CHECK_EQUAL(actual.folded, expected.folded);
+      RETENTION_CHECK_EQUAL(actual.seen, expected.seen);
+    }
+  }
+
+  static int const* list(Array<int>& array, std::vector<int> const& values) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      array[i] = values[i];
+    }
+    return array.upload();
+  }
+
+  Slot& slot(int index) { return slots_[static_cast<size_t>(index)]; }
+  Inputs empty() const { return {0, static_cast<int>(d), static_cast<int>(dv), {}, {}, {}, {}}; }
+
+  /// Where a token of a row is.
+  size_t at(Strides const& s, size_t r, size_t t, size_t head) {
+    size_t const first =
+        c.packed ? static_cast<size_t>(cu_seqlens_[r]) : r * static_cast<size_t>(c.tokens);
+    return (first + t) * static_cast<size_t>(s.token) + head * static_cast<size_t>(s.head);
+  }
+
+  Configuration const configuration;
+  Case const c;
+  retention::ElementType const element;
+  size_t const d, dv, D;
+  size_t const heads = static_cast<size_t>(c.heads), group = static_cast<size_t>(c.group);
+  size_t const rows = static_cast<size_t>(c.rows);
+  size_t const tokens_ = rows * static_cast<size_t>(c.tokens);                // of all rows
+  size_t const ring = static_cast<size_t>(c.window - 1 + c.keep + c.tokens);  // the least
+  size_t const gap = c.strided ? 24 : 0;                                      // between slots
+  bool const unchecked_;
+  std::mt19937 rng_;
+  std::normal_distribution<double> normal_;
+
+  // Dirty: NaN, wherever nobody wrote.
+  Array<std::uint16_t> high_{"high", kSlots * (heads * D * dv + gap)};
+  Array<std::uint16_t> low_{"low", kSlots * (heads * D * dv + gap)};
+  Array<float> key_sum_{"key_sum", kSlots * (heads * D + gap)};
+  Array<std::uint16_t> keys_{"keys", kSlots * (heads * ring * d + gap)};
+  Array<std::uint16_t> values_{"values", kSlots * (heads * ring * dv + gap)};
+  Array<float> log_gates_{"log_gates", kSlots * (heads * ring + gap)};
+  Array<Cursor> cursors_{"cursors", 2 * kSlots};
+  Array<std::uint16_t> query_{"query", tokens_ * heads * group * d};
+  Array<std::uint16_t> key_{"key", tokens_ * heads * d};
+  Array<std::uint16_t> value_{"value", tokens_ * heads * dv};
+  Array<float> log_gate_{"log_gate", tokens_ * heads};
+  Array<std::uint16_t> output_{"output", tokens_ * heads * group * dv};
+  Array<int> row_slots_{"slots", rows};
+  Array<int> cu_seqlens_{"cu_seqlens", rows + 1};
+  Array<int> first_list_{"first list", kSlots + 1};
+  Array<int> second_list_{"second list", kSlots + 1};
+  Array<unsigned> arrivals_{"arrivals", rows * (heads + 1)};
+
+  DecodeStepArguments a_;
+  std::unique_ptr<retention::test::Memory> workspace_;
+  retention::test::Repeated repeated_;
+  Slot slots_[kSlots];
+  double error_ = 0.0, size_ = 0.0;  // sums of squares
+};
+
+/// How a step of one token is cut on a device with 132 multiprocessors.
+void check_plan(int rows, int query_heads, int heads, int head_dim, int slice_pairs, int slices,
+                int mma_rows, int tokens = 1) {
+  DecodeStepArguments a;
+  a.pool.head_dim = a.pool.value_dim = head_dim;
+  a.pool.heads = heads;
+  a.rows = rows;
+  a.tokens = tokens;
+  a.query_heads = query_heads;
+  auto const plan = retention::device::DecodeStepPlan::make(a, 132);
+  RETENTION_CHECK_EQUAL(plan.slices.pairs, slice_pairs);
+  RETENTION_CHECK_EQUAL(plan.slices.count, slices);
+  RETENTION_CHECK_EQUAL(plan.parts, slices == 1 ? 1 : slices + 1);
+  RETENTION_CHECK_EQUAL(plan.mma_rows, mma_rows);
+  size_t const sums = static_cast<size_t>(rows * plan.parts * tokens * query_heads) *
+                      static_cast<size_t>(head_dim + 1) * sizeof(float);
+  RETENTION_CHECK_EQUAL(plan.workspace_bytes, slices == 1 ? 0 : (sums + 255) / 256 * 256);
+}
+
+void check_plans() {
+  check_plan(1, 8, 8, 64, 2, 18, 1);
+  check_plan(1, 40, 8, 128, 3, 46, 1);
+  check_plan(8, 8, 8, 64, 8, 5, 1);
+  check_plan(64, 8, 8, 64, 36, 1, 1);
+  check_plan(256, 8, 8, 64, 36, 1, 1);
+  check_plan(1, 2, 2, 32, 2, 5, 1);
+  check_plan(1, 8, 8, 64, 2, 18, 1, 16);
+  check_plan(1, 16, 8, 64, 2, 18, 2, 16);
+  check_plan(1, 24, 8, 64, 2, 18, 4, 16);
+}
+
+void run_configuration(Configuration const& configuration, bool unchecked) {
+  check_plans();
+  std::uint64_t seed = 0;
+  auto const run = [&](Case const& c) { Decoder(configuration, c, seed++, unchecked).run(); };
+  // name, steps, tokens, heads, group, slice_pairs, window, keep, gate, packed, planes, strided,
+  // null slot, rows
+  // A state of many elements takes its time on the emulator.
+  bool const large =
+      retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 80000;
+  if (!retention::test::kOnDevice && large) {
+    run({"packed", 3, 4, 1, 2, 0, 4, 0, -0.02f, true, true, true, -1, 4});
+    run({"bf16 states", 3, 2, 1, 1, 0, 2, 0, -0.02f, false, false, false, -1, 2});
+    return;
+  }
+  run({"one token", 12, 1, 2, 1, 0, 5});
+  run({"one token, whole states", 6, 1, 1, 3, 1 << 20, 2});
+  run({"packed, bf16 states", 12, 5, 1, 5, 3, 8, 3, -0.02f, true, false, true, 0});
+  run({"a large group", 4, 2, 1, 64, 4, 3, 1});
+  run({"many tokens", 5, 16, 2, 1, 0, 16, 2, 0.0f});
+  run({"packed, many tokens", 5, 16, 1, 2, 5, 20, 0, -0.05f, true});
+  if (retention::test::kOnDevice && !unchecked) {
+    run({"long", 300, 3, 2, 4, 0, 64, 2, -0.02f, true});
+    run({"long, bf16 states", 200, 1, 2, 2, 0, 32, 0, -0.02f, true, false});
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  return retention::test::run_configurations(count, arguments, run_configuration);
+}
