@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <retention/device/backward.hpp>
 #include <retention/device/build_info.hpp>
+#include <retention/device/decode.hpp>
 #include <retention/device/forward.hpp>
 #include <retention/symmetric_power.hpp>
 #include <string>
@@ -47,6 +48,30 @@ device::ForwardArguments arguments_for(retention::Configuration const& configura
   a.value_strides = device::Strides::contiguous(a.tokens, a.heads, a.value_dim);
   a.output_strides = device::Strides::contiguous(a.tokens, a.query_heads, a.value_dim);
   a.chunk_size = 512;
+  return a;
+}
+
+device::DecodeStepArguments step_arguments_for(retention::Configuration const& configuration) {
+  device::DecodeStepArguments a;
+  device::DecodePool& p = a.pool;
+  p.element = configuration.element;
+  p.degree = configuration.degree;
+  p.head_dim = configuration.head_dim;
+  p.value_dim = configuration.value_dim;
+  p.heads = 2;
+  p.slots = 4;
+  p.ring = 144;
+  p.high = p.keys = p.values = some_address<void>();
+  p.key_sum = some_address<float>();
+  p.cursors = some_address<retention::Cursor>();
+  a.rows = 3;
+  a.tokens = 4;
+  a.query_heads = 8;
+  a.query = a.key = a.value = some_address<void>();
+  a.output = some_address<void>();
+  a.slots = some_address<int>();
+  a.arrivals = some_address<unsigned>();
+  a.window = 128;
   return a;
 }
 
@@ -120,6 +145,45 @@ int main() {
   expect(device::workspace_size(b) > device::workspace_size(a), "workspace_size of backward");
   b.forward.tokens = 0;
   expect(device::workspace_size(b) == 0, "workspace_size of sizes that make no sense");
+
+  for (auto const& configuration : retention::kConfigurations) {
+    device::DecodeStepArguments const step = step_arguments_for(configuration);
+    device::DecodeRollbackArguments rollback;
+    rollback.pool = step.pool;
+    rollback.count = 1;
+    rollback.slots = rollback.tokens = some_address<int>();
+    bool const in_library = device::can_implement(arguments_for(configuration)).ok();
+    expect(device::can_implement(step).ok() == in_library, "a step where there are kernels");
+    expect(device::can_implement(rollback).ok() == in_library, "and what goes with it");
+    // A slice at least, and the ring: sums of each query, and their weights.
+    std::size_t const sums = std::size_t{3} * 2 * 2 * 4 * 4;
+    expect(device::workspace_size(step) >=
+               sums * (static_cast<std::size_t>(configuration.value_dim) + 1) * 4,
+           "workspace_size of a step");
+  }
+  struct Refused {
+    char const* says;
+    void (*spoil)(device::DecodeStepArguments&);
+  };
+  for (Refused const& refused : {
+           Refused{"tokens: got 17", [](device::DecodeStepArguments& s) { s.tokens = 17; }},
+           {"query_heads: got 7", [](device::DecodeStepArguments& s) { s.query_heads = 7; }},
+           {"window: got 3", [](device::DecodeStepArguments& s) { s.window = 3; }},
+           {"window: got 513", [](device::DecodeStepArguments& s) { s.window = 513; }},
+           {"ring: got 144, expected at least 148",
+            [](device::DecodeStepArguments& s) { s.keep = 17; }},
+           {"rows: got 2147483647", [](device::DecodeStepArguments& s) { s.rows = 2147483647; }},
+           {"slots: got 0", [](device::DecodeStepArguments& s) { s.pool.slots = 0; }},
+           {"slice_pairs: got -1", [](device::DecodeStepArguments& s) { s.slice_pairs = -1; }},
+       }) {
+    device::DecodeStepArguments s =
+        step_arguments_for(compiled.empty() ? retention::kConfigurations[0] : compiled[0]);
+    refused.spoil(s);
+    expect(says(device::can_implement(s), compiled.empty() ? why : refused.says), refused.says);
+    expect(says(device::run(s, nullptr, nullptr), compiled.empty() ? why : refused.says),
+           "run refuses what can_implement refuses");
+    expect(device::workspace_size(s) == 0, "workspace_size of sizes that make no sense");
+  }
 
   if (failures == 0) {
     std::printf("all as expected\n");

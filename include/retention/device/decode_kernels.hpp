@@ -99,8 +99,7 @@ struct DecodeKernels {
     p.pool = pool_of(a.pool);
     p.window = a.window;
     p.keep = a.keep;
-    p.parts = plan.fold_slices.count;
-    p.slice_pairs = plan.fold_slices.pairs;
+    p.blocks = plan.fold_blocks;
     p.arrivals = a.arrivals;
     return p;
   }

@@ -37,7 +37,7 @@ struct DecodeStepPlan {
   int mma_rows = 1;    // 16 queries each, that a block has at one time: 1, 2 or 4
   StateSlices slices;  // that blocks of the step read
   int parts = 1;       // blocks of a head: one for each slice and one for the ring, where it is cut
-  StateSlices fold_slices;
+  int fold_blocks = 1;
   Region
       partial;  // [b, h, parts, t * hq / h, dv + 1] floats: of each part, where there are several
   std::size_t workspace_bytes = 0;
@@ -51,11 +51,13 @@ struct DecodeStepPlan {
     std::int64_t const heads = std::int64_t{arguments.rows} * pool.heads;
     int const queries = arguments.tokens * (arguments.query_heads / pool.heads);
     plan.mma_rows = queries <= 16 ? 1 : queries <= 32 ? 2 : 4;
-    StateSlices const chosen = choose_slices(pairs, heads, multiprocessors);
-    plan.slices =
-        arguments.slice_pairs == 0 ? chosen : StateSlices::of(pairs, arguments.slice_pairs);
+    plan.slices = arguments.slice_pairs == 0 ? choose_slices(pairs, heads, multiprocessors)
+                                             : StateSlices::of(pairs, arguments.slice_pairs);
     plan.parts = plan.slices.count == 1 ? 1 : plan.slices.count + 1;
-    plan.fold_slices = chosen;
+    // Which heads fold, and so how much there is to do, only the device knows.
+    plan.fold_blocks = static_cast<int>(
+        std::min<std::int64_t>(std::int64_t{kBlocksOfMultiprocessor} * multiprocessors,
+                               (heads * pairs + kLeastPairs - 1) / kLeastPairs));
     Regions regions;
     if (plan.parts > 1) {
       plan.partial =
@@ -66,13 +68,15 @@ struct DecodeStepPlan {
   }
 
  private:
-  // Three blocks, as many as a multiprocessor has at one time, have enough bytes on the way to use
-  // all of the memory's bandwidth. Where there are heads for more than a third of them, each is one
-  // block: no sums are left in memory for another. In slices of less than two block pairs, the loop
-  // would end before it has got going.
+  // As many as fit at one time: they have enough bytes on the way to use all of the memory's
+  // bandwidth.
+  static constexpr int kBlocksOfMultiprocessor = 3;
+  // In less, a loop would end before it has got going.
+  static constexpr int kLeastPairs = 2;
+
+  // Where there are heads for more than a third of the blocks, each is one block: no sums are left
+  // in memory for another.
   static StateSlices choose_slices(int pairs, std::int64_t heads, int multiprocessors) {
-    constexpr int kBlocksOfMultiprocessor = 3;
-    constexpr int kLeastPairs = 2;
     std::int64_t const blocks = std::int64_t{kBlocksOfMultiprocessor} * multiprocessors / heads;
     std::int64_t const slices = std::max<std::int64_t>(blocks - 1, 1);  // and one for the ring
     auto const in_slice = static_cast<int>((pairs + slices - 1) / slices);

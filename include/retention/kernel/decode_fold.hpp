@@ -8,6 +8,10 @@
 // is expand-reduce over one window with S in fp32 registers: M = 16 state rows, K = tokens. Of the
 // two planes of S nothing is lost; a bf16 state is rounded at random, up or down in proportion to
 // what is lost, so that thousands of folds do not add up to a drift.
+//
+// Few rows fold in a step, and which ones only the device knows. So every block lists them, and
+// takes an even share of the block pairs of all their heads. The last block to finish moves the
+// cursors: until then, others may still list rows by them.
 
 #pragma once
 
@@ -30,11 +34,10 @@ struct DecodeFoldParams {
   int rows;
   int heads;
   DecodePool<Element> pool;
-  int window;  // at most DecodeFold::kMaxWindow
-  int keep;    // tokens that stay in the ring
-  int parts;   // blocks of a head, each for `slice_pairs` block pairs
-  int slice_pairs;
-  unsigned* arrivals;  // [rows], zeros before and after
+  int window;          // at most DecodeFold::kMaxWindow
+  int keep;            // tokens that stay in the ring
+  int blocks;          // that share the work
+  unsigned* arrivals;  // [1], zero before and after
 };
 
 template <class Element_, int HeadDim, int ValueDim>
@@ -51,7 +54,9 @@ struct DecodeFold {
   static constexpr int kTileRows = 64;
   static constexpr int kBlocks = HeadDim / 8;
   static constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
-  static constexpr int kPitch = kTileTokens + 2;  // of keys
+  static constexpr int kPitch = kTileTokens + 2;    // of keys
+  static constexpr int kListedRows = 4 * kThreads;  // at one time
+  static constexpr int kLeastPairs = 2;             // that are worth a block
 
   using ValueLayout = collective::StagedTileLayout<kTileTokens, ValueDim, 1>;
 
@@ -60,11 +65,13 @@ struct DecodeFold {
     float key[HeadDim][kPitch];  // transposed
     float weight[kMaxWindow];    // of each token: what is left of it at the window's end
     float decay;                 // of the whole window
+    int row[kListedRows];        // that fold
+    int warp_rows[kWarps];
     int is_last;
   };
 
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.rows) * params.heads * params.parts);
+    return dim3(static_cast<unsigned>(params.blocks));
   }
 
   /// Tokens to fold: up to the end of the slot's window, if there are as many; else 0.
@@ -77,23 +84,93 @@ struct DecodeFold {
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     auto& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = static_cast<int>(threadIdx.x);
-    int const block = static_cast<int>(blockIdx.x);
-    int const part = block % params.parts;
-    int const head = block / params.parts % params.heads;
-    int const row = block / params.parts / params.heads;
-    int const slot = params.slots[row];
-    if (!params.pool.has(slot)) {
-      return;
+    bool any = false;
+    for (int first = 0; first < params.rows; first += kListedRows) {
+      int const rows = list_rows(params, shared, first, thread);
+      if (rows > 0) {
+        fold_share(params, shared, rows, thread);
+        any = true;
+        __syncthreads();  // the list is free
+      }
     }
+    if (any && is_last_arrival(shared.is_last, params.arrivals, params.blocks, thread)) {
+      for (int row = thread; row < params.rows; row += kThreads) {
+        move_cursor(params, row);
+      }
+    }
+  }
+
+ private:
+  CUTE_DEVICE static int tokens_of_row(Params const& params, int row) {
+    int const slot = params.slots[row];
+    return params.pool.has(slot)
+               ? tokens_to_fold(*params.pool.cursor(slot), params.window, params.keep)
+               : 0;
+  }
+
+  CUTE_DEVICE static void move_cursor(Params const& params, int row) {
+    if (int const tokens = tokens_of_row(params, row); tokens > 0) {
+      Cursor& cursor = *params.pool.cursor(params.slots[row]);
+      cursor.start = params.pool.place(cursor, tokens);
+      cursor.length -= tokens;
+      cursor.folded += tokens;
+    }
+  }
+
+  /// Lists which of some rows fold, in their order. Returns how many.
+  CUTE_DEVICE static int list_rows(Params const& params, SharedStorage& shared, int first,
+                                   int thread) {
+    int const lane = thread % 32, warp = thread / 32;
+    int const end = cute::min(first + kListedRows, params.rows);
+    int count = 0;
+    for (; first < end; first += kThreads) {
+      int const row = first + thread;
+      bool const folds = row < end && tokens_of_row(params, row) > 0;
+      unsigned const lanes = __ballot_sync(0xffffffffu, folds);
+      if (lane == 0) {
+        shared.warp_rows[warp] = cute::popcount(lanes);
+      }
+      __syncthreads();
+      int place = count;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        place += w < warp ? shared.warp_rows[w] : 0;
+        count += shared.warp_rows[w];
+      }
+      if (folds) {
+        shared.row[place + cute::popcount(lanes & ((1u << lane) - 1))] = row;
+      }
+      __syncthreads();
+    }
+    return count;
+  }
+
+  /// Of the block pairs of all heads of the listed rows, those of this block.
+  CUTE_DEVICE static void fold_share(Params const& params, SharedStorage& shared, int rows,
+                                     int thread) {
+    std::int64_t const all = std::int64_t{rows} * params.heads * kPairs;
+    std::int64_t const share =
+        cute::max(cute::ceil_div(all, std::int64_t{params.blocks}), std::int64_t{kLeastPairs});
+    std::int64_t next = share * blockIdx.x;
+    std::int64_t const end = cute::min(next + share, all);
+    while (next < end) {
+      std::int64_t const head = next / kPairs;  // of all listed rows
+      auto const first_pair = static_cast<int>(next % kPairs);
+      auto const pairs = static_cast<int>(cute::min(end - next, std::int64_t{kPairs - first_pair}));
+      int const row = shared.row[head / params.heads];
+      fold_pairs(params, shared, params.slots[row], static_cast<int>(head % params.heads),
+                 first_pair, first_pair + pairs, thread);
+      next += pairs;
+    }
+  }
+
+  CUTE_DEVICE static void fold_pairs(Params const& params, SharedStorage& shared, int slot,
+                                     int head, int first_pair, int end_pair, int thread) {
     Cursor const cursor = *params.pool.cursor(slot);
     int const tokens = tokens_to_fold(cursor, params.window, params.keep);
-    if (tokens == 0) {
-      return;
-    }
+    __syncthreads();  // nobody reads the weights of another head any more
     weigh(params, shared, slot, head, cursor, tokens, thread);
     __syncthreads();
-    int const first_pair = part * params.slice_pairs;
-    int const end_pair = cute::min(first_pair + params.slice_pairs, int{kPairs});
     int J = 0;
     while ((J + 1) * (J + 2) / 2 <= first_pair) {
       ++J;
@@ -108,18 +185,8 @@ struct DecodeFold {
         ++J;
       }
     }
-    // Nobody needs the cursor as it was any more when the last block has come this far.
-    if (is_last_arrival(shared.is_last, params.arrivals + row, params.heads * params.parts,
-                        thread) &&
-        thread == 0) {
-      Cursor* target = params.pool.cursor(slot);
-      target->start = params.pool.place(cursor, tokens);
-      target->length = cursor.length - tokens;
-      target->folded = cursor.folded + tokens;
-    }
   }
 
- private:
   /// Sums of gates from the window's end, never their differences: one of them may be -inf.
   CUTE_DEVICE static void weigh(Params const& params, SharedStorage& shared, int slot, int head,
                                 Cursor const& cursor, int tokens, int thread) {
