@@ -51,13 +51,13 @@ struct DecodeStepPlan {
     std::int64_t const heads = std::int64_t{arguments.rows} * pool.heads;
     int const queries = arguments.tokens * (arguments.query_heads / pool.heads);
     plan.mma_rows = queries <= 16 ? 1 : queries <= 32 ? 2 : 4;
-    plan.slices = arguments.slice_pairs == 0 ? choose_slices(pairs, heads, multiprocessors)
+    std::int64_t const blocks = resident_blocks(pool.value_dim, multiprocessors);
+    plan.slices = arguments.slice_pairs == 0 ? choose_slices(pairs, heads, blocks)
                                              : StateSlices::of(pairs, arguments.slice_pairs);
     plan.parts = plan.slices.count == 1 ? 1 : plan.slices.count + 1;
     // Which heads fold, and so how much there is to do, only the device knows.
     plan.fold_blocks = static_cast<int>(
-        std::min<std::int64_t>(std::int64_t{kBlocksOfMultiprocessor} * multiprocessors,
-                               (heads * pairs + kLeastPairs - 1) / kLeastPairs));
+        std::min<std::int64_t>(blocks, (heads * pairs + kLeastPairs - 1) / kLeastPairs));
     Regions regions;
     if (plan.parts > 1) {
       plan.partial =
@@ -68,17 +68,18 @@ struct DecodeStepPlan {
   }
 
  private:
-  // As many as fit at one time: they have enough bytes on the way to use all of the memory's
-  // bandwidth.
-  static constexpr int kBlocksOfMultiprocessor = 3;
-  // In less, a loop would end before it has got going.
-  static constexpr int kLeastPairs = 2;
+  static constexpr int kLeastPairs = 2;  // in less, a loop would end before it has got going
 
-  // Where there are heads for more than a third of the blocks, each is one block: no sums are left
-  // in memory for another.
-  static StateSlices choose_slices(int pairs, std::int64_t heads, int multiprocessors) {
-    std::int64_t const blocks = std::int64_t{kBlocksOfMultiprocessor} * multiprocessors / heads;
-    std::int64_t const slices = std::max<std::int64_t>(blocks - 1, 1);  // and one for the ring
+  // At one time, of any of the kernels: by their registers. Their loads on the way are enough for
+  // all of the memory's bandwidth.
+  static std::int64_t resident_blocks(int value_dim, int multiprocessors) {
+    return std::int64_t{value_dim > 64 ? 2 : 3} * multiprocessors;
+  }
+
+  // One for each slice and one for the ring. Where there is no room for three blocks a head, each
+  // is one block: no sums are left in memory for another.
+  static StateSlices choose_slices(int pairs, std::int64_t heads, std::int64_t blocks) {
+    std::int64_t const slices = std::max<std::int64_t>(blocks / heads - 1, 1);
     auto const in_slice = static_cast<int>((pairs + slices - 1) / slices);
     return StateSlices::of(pairs, std::max(in_slice, kLeastPairs));
   }

@@ -90,7 +90,6 @@ struct DecodeFold {
       if (rows > 0) {
         fold_share(params, shared, rows, thread);
         any = true;
-        __syncthreads();  // the list is free
       }
     }
     if (any && is_last_arrival(shared.is_last, params.arrivals, params.blocks, thread)) {
