@@ -7,6 +7,7 @@ from retention._distribution import refuse_mixture
 refuse_mixture(__path__)
 
 from retention import _C, nn
+from retention.cache import RetentionCache
 from retention.functional import power_retention, power_retention_inference
 from retention.installation import info
 from retention.ops.reference import reference
@@ -14,6 +15,7 @@ from retention.ops.symmetric_power import expand, state_dim
 
 __version__: str = _C.build_info()["version"]
 __all__ = [
+    "RetentionCache",
     "expand",
     "info",
     "nn",

@@ -1,8 +1,8 @@
 """Layers built on power retention.
 
 `PowerRetention` stands where a transformer has causal self-attention. It trains with `forward` and
-decodes with `step`, whose `RetentionCache` takes the same memory at the first token and at the
-millionth.
+decodes with `step`, whose `retention.RetentionCache` takes the same memory at the first token and
+at the millionth.
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retention import functional
+from retention.cache import RetentionCache
 from retention.ops import checks
 from retention.ops.arguments import autocasts, without_autocast
+from retention.ops.pytorch.decoding import rewind
 from retention.ops.symmetric_power import state_dim
 
 __all__ = [
     "GateProjection",
     "PowerRetention",
-    "RetentionCache",
     "all_or_nothing",
     "apply_rotary",
     "rotary_angles",
 ]
 
-_DEFAULT_RING = 512
+# Tokens that a step may have before it counts as a prompt.
+_MAX_TOKENS_PER_STEP = 16
 
 # Each head starts with a memory of this many tokens, spread evenly on a log scale over the heads.
 _LONGEST_MEMORY = 4096
@@ -42,29 +44,31 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> T
     """Rotation angles of rotary position embedding.
 
     Args:
-        positions: integers `[t]`.
+        positions: integers `[t]`, or `[b, t]` where sequences are at different ones.
         head_dim: even; one angle for each pair of channels.
         theta: base of the geometric series of frequencies.
 
     Returns:
-        `[t, head_dim / 2]` float64, each `position * theta^(-2 i / head_dim)` reduced to one turn.
+        `[t, head_dim / 2]` or `[b, t, head_dim / 2]` float64, each `position * theta^(-2 i /
+        head_dim)` reduced to one turn.
     """
     # At long positions a float32 product is off by a good part of a turn.
     exact = _widest(positions.device)
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
-    angles = positions.to(exact)[:, None] * torch.pow(theta, -exponents)
+    angles = positions.to(exact)[..., None] * torch.pow(theta, -exponents)
     return torch.remainder(angles, 2 * math.pi)
 
 
 def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate channel pairs `(i, i + d/2)` of `x` `[b, t, h, d]` by `angles` `[t, d/2]`.
+    """Rotate channel pairs `(i, i + d/2)` of `x` `[b, t, h, d]` by `angles` `[t, d/2]` or
+    `[b, t, d/2]`.
 
     A dot product of two vectors rotated by their own positions depends on the distance alone, so a
     rotated key may be folded into a state and never be touched again. Computed in float32 or wider;
     the result has the dtype of `x`.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    angles = angles.to(wide)[:, None, :]
+    angles = angles.to(wide)[..., None, :]
     cos, sin = angles.cos(), angles.sin()
     first, second = x.to(wide).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -120,137 +124,42 @@ class GateProjection(nn.Linear):
             return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
-class RetentionCache:
-    """What one `PowerRetention` layer remembers between two calls of `step`.
-
-    Everything is allocated here, once: a ring of the most recent tokens, and the state into which
-    the ring is folded whenever it is full. Made by `PowerRetention.init_cache`.
-
-    Attributes:
-        keys, values: `[b, n, h, head_dim]`, the ring; the first `length` entries are in use.
-        log_gates: `[b, n, h]`, float32 (float64 where the keys are); None without gates.
-        state: `[b, h, D, head_dim]`, float32 (float64 where the keys are).
-        sum_of_keys: `[b, h, D]`, of the state's dtype.
-        length: tokens in the ring.
-        position: tokens seen so far, those in the state and those in the ring.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        switch_over_seq_len: int,
-        num_kv_heads: int,
-        head_dim: int,
-        deg: int,
-        gating: bool,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        checks.check_integer("batch_size", batch_size, 1)
-        checks.check_integer("switch_over_seq_len", switch_over_seq_len, 1)
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        rows = state_dim(head_dim, deg)
-        ring = (batch_size, switch_over_seq_len, num_kv_heads)
-        # Tensors made in inference mode could never be written to outside of it.
-        with torch.inference_mode(False):
-            self.keys = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
-            self.values = torch.zeros(*ring, head_dim, device=device, dtype=dtype)
-            self.log_gates = torch.zeros(ring, device=device, dtype=wide) if gating else None
-            self.state = torch.zeros(
-                batch_size, num_kv_heads, rows, head_dim, device=device, dtype=wide
-            )
-            self.sum_of_keys = torch.zeros(
-                batch_size, num_kv_heads, rows, device=device, dtype=wide
-            )
-        self.length = 0
-        self.position = 0
-
-    @property
-    def capacity(self) -> int:
-        """Tokens the ring holds when full."""
-        return self.keys.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: ring, state, sum of keys and the two counters. Never changes."""
-        counters = 16
-        tensors = (self.keys, self.values, self.log_gates, self.state, self.sum_of_keys)
-        return counters + sum(x.nbytes for x in tensors if x is not None)
-
-    def reset(self) -> None:
-        """Forget everything, in place."""
-        self.length = 0
-        self.position = 0
-        self.state.zero_()
-        self.sum_of_keys.zero_()
-
-    def append(self, key: Tensor, value: Tensor, log_gate: Tensor | None) -> None:
-        """Write `m <= capacity - length` tokens (`[b, m, h, d]`, gates `[b, m, h]`) to the ring."""
-        new = slice(self.length, self.length + key.shape[1])
-        self.keys[:, new] = key
-        self.values[:, new] = value
-        if self.log_gates is not None:
-            self.log_gates[:, new] = log_gate
-        self.length += key.shape[1]
-        self.position += key.shape[1]
-
-    def recent(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Views of the tokens in the ring: keys, values and log gates."""
-        used = slice(0, self.length)
-        gates = None if self.log_gates is None else self.log_gates[:, used]
-        return self.keys[:, used], self.values[:, used], gates
-
-    def folded(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """State and sum of keys, or None for both while nothing was folded into them."""
-        if self.position == self.length:
-            return None, None
-        return self.state, self.sum_of_keys
-
-    def fold(self, state: Tensor, sum_of_keys: Tensor, beyond: int = 0) -> None:
-        """Take a new state that covers every token seen and `beyond` more, and empty the ring."""
-        position = self.position + beyond
-        self.length = self.position = 0  # until all of it is there: half a state is none
-        self.state.copy_(state)
-        self.sum_of_keys.copy_(sum_of_keys)
-        self.position = position
-
-    def _rewind(self, length: int, position: int) -> bool:
-        """Back to earlier counters, or False where the state has changed since."""
-        if position == 0:
-            self.reset()
-        elif self.position < position or self.position - self.length != position - length:
-            return False
-        self.length, self.position = length, position
-        return True
-
-
 @contextlib.contextmanager
 def all_or_nothing(caches: Sequence[RetentionCache]) -> Iterator[None]:
     """What raises inside leaves caches as they were, so that it may be tried again.
 
     For layers that step together: where the third one runs out of memory, the first two have
-    taken the tokens already, and would count them twice. Tokens in a ring are taken back. A state
-    that has changed since cannot be: then all the caches are reset, and a note on the exception
-    says so. Those that were empty before are empty again, without a note.
+    taken the tokens already, and would count them twice. Tokens in a ring are taken back. What went
+    into the state of a sequence, as long prompts do, cannot be: then that sequence is reset in all
+    the caches, and a note on the exception says so. Sequences that were empty before are empty
+    again, without a note.
 
     Args:
-        caches: all that is stepped inside.
+        caches: all that is stepped inside, of as many slots, in which a sequence has the same one.
 
     Raises:
+        ValueError: for caches of different numbers of slots.
         BaseException: what is raised inside, an interruption too.
     """
-    before = [(cache.length, cache.position) for cache in caches]
+    if len({cache.slots for cache in caches}) > 1:
+        raise ValueError(
+            f"caches: expected as many slots in each, got {[cache.slots for cache in caches]}"
+        )
+    before = [cache.pool.cursors.clone() for cache in caches]
     try:
         yield
     except BaseException as error:
-        rewound = [c._rewind(*counters) for c, counters in zip(caches, before, strict=True)]
-        if not all(rewound):
+        lost = {
+            slot
+            for cache, cursors in zip(caches, before, strict=True)
+            for slot in rewind(cache.pool, cursors).nonzero()[:, 0].tolist()
+        }
+        if lost:
             for cache in caches:
-                cache.reset()
+                cache.reset(torch.tensor([*lost], dtype=torch.int32, device=cache.device))
             error.add_note(
-                "cache: reset, since a state had changed before this was raised; expected its "
-                "sequences to begin again, at their first token"
+                f"cache: reset slots {sorted(lost)}, since their states had changed before this "
+                "was raised; expected these sequences to begin again, at their first token"
             )
         raise
 
@@ -279,8 +188,8 @@ class PowerRetention(nn.Module):
         deg: degree of the power; even. Default: 2.
         chunk_size: tokens a chunk in `forward`. Default: chosen by `power_retention`.
         switch_over_seq_len: at or below this length `forward` uses the quadratic form (default:
-            chosen by `power_retention`), and the ring of `step` holds this many tokens (default:
-            512).
+            chosen by `power_retention`), and `step` folds this many tokens at a time (default:
+            chosen by `retention.RetentionCache`).
         gating: whether each head forgets, at a rate computed from the token. Default: True.
         rope_theta: base of the rotary frequencies; None for no rotary embedding. Default: 10000.
         bias: whether the query, key, value and output projections have biases. The gate's always
@@ -432,20 +341,26 @@ class PowerRetention(nn.Module):
         switch_over_seq_len: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        max_tokens_per_step: int | None = None,
+        state_dtype: torch.dtype = torch.float32,
     ) -> RetentionCache:
         """An empty cache for `step`.
 
         Args:
-            batch_size: sequences decoded together.
-            switch_over_seq_len: tokens the ring holds before they are folded into the state.
-                Default: the layer's, or 512.
+            batch_size: slots, one for each sequence.
+            switch_over_seq_len: the cache's window, tokens that are folded into the state at a
+                time. Default: the layer's, or the cache's own choice.
             device: default: the parameters'.
             dtype: of the ring. Default: autocast's where it is on, else that of `k_proj`'s first
                 parameter of a dtype that keys can have, else (quantised) of the layer's first, else
                 torch's default.
+            max_tokens_per_step: most tokens of a sequence in a `step` that goes through the ring;
+                more are a prompt. Default: 16, or the window where that is shorter.
+            state_dtype: as `retention.RetentionCache` has it. Default: float32.
 
         Raises:
-            TypeError, ValueError: for sizes that are not positive integers.
+            TypeError, ValueError: for sizes and dtypes that `retention.RetentionCache` rejects.
         """
         # Wrapped or quantised, a projection has no weight, or one of a dtype that no key has.
         tensors = [
@@ -459,129 +374,158 @@ class PowerRetention(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         if dtype is None:
             dtype = next((x.dtype for x in tensors if x.dtype in checks.DTYPES), None)
-        if switch_over_seq_len is None:
-            switch_over_seq_len = self.switch_over_seq_len or _DEFAULT_RING
+        if dtype is None:
+            dtype = torch.get_default_dtype()
+        checks.check_integer("batch_size", batch_size, 1)
+        window = self.switch_over_seq_len if switch_over_seq_len is None else switch_over_seq_len
+        if window is not None:
+            checks.check_integer("switch_over_seq_len", window, 1)
+        if max_tokens_per_step is None:
+            max_tokens_per_step = min(_MAX_TOKENS_PER_STEP, window or _MAX_TOKENS_PER_STEP)
         return RetentionCache(
             batch_size,
-            switch_over_seq_len,
             self.num_kv_heads,
             self.head_dim,
-            self.deg,
-            self.gating,
-            device,
-            dtype,
+            window=window,
+            max_tokens_per_step=max_tokens_per_step,
+            dtype=dtype,
+            state_dtype=state_dtype,
+            gating=self.gating,
+            deg=self.deg,
+            device=device,
         )
 
     @torch.no_grad()
-    def step(self, x: Tensor, cache: RetentionCache | None = None) -> tuple[Tensor, RetentionCache]:
+    def step(
+        self,
+        x: Tensor,
+        cache: RetentionCache | None = None,
+        slots: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, RetentionCache]:
         """Retention over the next tokens of sequences begun in earlier calls, without gradients.
 
         Any split of a sequence into calls gives what `forward` gives on the whole, up to rounding.
-        Tokens that fit the ring are answered from the ring and the state; tokens that would fill an
-        empty ring (a long prompt) go straight into the state, chunk by chunk.
+        Up to the cache's `max_tokens_per_step` tokens join the ring; more go straight into the
+        state, chunk by chunk. Every sequence has positions of its own.
 
-        A call that raises, whatever it is, leaves the cache as it was. Only where a new state was
-        being written into it at that moment it is reset, and a note on the exception says so. For
-        several layers at once see `all_or_nothing`.
+        A call that raises, whatever it is, leaves the cache as it was. Only sequences whose state
+        had taken the call's tokens by then, or was being written, are reset, and a note on the
+        exception says so. For several layers at once see `all_or_nothing`.
 
         Args:
             x: `[b, t, hidden_size]`, t >= 1.
             cache: of the call before. Changed in place. Default: a new one, as of `init_cache(b)`.
+            slots: int32 `[b]`, where the cache has each row's sequence, at most once; -1 for a row
+                that is none, whose result is that of zeros. Default: row i is slot i, of a cache
+                with b slots.
+            attention_mask: `[b, t]`, bool or integers, 0 where a row is padded, on either side:
+                such a token leaves no trace, and its result is that of zeros. Default: no padding.
 
         Returns:
             `[b, t, hidden_size]` and the cache.
 
         Raises:
-            ValueError: for an `x` of another shape, and for a cache of another layer's shape or of
-                another batch size.
+            TypeError, ValueError: for an argument of another shape or dtype, and for a cache that
+                does not fit the layer.
         """
         self._check_input(x)
         b, t, _ = x.shape
         if t < 1:
             raise ValueError(f"x: expected at least one token, got {list(x.shape)}")
-        seen = 0
-        if cache is not None:
-            self._check_cache(b, cache)
-            seen = cache.position
+        self._check_step(x, cache, slots, attention_mask)
 
         positions = None
         if self.rope_theta is not None:
-            positions = torch.arange(seen, seen + t, device=x.device)
+            positions = self._positions(x, cache, slots, attention_mask)
         query, key, value, log_gate = self._project(x, positions)
         projected = query.dtype
         if cache is None:
             cache = self.init_cache(b, device=key.device, dtype=key.dtype)
-        kept = cache.keys.dtype
-        query, key, value = query.to(kept), key.to(kept), value.to(kept)
+        if slots is None:
+            slots = torch.arange(b, dtype=torch.int32, device=cache.device)
+        tokens = [query.to(cache.dtype), key.to(cache.dtype), value.to(cache.dtype)]
         if log_gate is not None:
-            log_gate = log_gate.to(cache.log_gates.dtype)
-
-        def tokens(part: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-            return key[:, part], value[:, part], None if log_gate is None else log_gate[:, part]
-
+            log_gate = log_gate.to(checks.state_dtype(cache.dtype))
+        take: Any = cache.step if t <= cache.max_tokens_per_step else cache.prefill
         with all_or_nothing([cache]):
-            # The ring is filled up, unless it is empty and there is enough to fill it anyway.
-            filling = min(t, cache.capacity - cache.length)
-            if cache.length == 0 and filling == cache.capacity:
-                filling = 0
-            rest = slice(filling, t)  # what finds an empty ring
-            straight = t - filling >= cache.capacity
-            state, sum_of_keys = cache.folded()
-            outs = []
-            if filling:
-                cache.append(*tokens(slice(0, filling)))
-                out, state, sum_of_keys = functional.power_retention_inference(
-                    query[:, :filling],
-                    *cache.recent(),
-                    initial_state=state,
-                    sum_of_keys=sum_of_keys,
-                    deg=self.deg,
-                    switch_over_seq_len=cache.capacity,
-                )
-                outs.append(out)
-            if straight:
-                out, state, sum_of_keys = functional.power_retention(
-                    query[:, rest],
-                    *tokens(rest),
-                    initial_state=state,
-                    sum_of_keys=sum_of_keys,
-                    return_final_state=True,
-                    deg=self.deg,
-                    chunk_size=self.chunk_size,
-                    switch_over_seq_len=self.switch_over_seq_len,
-                )
-                outs.append(out)
-            elif filling < t:
-                out, _, _ = functional.power_retention_inference(
-                    query[:, rest],
-                    *tokens(rest),
-                    initial_state=state,
-                    sum_of_keys=sum_of_keys,
-                    deg=self.deg,
-                    switch_over_seq_len=None,
-                )
-                outs.append(out)
-            out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+            if attention_mask is None:
+                out = take(*tokens, log_gate, slots)
+            else:
+                order, cu_seqlens = _pack(attention_mask)
+                packed = (x.flatten(0, 1)[order][None] for x in tokens)
+                gates = None if log_gate is None else log_gate.flatten(0, 1)[order][None]
+                taken = take(*packed, gates, slots, cu_seqlens)[0]
+                out = torch.empty_like(taken).index_copy_(0, order, taken).unflatten(0, (b, t))
             out = self.o_proj(out.flatten(2).to(projected))
-
-            # Last of all: until here the counters alone have changed.
-            if straight:
-                cache.fold(state, sum_of_keys, beyond=t - filling)
-            elif cache.length == cache.capacity:
-                cache.fold(state, sum_of_keys)
-                cache.append(*tokens(rest))
         return out, cache
 
-    def _check_cache(self, b: int, cache: RetentionCache) -> None:
-        expected = [b, cache.capacity, self.num_kv_heads, self.head_dim]
-        rows = state_dim(self.head_dim, self.deg)
-        if list(cache.keys.shape) != expected or cache.sum_of_keys.shape[2] != rows:
-            raise ValueError(
-                f"cache: expected keys [{b}, n, {self.num_kv_heads}, {self.head_dim}] and a state "
-                f"of {rows} rows, got keys {list(cache.keys.shape)} and a state of "
-                f"{cache.sum_of_keys.shape[2]} rows"
-            )
-        if (cache.log_gates is not None) != self.gating:
-            raise ValueError(
-                f"cache: expected one made with gating={self.gating}, got gating={not self.gating}"
-            )
+    def _positions(
+        self,
+        x: Tensor,
+        cache: RetentionCache | None,
+        slots: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Where a step's tokens are in their sequences: [t], or [b, t]."""
+        if attention_mask is None:
+            positions = torch.arange(x.shape[1], device=x.device)
+        else:
+            positions = (attention_mask != 0).cumsum(1) - 1
+        if cache is None:
+            return positions
+        seen = cache.positions
+        if slots is not None:
+            seen = seen[slots.clamp(0, cache.slots - 1)]
+        return seen[:, None] + positions
+
+    def _check_step(
+        self,
+        x: Tensor,
+        cache: RetentionCache | None,
+        slots: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> None:
+        b, t, _ = x.shape
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
+                raise TypeError(
+                    "attention_mask: expected a tensor [b, t] of bools or integers, got "
+                    f"{checks.describe(attention_mask)}"
+                )
+            checks.check_shape("attention_mask", attention_mask, (b, t), "[b, t]", "x")
+            if attention_mask.device != x.device:
+                raise ValueError(
+                    f"attention_mask: expected device {x.device} as x, got {attention_mask.device}"
+                )
+        if cache is None:
+            if slots is not None:
+                raise ValueError("slots: expected None where there is no cache, got slots")
+            return
+        if not isinstance(cache, RetentionCache):
+            raise TypeError(f"cache: expected a RetentionCache, got {checks.describe(cache)}")
+        for name, expected, got in (
+            ("kv_heads", self.num_kv_heads, cache.kv_heads),
+            ("head_dim", self.head_dim, cache.head_dim),
+            ("value_dim", self.head_dim, cache.value_dim),
+            ("deg", self.deg, cache.deg),
+            ("gating", self.gating, cache.gating),
+        ):
+            if expected != got:
+                raise ValueError(f"cache: expected one with {name}={expected}, got {name}={got}")
+        if slots is None:
+            if cache.slots != b:
+                raise ValueError(
+                    f"cache: expected one with slots={b}, as x has rows, where slots are not "
+                    f"given, got slots={cache.slots}"
+                )
+        else:
+            cache.check_slots("slots", slots, b)
+
+
+def _pack(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """For a mask [b, t]: the flat places of its tokens, row after row, and then all others, [b t];
+    and where each row begins among them, int32 [b + 1]."""
+    real = mask != 0
+    order = (~real).flatten().to(torch.int8).argsort(stable=True)
+    return order, F.pad(real.sum(1).cumsum(0, dtype=torch.int32), (1, 0))

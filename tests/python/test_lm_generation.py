@@ -104,7 +104,7 @@ def test_a_step_that_fails_in_a_layer_is_taken_by_none(
 ):
     exact = LanguageModel(MODEL).double()
     exact.load_state_dict(model.state_dict())
-    tokens = torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(256, (1, 40), generator=torch.Generator().manual_seed(0))
     wanted = exact(tokens)
     caches = exact.init_caches(1, 8)
 
@@ -118,16 +118,16 @@ def test_a_step_that_fails_in_a_layer_is_taken_by_none(
                 exact.step(tokens[:, start:stop], caches)
         return caught.value
 
-    for start, stop in ((0, 10), (10, 11), (11, 14)):  # a prompt, then what rings hold
+    for start, stop in ((0, 10), (10, 11), (11, 17), (17, 20)):  # a prompt, then a fold too
         assert not hasattr(fail(start, stop), "__notes__")
         got = exact.step(tokens[:, start:stop], caches)
         torch.testing.assert_close(got, wanted[:, stop - 1], rtol=1e-8, atol=1e-8)
-    error = fail(14, 20)
-    if where != "blocks.0.retention.q_proj":  # the first layer has folded its ring
+    error = fail(20, 40)
+    if where != "blocks.0.retention.q_proj":  # the first layer has a prompt in its state
         assert [note[:12] for note in error.__notes__] == ["cache: reset"]
-        assert [cache.position for cache in caches] == [0, 0]
-        exact.step(tokens[:, :14], caches)
-    got = exact.step(tokens[:, 14:], caches)
+        assert [cache.positions.item() for cache in caches] == [0, 0]
+        exact.step(tokens[:, :20], caches)
+    got = exact.step(tokens[:, 20:], caches)
     torch.testing.assert_close(got, wanted[:, -1], rtol=1e-8, atol=1e-8)
 
 
@@ -151,7 +151,8 @@ def test_state_has_as_many_bytes_at_token_10000_as_at_100(model: LanguageModel):
         assert (statistics.prompt_tokens, statistics.tokens) == (length, 10)
         sizes.add(statistics.state_bytes)
     D, d = retention.state_dim(8), 8
-    layer = 4 * (2 * (D * (d + 1)) + 32 * 2 * (2 * d + 1)) + 16
+    # Two key heads; 32 tokens of a window and 16 of a step; where the slot is.
+    layer = 4 * (2 * (D * (d + 1)) + (32 + 16) * 2 * (2 * d + 1)) + 32
     assert sizes == {MODEL.layers * layer}
 
 

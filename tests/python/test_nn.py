@@ -19,12 +19,12 @@ import retention
 from retention import functional
 from retention.nn import (
     PowerRetention,
-    RetentionCache,
     all_or_nothing,
     apply_rotary,
     rotary_angles,
 )
 from retention.ops import decoding
+from retention.ops.pytorch import decoding as pooled
 
 # The layer in float64 differs from the formula by the order of sums only.
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -131,37 +131,39 @@ def test_any_split_into_steps_is_forward(name: str, data: st.DataObject):
         out, cache = layer.step(x[:, start:stop], cache)
         outs.append(out)
         start = stop
-    assert cache.position == t
+    assert cache.positions.tolist() == [t, t]
     torch.testing.assert_close(torch.cat(outs, 1), layer(x), **EXACT)
 
 
 def test_state_after_steps_is_the_final_state():
     layer = make("gqa")
     x = torch.randn(1, 30, layer.hidden_size, dtype=torch.float64)
-    caches = []
+    slots = torch.tensor([0], dtype=torch.int32)
+    states = []
     for pieces in ([30], [1] * 30, [7, 23]):
         cache = layer.init_cache(1, 10)
         for part in x.split(pieces, dim=1):
             layer.step(part, cache)
-        assert cache.length == 0  # every way ends on a full ring
-        caches.append(cache)
-    for cache in caches[1:]:
-        torch.testing.assert_close(cache.state, caches[0].state, **EXACT)
-        torch.testing.assert_close(cache.sum_of_keys, caches[0].sum_of_keys, **EXACT)
-    assert caches[0].state.abs().max() > 0
+        states.append(cache.state(slots))
+    for state, sum_of_keys in states[1:]:
+        torch.testing.assert_close(state, states[0][0], **EXACT)
+        torch.testing.assert_close(sum_of_keys, states[0][1], **EXACT)
+    assert states[0][0].abs().max() > 0
 
 
 def test_step_in_float32_and_default_cache():
     layer = make("gqa", torch.float32)
     x = torch.randn(2, 600, layer.hidden_size)
     first, cache = layer.step(x[:, :590])
-    assert cache.capacity == 512
-    assert cache.length == 0  # a prompt longer than the ring goes straight into the state
+    # 19.6 = sqrt(4 D dv / (d + dv)) with d = dv = 16 and D = 192: state and ring are of float32.
+    assert (cache.window, cache.max_tokens_per_step) == (16, 16)
+    assert cache.lengths.tolist() == [0, 0]  # a prompt goes straight into the state
     outs = [first]
     for i in range(590, 600):
         out, cache = layer.step(x[:, i : i + 1], cache)
         outs.append(out)
-    assert cache.length == 10
+    # Of slot 0 two tokens have completed a window, which began at 576; that of 1 ends at 600.
+    assert cache.lengths.tolist() == [8, 10]
     torch.testing.assert_close(torch.cat(outs, 1), layer(x), **SINGLE)
 
 
@@ -169,7 +171,7 @@ def test_step_keeps_no_gradients():
     layer = make("plain", torch.float32)
     out, cache = layer.step(torch.randn(1, 3, 32, requires_grad=True))
     assert not out.requires_grad
-    assert not cache.keys.requires_grad
+    assert not cache.pool.keys.requires_grad
 
 
 @pytest.mark.parametrize("name", ["plain", "no gates"])
@@ -177,21 +179,16 @@ def test_bytes_of_the_cache_never_change(name: str):
     layer = make(name, torch.float32)
     cache = layer.init_cache(1, 16)
     before = cache.nbytes
-    tensors = [cache.keys, cache.values, cache.state, cache.sum_of_keys]
+    tensors = [x for x in cache.pool if x is not None]
     places = [x.data_ptr() for x in tensors]
     for _ in range(100):
         layer.step(torch.randn(1, 1, layer.hidden_size), cache)
-    assert cache.nbytes == before
     layer.step(torch.randn(1, 9900, layer.hidden_size), cache)
-    assert cache.position == 10_000
-    assert cache.nbytes == before
+    assert cache.positions.tolist() == [10_000]
     # In place: the bytes counted are the bytes held.
-    now = [cache.keys, cache.values, cache.state, cache.sum_of_keys]
+    now = [x for x in cache.pool if x is not None]
     assert [x.data_ptr() for x in now] == places
-    d, h = layer.head_dim, layer.num_kv_heads
-    floats = 2 * 16 * h * d + (16 * h if layer.gating else 0)
-    floats += h * retention.state_dim(d) * (d + 1)
-    assert before == 4 * floats + 16
+    assert cache.nbytes == before == sum(x.nbytes for x in now)
 
 
 def test_reset_forgets():
@@ -200,9 +197,74 @@ def test_reset_forgets():
     cache = layer.init_cache(1, 4)
     first, _ = layer.step(x, cache)
     cache.reset()
-    assert cache.position == 0
+    assert cache.positions.tolist() == [0]
     again, _ = layer.step(x, cache)
     torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+# ---- sequences at different positions -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gqa", "no rotary", "no gates"])
+def test_rows_at_different_positions(name: str):
+    """Two sequences in slots of a larger cache, one ahead of the other, and a row of padding."""
+    layer = make(name)
+    x = torch.randn(2, 40, layer.hidden_size, dtype=torch.float64)
+    wanted = layer(x)
+    cache = layer.init_cache(5, 6)
+    slots = torch.tensor([3, -1, 0], dtype=torch.int32)
+    ahead = layer.step(x[:1, :19], cache, slots[:1])[0]
+    torch.testing.assert_close(ahead, wanted[:1, :19], **EXACT)
+    for i in range(20):
+        rows = torch.stack((x[0, 19 + i], torch.full_like(x[0, 0], math.nan), x[1, i]))[:, None]
+        out, _ = layer.step(rows, cache, slots)
+        torch.testing.assert_close(out[0, 0], wanted[0, 19 + i], **EXACT)
+        torch.testing.assert_close(out[2, 0], wanted[1, i], **EXACT)
+        assert not out[1].any()
+    assert cache.positions.tolist() == [20, 0, 0, 39, 0]
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("t", [5, 30], ids=["step", "prompt"])
+@pytest.mark.parametrize("name", ["gqa", "no gates"])
+def test_padding_leaves_no_trace(name: str, t: int, side: str):
+    layer = make(name)
+    lengths = [t, 0, t - 3, 1]
+    mask = torch.zeros(4, t, dtype=torch.int64)
+    for row, length in zip(mask, lengths, strict=True):
+        start = {"left": t - length, "right": 0, "both": (t - length) // 2}[side]
+        row[start : start + length] = 1
+    x = torch.randn(4, t, layer.hidden_size, dtype=torch.float64)
+    x[mask == 0] = math.nan
+    out, cache = layer.step(x, attention_mask=mask)
+    assert cache.positions.tolist() == lengths
+    torch.testing.assert_close(out[mask == 0], torch.zeros_like(out[mask == 0]))
+    last = torch.randn(4, 2, layer.hidden_size, dtype=torch.float64)
+    after, _ = layer.step(last, cache, attention_mask=torch.ones(4, 2, dtype=torch.bool))
+    for n in range(4):
+        whole = torch.cat((x[n][mask[n] == 1], last[n]))[None]
+        got = torch.cat((out[n][mask[n] == 1], after[n]))[None]
+        torch.testing.assert_close(got, layer(whole), **EXACT)
+
+
+def test_drafts_that_were_rejected():
+    layer = make("gqa")
+    x = torch.randn(2, 60, layer.hidden_size, dtype=torch.float64)
+    cache = layer.init_cache(2, 9)
+    slots = torch.arange(2, dtype=torch.int32)
+    outs, start = [layer.step(x[:, :20], cache)[0]], 20
+    while start < 60:
+        accepted = 1 + start % 4
+        drafts = torch.cat((x[:, start : start + accepted], torch.randn(2, 2, 32).double()), dim=1)
+        accepted = drafts.shape[1] - 2
+        out, _ = layer.step(drafts, cache)
+        cache.rollback(slots, 2)
+        outs.append(out[:, :accepted])
+        start += accepted
+    torch.testing.assert_close(torch.cat(outs, 1), layer(x), **EXACT)
+
+
+# ---- packed sequences ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gqa", "no gates", "chunked"])
@@ -274,8 +336,8 @@ def test_step_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache = layer.init_cache(1, 8)
         outs = [layer.step(part, cache)[0] for part in x.split(5, dim=1)]
-    assert cache.keys.dtype == torch.bfloat16
-    assert cache.state.dtype == torch.float32
+    assert cache.dtype == torch.bfloat16
+    assert cache.state_dtype == torch.float32
     wanted = layer(x)
     assert (torch.cat(outs, 1) - wanted).norm() / wanted.norm() < 0.03  # as above
 
@@ -484,8 +546,8 @@ def test_ring_has_the_dtype_of_keys_whatever_weights_have(kind: type, dtype: tor
     wanted = layer(x)
     assert wanted.dtype == dtype
     for cache in (layer.init_cache(2, 6), layer.step(x[:, :1])[1]):
-        assert cache.keys.dtype == dtype
-        assert cache.state.dtype == torch.float32
+        assert cache.dtype == dtype
+        assert cache.state_dtype == torch.float32
     got = steps(layer, x)
     assert got.dtype == dtype
     # As elsewhere: rounding to bfloat16 between the same products in another order.
@@ -498,7 +560,7 @@ def test_ring_of_a_layer_without_any_parameters():
     wanted = layer(x)
     for name in PROJECTIONS:
         setattr(layer, name, Sealed(getattr(layer, name)))
-    assert layer.init_cache(1).keys.dtype == torch.float32
+    assert layer.init_cache(1).dtype == torch.float32
     torch.testing.assert_close(steps(layer, x), wanted, **SINGLE)
 
 
@@ -510,7 +572,7 @@ def test_ring_of_a_dtype_of_its_own(kept: torch.dtype):
         for tokens in (3, 20):
             cache = layer.init_cache(1, 8, dtype=kept)
             outs = [layer.step(part, cache)[0] for part in x.split(tokens, dim=1)]
-            assert (cache.state.dtype, outs[0].dtype) == (kept, dtype)
+            assert (cache.state_dtype, outs[0].dtype) == (kept, dtype)
             torch.testing.assert_close(torch.cat(outs, 1), layer(x), **SINGLE)
 
 
@@ -552,18 +614,6 @@ class BrokenError(Exception):
     pass
 
 
-class Unwritable(Tensor):
-    """A tensor that nothing can be copied to."""
-
-    error: BaseException
-
-    @classmethod
-    def __torch_function__(cls, function: Callable, types, arguments=(), options=None):
-        if function is Tensor.copy_:
-            raise cls.error
-        return super().__torch_function__(function, types, arguments, options or {})
-
-
 def fails(error: BaseException) -> Callable:
     def raising(*_, **__):
         raise error
@@ -575,39 +625,41 @@ def break_at(stage: str, layer: PowerRetention, error: BaseException, monkeypatc
     """Have `step` raise, for as long as the patches hold."""
     if stage.endswith("_proj"):
         monkeypatch.setattr(getattr(layer, stage), "forward", fails(error))
-    elif stage == "fold":  # of the tokens in the ring, before the cache takes the result
-        monkeypatch.setattr(decoding, "_fold", fails(error))
-    elif stage in ("append", "recent", "cache.fold"):
-        monkeypatch.setattr(RetentionCache, stage.removeprefix("cache."), fails(error))
+    elif stage == "forward":
+        monkeypatch.setattr(pooled, "_fold_new", fails(error))
     else:
-        monkeypatch.setattr(functional, stage, fails(error))
+        monkeypatch.setattr(decoding, stage, fails(error))
 
 
 RING = 6
-# Tokens seen before the step that fails, and its own.
+# Tokens seen before the step that fails, and its own. Windows of slot 0 end with tokens 6, 12, ..
+# and those of slot 1 with 3, 9, ..
 MOMENTS = {
     "first token": (0, 1),
     "first prompt": (0, 20),
-    "a prompt as long as the ring": (0, RING),
-    "in the ring": (3, 2),
+    "in the ring": (2, 2),
     "in the ring, with a state": (RING + 2, 1),
-    "fills the ring": (4, 2),
-    "over the ring": (4, 5),
-    "over the ring, with a state": (RING + 4, 5),
-    "over the ring and straight on": (4, 15),
-    "straight into a state": (RING, 13),
+    "folds": (RING, 1),
+    "folds the other, many tokens": (RING + 3, 6),
+    "a prompt after a few tokens": (2, 15),
+    "a prompt after a state": (RING + 4, 13),
 }
-FOLDING = [moment for moment, (seen, new) in MOMENTS.items() if seen % RING + new >= RING]
+PROMPTS = [moment for moment, (_, new) in MOMENTS.items() if new > RING]
 STAGES = {
     "q_proj": MOMENTS,
     "g_proj": MOMENTS,
-    "o_proj": MOMENTS,
-    "power_retention": ("first prompt", "over the ring and straight on", "straight into a state"),
-    "power_retention_inference": ("first token", "in the ring", "over the ring", "fills the ring"),
-    "fold": ("fills the ring", "over the ring", "over the ring, with a state"),
-    "append": ("first token", "in the ring", "fills the ring", "over the ring, with a state"),
-    "recent": ("first token", "in the ring", "fills the ring", "over the ring, with a state"),
-    "cache.fold": ("first prompt", "fills the ring", "over the ring", "straight into a state"),
+    "o_proj": [
+        moment for moment, (seen, _) in MOMENTS.items() if moment not in PROMPTS or not seen
+    ],
+    "attend": (
+        "first token",
+        "in the ring",
+        "in the ring, with a state",
+        "folds",
+        "folds the other, many tokens",
+    ),
+    "fold": ("folds", "a prompt after a few tokens", "a prompt after a state"),
+    "forward": PROMPTS,
 }
 
 
@@ -624,7 +676,6 @@ def test_a_failed_step_was_never_taken(
     cache = layer.init_cache(2, RING)
     parts = [*x[:, :before].split(1, dim=1)] if before else []
     outs = [layer.step(part, cache)[0] for part in parts]
-    state, counters = cache.state.clone(), (cache.length, cache.position)
     with monkeypatch.context() as patches:
         error = kind("no memory")
         break_at(stage, layer, error, patches)
@@ -632,18 +683,46 @@ def test_a_failed_step_was_never_taken(
             layer.step(x[:, before : before + tokens], cache)
     assert caught.value is error
     assert not hasattr(error, "__notes__")
-    assert (cache.length, cache.position) == counters
-    assert torch.equal(cache.state, state)
+    assert cache.positions.tolist() == [before, before]
     for part in x[:, before:].split([tokens, *[3] * 3], dim=1):
         outs.append(layer.step(part, cache)[0])
     torch.testing.assert_close(torch.cat(outs, 1), layer(x), **EXACT)
 
 
+def test_a_prompt_that_is_in_a_state_is_not_taken_back(monkeypatch: pytest.MonkeyPatch):
+    layer = make("gqa")
+    x = torch.randn(2, 30, layer.hidden_size, dtype=torch.float64)
+    cache = layer.init_cache(4, RING)
+    one, two = torch.tensor([1], dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32)
+    layer.step(x[:1, :4], cache, one)
+    with monkeypatch.context() as patches:
+        break_at("o_proj", layer, BrokenError("no memory"), patches)
+        with pytest.raises(BrokenError) as caught:
+            layer.step(x[:, 4:20], cache, two)
+    # Slot 2 had seen nothing, and has not now.
+    assert [note[:21] for note in caught.value.__notes__] == ["cache: reset slots [1]"[:21]]
+    assert cache.positions.tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(layer.step(x, cache, two)[0], layer(x), **EXACT)
+
+
 @pytest.mark.parametrize("kind", [BrokenError, KeyboardInterrupt])
-@pytest.mark.parametrize("moment", FOLDING)
-@pytest.mark.parametrize("half", ["state", "sum_of_keys"])
-def test_a_cache_with_half_a_state_is_reset(
-    moment: str, half: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("moment", "lost"),
+    [
+        ("first prompt", []),
+        ("folds", [0]),
+        ("folds the other, many tokens", [1]),
+        ("a prompt after a few tokens", [0, 1]),
+        ("a prompt after a state", [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("half", ["high", "key_sum"])
+def test_a_sequence_with_half_a_state_is_reset(
+    moment: str,
+    lost: list[int],
+    half: str,
+    kind: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     layer = make("gqa")
     before, tokens = MOMENTS[moment]
@@ -651,23 +730,33 @@ def test_a_cache_with_half_a_state_is_reset(
     cache = layer.init_cache(2, RING)
     for part in x[:, :before].split(1, dim=1) if before else ():
         layer.step(part, cache)
+    inner = pooled._Selection.store
+
+    def store(self: object, target: Tensor, *more: object):
+        if target.data_ptr() == getattr(cache.pool, half).data_ptr():
+            raise kind("no memory")
+        inner(self, target, *more)
+
     with monkeypatch.context() as patches:
-        patches.setattr(Unwritable, "error", kind("no memory"), raising=False)
-        patches.setattr(cache, half, getattr(cache, half).as_subclass(Unwritable))
+        patches.setattr(pooled._Selection, "store", store)
         with pytest.raises(kind) as caught:
             layer.step(x[:, before:], cache)
-    assert (cache.length, cache.position) == (0, 0)
-    # A cache that was empty is as it was; of another, the error says what became of it.
+    # A sequence that was empty is as it was; of another, the error says what became of it.
     notes = getattr(caught.value, "__notes__", [])
-    assert len(notes) == (before > 0)
-    assert all(note.startswith("cache: reset, since a state had changed") for note in notes)
-    out, _ = layer.step(x, cache)
-    torch.testing.assert_close(out, layer(x), **EXACT)
+    assert [note.split(",")[0] for note in notes] == [f"cache: reset slots {lost}".split(",")[0]][
+        : len(lost)
+    ]
+    assert cache.positions.tolist() == [0 if slot in lost else before for slot in range(2)]
+    cache.reset(torch.tensor(lost, dtype=torch.int32))
+    for slot in range(2):
+        row, since = torch.tensor([slot], dtype=torch.int32), 0 if slot in lost else before
+        out, _ = layer.step(x[slot : slot + 1, since:], cache, row)
+        torch.testing.assert_close(out, layer(x)[slot : slot + 1, since:], **EXACT)
 
 
 def test_layers_step_together_or_not_at_all():
     first, second = make("gqa"), make("gqa")
-    x = torch.randn(1, 14, 32, dtype=torch.float64)
+    x = torch.randn(1, 40, 32, dtype=torch.float64)
     caches = [layer.init_cache(1, RING) for layer in (first, second)]
 
     def both(part: slice, error: BaseException | None = None) -> Tensor:
@@ -678,11 +767,11 @@ def test_layers_step_together_or_not_at_all():
             return second.step(out, caches[1])[0]
 
     def position() -> list[int]:
-        return [cache.position for cache in caches]
+        return [cache.positions.item() for cache in caches]
 
     wanted = second(first(x))
     outs = []
-    for part in (slice(0, 8), slice(8, 12)):  # a prompt; tokens for the ring
+    for part in (slice(0, 8), slice(8, 12), slice(12, 16), slice(16, 20)):  # a prompt; folds too
         before, error = position(), BrokenError()
         with pytest.raises(BrokenError):
             both(part, error)
@@ -691,11 +780,20 @@ def test_layers_step_together_or_not_at_all():
         outs.append(both(part))
     error = BrokenError()
     with pytest.raises(BrokenError):
-        both(slice(12, 14), error)  # the first cache has folded its ring
+        both(slice(20, 40), error)  # the first cache has a prompt in its state
     assert position() == [0, 0]
-    assert [note.split(",")[0] for note in error.__notes__] == ["cache: reset"]
-    torch.testing.assert_close(torch.cat(outs, 1), wanted[:, :12], **EXACT)
-    torch.testing.assert_close(both(slice(0, 14)), wanted, **EXACT)
+    assert [note.split(",")[0] for note in error.__notes__] == ["cache: reset slots [0]"]
+    torch.testing.assert_close(torch.cat(outs, 1), wanted[:, :20], **EXACT)
+    torch.testing.assert_close(both(slice(0, 40)), wanted, **EXACT)
+
+
+def test_caches_that_do_not_belong_together():
+    caches = [make("gqa").init_cache(slots) for slots in (2, 3)]
+    with (
+        pytest.raises(ValueError, match=r"caches: expected as many slots in each, got \[2, 3\]"),
+        all_or_nothing(caches),
+    ):
+        pass
 
 
 # ---- caches in and out of inference mode --------------------------------------------------------
@@ -721,7 +819,7 @@ def test_a_cache_goes_from_mode_to_mode(made: str, used: str, default: bool):
     with MODES[used]():
         cache.reset()
         torch.testing.assert_close(layer.step(x, cache)[0].clone(), layer(x), **EXACT)
-    assert not cache.state.is_inference()
+    assert not any(x is not None and x.is_inference() for x in cache.pool)
 
 
 # ---- arguments ----------------------------------------------------------------------------------
@@ -774,11 +872,39 @@ def test_wrong_inputs():
 def test_wrong_caches():
     layer = make("gqa", torch.float32)
     x = torch.randn(2, 1, 32)
-    with pytest.raises(ValueError, match=r"cache: expected keys \[2, n, 2, 16\]"):
+    with pytest.raises(ValueError, match=r"cache: expected one with slots=2.*got slots=1"):
         layer.step(x, layer.init_cache(1))
-    with pytest.raises(ValueError, match=r"cache: expected keys \[2, n, 2, 16\]"):
-        layer.step(x, make("degree 4", torch.float32, hidden_size=32, head_dim=8).init_cache(2))
-    with pytest.raises(ValueError, match=r"cache: .*a state of 192 rows.*5280 rows"):
-        layer.step(x, make("gqa", torch.float32, deg=4).init_cache(2))
-    with pytest.raises(ValueError, match=r"cache: .*gating=True, got gating=False"):
-        layer.step(x, make("gqa", torch.float32, gating=False).init_cache(2))
+    for more, message in (
+        ({"head_dim": 8}, r"head_dim=16, got head_dim=8"),
+        ({"num_kv_heads": 1}, r"kv_heads=2, got kv_heads=1"),
+        ({"deg": 4}, r"deg=2, got deg=4"),
+        ({"gating": False}, r"gating=True, got gating=False"),
+    ):
+        with pytest.raises(ValueError, match=f"cache: expected one with {message}"):
+            layer.step(x, make("gqa", torch.float32, **more).init_cache(2))
+    with pytest.raises(TypeError, match=r"cache: expected a RetentionCache, got list"):
+        layer.step(x, [layer.init_cache(2)])
+
+
+def test_wrong_slots_and_masks():
+    layer = make("gqa", torch.float32)
+    x, cache = torch.randn(2, 3, 32), layer.init_cache(4)
+    slots = torch.tensor([0, 1], dtype=torch.int32)
+    for wrong, kind, message in (
+        (slots.long(), TypeError, r"slots: expected torch.int32 as the cache, got torch.int64"),
+        (slots[:1], ValueError, r"slots: expected \[2\], one for each row, got \[1\]"),
+        (slots[[1, 1]], ValueError, r"slots: expected each slot at most once, got 1 twice"),
+        ([0, 1], TypeError, r"slots: expected an int32 tensor \[n\], got list"),
+    ):
+        with pytest.raises(kind, match=message):
+            layer.step(x, cache, wrong)
+    with pytest.raises(ValueError, match=r"slots: expected None where there is no cache"):
+        layer.step(x, None, slots)
+    for wrong, kind, message in (
+        (torch.ones(2, 3), TypeError, r"attention_mask: expected .* bools or integers.*float32"),
+        (torch.ones(2, 2).bool(), ValueError, r"attention_mask: expected \[b, t\] = \[2, 3\]"),
+        ([[1] * 3] * 2, TypeError, r"attention_mask: expected a tensor .* got list"),
+    ):
+        with pytest.raises(kind, match=message):
+            layer.step(x, cache, slots, wrong)
+    assert cache.positions.tolist() == [0] * 4

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retention.cache import RetentionCache
 from retention.lm import devices
 from retention.lm.config import ModelConfig
 from retention.lm.errors import UsageError
-from retention.nn import GateProjection, PowerRetention, RetentionCache, all_or_nothing
+from retention.nn import GateProjection, PowerRetention, all_or_nothing
 
 VOCABULARY = 256  # a token is a byte
 
@@ -128,7 +129,8 @@ class LanguageModel(nn.Module):
         return self.embedding(self.norm(x))
 
     def init_caches(self, batch_size: int, switch_over_seq_len: int) -> list[RetentionCache]:
-        """Empty caches for `step`, one a layer, with rings of `switch_over_seq_len` tokens."""
+        """Empty caches for `step`, one a layer, that fold `switch_over_seq_len` tokens at a
+        time."""
         return [
             block.retention.init_cache(batch_size, switch_over_seq_len) for block in self.blocks
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ from retention.ops.symmetric_power import Expansion
 _PHI_ELEMENTS = 2**24
 
 
+class Tokens(NamedTuple):
+    """Tokens that are not in a state yet, the newest last, in the dtype of the arithmetic."""
+
+    k: Tensor  # [b, h, t, d]
+    v: Tensor  # [b, h, t, dv]
+    g: Tensor | None  # [b, h, t], log gates
+
+
+def by_head(K: Tensor, V: Tensor, log_G: Tensor | None, dtype: torch.dtype) -> Tokens:
+    """Tokens from K [b, t, h, d], V [b, t, h, dv] and log_G [b, t, h]."""
+    g = None if log_G is None else log_G.to(dtype).transpose(1, 2)
+    return Tokens(K.transpose(1, 2).to(dtype), V.transpose(1, 2).to(dtype), g)
+
+
 def decode(
     Q: Tensor,
     K: Tensor | None,
@@ -33,43 +47,53 @@ def decode(
     switch_over_seq_len: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """:func:`retention.power_retention_inference`, for arguments that were checked."""
-    b, tq, hq, _ = Q.shape
-    h, dv = initial_state.shape[1::2] if V is None else V.shape[2:]
     dtype = checks.state_dtype(Q.dtype)
     with without_autocast(Q.device):
-        q = Q.to(dtype)
-        # A product: the gradient of ldexp itself is not right in every torch release.
-        exponent = unit_exponent(q)
-        q = q * torch.ldexp(q.new_ones(exponent.shape), -exponent)
-        q = q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, tq, d]
-        n: Tensor | int = 0
-        z: Tensor | int = 0
-        g = None
-        if K is not None:
-            g, k, v = _cache(K, V, log_G, dtype)
-            n, z = _read_cache(q, k, v, g, deg)
-        if initial_state is not None:
-            n_state, z_state = _read_state(q, g, initial_state, sum_of_keys, deg)
-            n, z = n + n_state, z + z_state
-        out = normalise(cast(Tensor, n), cast(Tensor, z))  # [b, h, r, tq, dv]
-        out = out.permute(0, 3, 1, 2, 4).reshape(b, tq, hq, dv).to(Q.dtype)
+        tokens = None if K is None else by_head(K, V, log_G, dtype)
+        out = attend(Q, tokens, initial_state, sum_of_keys, deg)
         if K is None or switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
             return out, initial_state, sum_of_keys
-        return out, *_fold(k, v, g, initial_state, sum_of_keys, deg)
+        return out, *fold(tokens, initial_state, sum_of_keys, deg)
 
 
-def _cache(
-    K: Tensor, V: Tensor, log_G: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Log gates [b, h, tk] or None, keys [b, h, tk, d], values [b, h, tk, dv]."""
-    g = None if log_G is None else log_G.to(dtype).transpose(1, 2)
-    return g, K.transpose(1, 2).to(dtype), V.transpose(1, 2).to(dtype)
+def attend(
+    Q: Tensor,
+    tokens: Tokens | None,
+    state: Tensor | None,
+    keys: Tensor | None,
+    deg: int,
+    has_state: Tensor | None = None,
+) -> Tensor:
+    """What queries Q [b, tq, hq, d], of the last tq tokens, read: [b, tq, hq, dv] in Q's dtype.
+
+    ``state`` [b, h, D, dv] and ``keys`` [b, h, D] are those before the tokens. Where ``has_state``
+    [b] is false they count as zeros, whatever they hold.
+    """
+    b, tq, hq, _ = Q.shape
+    h, dv = state.shape[1::2] if tokens is None else tokens.v.shape[1::2]
+    q = Q.to(checks.state_dtype(Q.dtype))
+    # A product: the gradient of ldexp itself is not right in every torch release.
+    exponent = unit_exponent(q)
+    q = q * torch.ldexp(q.new_ones(exponent.shape), -exponent)
+    q = q.unflatten(2, (h, hq // h)).permute(0, 2, 3, 1, 4)  # [b, h, r, tq, d]
+    parts = []
+    if tokens is not None:
+        parts.append(_read_tokens(q, tokens, deg))
+    if state is not None:
+        g = None if tokens is None else tokens.g
+        n, z = _read_state(q, g, state, keys, deg)
+        if has_state is not None:
+            there = has_state[:, None, None, None, None]
+            n, z = torch.where(there, n, 0), torch.where(there, z, 0)
+        parts.append((n, z))
+    n, z = (sum(x[1:], start=x[0]) for x in zip(*parts, strict=True))
+    out = normalise(n, z)  # [b, h, r, tq, dv]
+    return out.permute(0, 3, 1, 2, 4).reshape(b, tq, hq, dv).to(Q.dtype)
 
 
-def _read_cache(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, deg: int
-) -> tuple[Tensor, Tensor]:
-    """Numerator [b, h, r, tq, dv] and normaliser [b, h, r, tq, 1] from the cached tokens."""
+def _read_tokens(q: Tensor, tokens: Tokens, deg: int) -> tuple[Tensor, Tensor]:
+    """Numerator [b, h, r, tq, dv] and normaliser [b, h, r, tq, 1] from the tokens."""
+    k, v, g = tokens
     (r, tq), tk = q.shape[2:4], k.shape[2]
     w = integer_power((q.flatten(2, 3) @ k.mT).unflatten(2, (r, tq)), deg)  # [b, h, r, tq, tk]
     if tq > 1:
@@ -82,7 +106,7 @@ def _read_cache(
 
 
 def _decays(g: Tensor, tq: int) -> Tensor:
-    """Decay of each cached token at the last tq: [b, h, tk] -> [b, h, tq, tk]; 0 after a query.
+    """Decay of each token at the last tq: [b, h, tk] -> [b, h, tq, tk]; 0 after a query.
 
     Sums of gates, never their differences: see `sums_between`. A token before the first query's
     decays until that one's, and from there on with the queries.
@@ -110,15 +134,11 @@ def _read_state(
     return n, z
 
 
-def _fold(
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    state: Tensor | None,
-    keys: Tensor | None,
-    deg: int,
+def fold(
+    tokens: Tokens, state: Tensor | None, keys: Tensor | None, deg: int
 ) -> tuple[Tensor, Tensor]:
-    """The state after the cached tokens, [b, h, D, dv] and [b, h, D]."""
+    """The state after the tokens, [b, h, D, dv] and [b, h, D]."""
+    k, v, g = tokens
     if g is not None:
         k = k * (sums_after(g) / deg).exp()[..., None]
         if state is not None:

@@ -1,0 +1,137 @@
+"""The operators ``torch.ops.retention.decode_*``: what is done to the slots of a pool, in place.
+
+Each takes the pool's tensors first, in the order of :class:`retention.ops.pool.Pool`, and declares
+that it writes to them. They are for arguments whose shapes and dtypes were checked, as
+:class:`retention.RetentionCache` does; what only the values tell is checked here, before anything
+is written, where that waits for no device. No operator has gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retention.ops import checks, pool
+from retention.ops.pool import Pool
+from retention.ops.pytorch import decoding
+from retention.ops.pytorch.decoding import NewTokens
+
+_library = torch.library.Library("retention", "FRAGMENT")
+
+_POOL = (
+    "Tensor(a!) high, Tensor(b!)? low, Tensor(c!) key_sum, Tensor(d!) keys, Tensor(e!) values, "
+    "Tensor(f!)? log_gates, Tensor(g!) cursors"
+)
+_FIELDS = len(Pool._fields)
+_NEW = "Tensor Q, Tensor K, Tensor V, Tensor? log_G, Tensor slots, Tensor? cu_seqlens"
+
+
+# ---- what values tell ---------------------------------------------------------------------------
+
+
+def check_distinct(name: str, slots: Tensor, p: Pool) -> None:
+    """On a CPU: no slot of the pool is there twice."""
+    if slots.device.type != "cpu":
+        return
+    seen = set()
+    for slot in slots.tolist():
+        if slot in seen:
+            raise ValueError(f"{name}: expected each slot at most once, got {slot} twice")
+        if 0 <= slot < p.cursors.shape[0]:
+            seen.add(slot)
+
+
+def _check_lengths(cu_seqlens: Tensor | None, t: int, most: int) -> None:
+    """On a CPU: sequences of at most ``most`` tokens, one after another."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    bounds = checks.sequence_bounds(cu_seqlens, t)
+    longest = max(stop - start for start, stop in itertools.pairwise(bounds))
+    if longest > most:
+        raise ValueError(
+            f"cu_seqlens: expected sequences of at most max_tokens_per_step = {most} tokens, got "
+            f"one of {longest}"
+        )
+
+
+def _check_rollback(slots: Tensor, tokens: Tensor, p: Pool) -> None:
+    """As many tokens as rings hold. Waits for a device, unless a CUDA graph is being captured."""
+    if slots.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    there = (slots >= 0) & (slots < p.cursors.shape[0])
+    length = pool.unpack(p.cursors[torch.where(there, slots, 0)]).length
+    wrong = (there & ((tokens < 0) | (tokens > length))).nonzero()[:, 0].tolist()
+    if wrong:
+        slot, least, got = (x[wrong[0]].item() for x in (slots, length, tokens))
+        raise ValueError(
+            f"tokens: expected 0 to {least}, the tokens in the ring of slot {slot}, got {got}"
+        )
+
+
+# ---- the PyTorch path ---------------------------------------------------------------------------
+
+
+def _fold(*arguments: Any) -> None:
+    p, (slots, window, keep, deg) = Pool(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    check_distinct("slots", slots, p)
+    decoding.fold(p, slots, window, keep, deg)
+
+
+def _step(*arguments: Any) -> Tensor:
+    p, new = Pool(*arguments[:_FIELDS]), NewTokens(*arguments[_FIELDS : _FIELDS + 4])
+    slots, cu_seqlens, max_tokens, window, deg = arguments[_FIELDS + 4 :]
+    check_distinct("slots", slots, p)
+    _check_lengths(cu_seqlens, new.Q.shape[1], max_tokens)
+    return decoding.step(p, new, slots, cu_seqlens, max_tokens, window, deg)
+
+
+def _prefill(*arguments: Any) -> Tensor:
+    p, new = Pool(*arguments[:_FIELDS]), NewTokens(*arguments[_FIELDS : _FIELDS + 4])
+    slots, cu_seqlens, keep, deg = arguments[_FIELDS + 4 :]
+    check_distinct("slots", slots, p)
+    _check_lengths(cu_seqlens, new.Q.shape[1], new.Q.shape[1])
+    return decoding.prefill(p, new, slots, cu_seqlens, keep, deg)
+
+
+def _copy(*arguments: Any) -> None:
+    p, (source, target) = Pool(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    check_distinct("target", target, p)
+    decoding.copy(p, source, target)
+
+
+def _reset(*arguments: Any) -> None:
+    decoding.reset(Pool(*arguments[:_FIELDS]), arguments[_FIELDS])
+
+
+def _rollback(*arguments: Any) -> None:
+    p, (slots, tokens) = Pool(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    check_distinct("slots", slots, p)
+    _check_rollback(slots, tokens, p)
+    decoding.rollback(p, slots, tokens)
+
+
+def _nothing(*arguments: Any) -> None:
+    pass
+
+
+def _output(*arguments: Any) -> Tensor:
+    Q, _, V = arguments[_FIELDS : _FIELDS + 3]
+    return Q.new_empty((*Q.shape[:3], V.shape[3]))
+
+
+_OPERATORS = {
+    "decode_fold(POOL, Tensor slots, int window, int keep, int deg) -> ()": (_fold, _nothing),
+    "decode_step(POOL, NEW, int max_tokens, int window, int deg) -> Tensor": (_step, _output),
+    "decode_prefill(POOL, NEW, int keep, int deg) -> Tensor": (_prefill, _output),
+    "decode_copy(POOL, Tensor source, Tensor target) -> ()": (_copy, _nothing),
+    "decode_reset(POOL, Tensor slots) -> ()": (_reset, _nothing),
+    "decode_rollback(POOL, Tensor slots, Tensor tokens) -> ()": (_rollback, _nothing),
+}
+for _schema, (_function, _fake) in _OPERATORS.items():
+    _schema = _schema.replace("POOL", _POOL).replace("NEW", _NEW)
+    _name = _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"retention::{_name}", _fake, lib=_library)
