@@ -35,7 +35,7 @@ class NewTokens(NamedTuple):
 
 
 class _Selection:
-    """Rows that are written, of all that a mask [n] is about; n is at least 1.
+    """Rows that are written, of all that a mask [n] is about.
 
     How many there are is not asked of a device, which would have to be waited for: there, rows that
     are not in the mask do again what the first one in it does.
@@ -47,7 +47,9 @@ class _Selection:
             self.rows = mask.nonzero()[:, 0]
         else:
             every = torch.arange(mask.shape[0], device=mask.device)
-            self.rows = torch.where(mask, every, mask.to(torch.int32).argmax())
+            # The first one has the largest number, for argmax promises no order among equals.
+            first = (mask * (every.shape[0] - every)).argmax() if len(every) else every
+            self.rows = torch.where(mask, every, first)
             self.some = mask.any()
 
     def store(self, target: Tensor, index: tuple[Tensor | slice, ...], values: Tensor) -> None:
@@ -135,10 +137,12 @@ def _emptied(cursor: Cursor) -> Cursor:
 
 def _read_state(p: Pool, slots: Tensor, folded: Tensor) -> tuple[Tensor, Tensor]:
     """States [n, h, D, dv] and sums of keys [n, h, D], to the last bit; zeros where empty."""
-    high = p.high[slots]
-    state = pool.join(high, p.low[slots]) if p.low is not None else high.to(p.key_sum.dtype)
+    state = p.high.index_select(0, slots)
+    if p.low is not None:
+        state = pool.join(state, p.low.index_select(0, slots))
     empty = (folded == 0)[:, None, None]
-    return state.masked_fill_(empty[..., None], 0), p.key_sum[slots].masked_fill_(empty, 0)
+    keys = p.key_sum.index_select(0, slots).masked_fill_(empty, 0)
+    return state.to(keys.dtype).masked_fill_(empty[..., None], 0), keys
 
 
 def _write_state(
@@ -217,8 +221,6 @@ def set_state(
 def fold(p: Pool, slots: Slots, window: int, keep: int, deg: int) -> None:
     """The operator ``retention::decode_fold``: the oldest tokens of a ring go into the state, up to
     the end of the slot's window, where there are as many beyond ``keep``."""
-    if len(slots) == 0:
-        return
     with without_autocast(slots.device):
         there, slots = _locate(p, slots)
         count = tokens_to_fold(pool.unpack(p.cursors[slots]), window, keep)
@@ -254,8 +256,6 @@ def step(
 ) -> Tensor:
     """The operator ``retention::decode_step``: full windows are folded, the new tokens of each row,
     at most ``most``, join the ring, and their queries read state and ring."""
-    if len(slots) == 0:
-        return new.Q.new_zeros(*new.Q.shape[:3], new.V.shape[3])
     fold(p, slots, window, 0, deg)
     with without_autocast(slots.device):
         return _append_and_attend(p, new, slots, cu_seqlens, most, deg)
@@ -264,6 +264,8 @@ def step(
 def _append_and_attend(
     p: Pool, new: NewTokens, slots: Slots, cu_seqlens: Tensor | None, most: int, deg: int
 ) -> Tensor:
+    if new.Q.numel() == 0:
+        return new.Q.new_zeros(*new.Q.shape[:3], new.V.shape[3])
     there, slots = _locate(p, slots)
     cursor = pool.unpack(p.cursors[slots])
     columns = _Columns.of(new.Q, cu_seqlens, most)
@@ -284,9 +286,10 @@ def _append_and_attend(
     ring = p.keys.shape[2]
     token = length[:, None] - ring + torch.arange(ring, device=slots.device)
     tokens = _ring(p, slots, cursor.start, token, token >= 0)
-    state = p.high[slots].to(p.key_sum.dtype)
-    out = decoding.attend(query, tokens, state, p.key_sum[slots], deg, cursor.folded > 0)
-    out = out.masked_fill_(~there[:, None, None, None], 0)
+    state = p.high.index_select(0, slots).to(p.key_sum.dtype)
+    keys = p.key_sum.index_select(0, slots)
+    out = decoding.attend(query, tokens, state, keys, deg, cursor.folded > 0)
+    out = out.contiguous().masked_fill_(~there[:, None, None, None], 0)
     out = columns.put_back(out, cu_seqlens, new.Q.shape[1])
 
     selection = _Selection(there)
@@ -368,8 +371,6 @@ def _fold_new(p: Pool, new: NewTokens, slots: Slots, cu_seqlens: Tensor | None, 
 def copy(p: Pool, source: Slots, target: Slots) -> None:
     """The operator ``retention::decode_copy``: what ``source`` [n] hold into ``target`` [n], as if
     all were read first."""
-    if len(source) == 0:
-        return
     has_source, source = _locate(p, source)
     has_target, target = _locate(p, target)
     selection = _Selection(has_source & has_target)
@@ -384,8 +385,6 @@ def copy(p: Pool, source: Slots, target: Slots) -> None:
 
 def reset(p: Pool, slots: Slots) -> None:
     """The operator ``retention::decode_reset``: nothing was seen."""
-    if len(slots) == 0:
-        return
     there, slots = _locate(p, slots)
     selection = _Selection(there)
     slots = slots[selection.rows]
@@ -395,8 +394,6 @@ def reset(p: Pool, slots: Slots) -> None:
 
 def rollback(p: Pool, slots: Slots, tokens: Tensor) -> None:
     """The operator ``retention::decode_rollback``: the last ``tokens`` [n] were never seen."""
-    if len(slots) == 0:
-        return
     there, slots = _locate(p, slots)
     selection = _Selection(there)
     slots, tokens = slots[selection.rows], tokens[selection.rows]
