@@ -426,6 +426,18 @@ def test_prefill_in_pieces_is_the_final_state(formats: tuple[torch.dtype, torch.
     assert (got_keys.double() - keys).abs().max() <= ARITHMETIC[formats[0]] * keys.abs().max()
 
 
+def test_a_state_that_has_seen_no_tokens_is_read():
+    config = Config(d=16, slots=2)
+    source, cache = used(config), config.cache()
+    slots = indices(1)
+    state, keys = source.state(slots)
+    cache.set_state(slots, state, keys, 0)
+    tokens = config.tokens(7, 1, 3)
+    wanted = retention.reference(**tokens, initial_state=state, sum_of_keys=keys)
+    torch.testing.assert_close(cache.step(**tokens, slots=slots), wanted, rtol=1e-9, atol=1e-9)
+    assert cache.positions.tolist() == [0, 3]
+
+
 def test_phases_are_spread_and_windows_end_there():
     config = Config(slots=4, window=8, most=1)
     cache, folded = config.cache(), [[] for _ in range(4)]
