@@ -116,13 +116,14 @@ class _Columns(NamedTuple):
 def _ring(p: Pool, slots: Tensor, start: Tensor, token: Tensor, real: Tensor) -> decoding.Tokens:
     """Tokens of rings, counted from the oldest: ``token`` [n, m], zeros where not ``real``."""
     place = torch.remainder(start[:, None] + token, p.keys.shape[2])
-    index = (slots[:, None], slice(None), place)
-    real = real[..., None]
-    return decoding.by_head(
-        p.keys[index].masked_fill_(~real[..., None], 0),
-        p.values[index].masked_fill_(~real[..., None], 0),
-        None if p.log_gates is None else p.log_gates[index].masked_fill_(~real, 0),
-        p.key_sum.dtype,
+    heads = torch.arange(p.keys.shape[1], device=slots.device)
+    index = (slots[:, None, None], heads[:, None], place[:, None])  # [n, h, m]
+    missing = ~real[:, None]
+    dtype = p.key_sum.dtype
+    return decoding.Tokens(
+        p.keys[index].to(dtype).masked_fill_(missing[..., None], 0),
+        p.values[index].to(dtype).masked_fill_(missing[..., None], 0),
+        None if p.log_gates is None else p.log_gates[index].masked_fill_(missing, 0),
     )
 
 
