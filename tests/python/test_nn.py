@@ -369,6 +369,19 @@ def test_compiles_whole():
         assert compiled(x).dtype == torch.bfloat16
 
 
+def test_step_compiles_whole():
+    layer = make("gqa", torch.float32)
+    one, other = layer.init_cache(3, 4), layer.init_cache(3, 4)
+    slots = torch.tensor([2, -1, 0], dtype=torch.int32)
+    compiled = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
+    for _ in range(9):
+        x = torch.randn(3, 1, layer.hidden_size)
+        torch.testing.assert_close(
+            compiled(x, one, slots)[0], layer.step(x, other, slots)[0], **SINGLE
+        )
+    assert one.positions.tolist() == [9, 0, 9]
+
+
 def test_checkpointing_functional_call_and_state_dict():
     layer = make("gqa")
     x = torch.randn(1, 20, layer.hidden_size, dtype=torch.float64, requires_grad=True)
