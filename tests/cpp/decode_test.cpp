@@ -149,7 +149,9 @@ class Decoder {
         reset({3, -1, kSlots}, {});
       }
     }
-    low_.download();
+    if (c.planes) {
+      low_.download();  // else the device has never heard of them
+    }
     bool low_written = false;
     for (size_t i = 0; i < kSlots * (heads * D * dv + gap); ++i) {
       low_written = low_written || low_[i] != 0xffff;

@@ -122,8 +122,9 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     int const lane = thread % 32;
     int const first_row = thread / 32 * Tiling::kWarpRows;
     Offsets const offsets = shared.offsets[thread];
-    if (!Diagonal && work.gate != nullptr) {
-      Tiles::make_column_factors(shared, row_gate[first_row], 1.0f, slot);
+    float factor[kTileKeys / 8][2];  // C_j times the unit
+    if constexpr (!Diagonal) {
+      column_factors(shared, work, row_gate[first_row], slot, offsets.gate, factor);
     }
     std::uint32_t a[kMmaRows][kTileKeys / 16][4];  // the weights: [row, key]
 #pragma unroll
@@ -133,12 +134,6 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
       if constexpr (Diagonal) {
         weigh(shared, work, row_gate, first_row, m, slot, offsets.gate, first_key, lane, score);
       } else {
-        if (m == 0) {
-          __syncwarp();  // the factors are there
-        }
-        // Read for each m: registers are short.
-        float factor[kTileKeys / 8][2];  // C_j times the unit
-        column_factors(shared, work, slot, offsets.gate, factor);
         for_each(score, [&](float& s, int, int n, int, int c) { s = s * factor[n][c] * s; });
       }
 #pragma unroll
@@ -178,15 +173,21 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     }
   }
 
-  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work, int slot,
+  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
+                                         detail::CumulativeGate const& row_gate, int slot,
                                          int gate_offset, float (&factor)[kTileKeys / 8][2]) {
+    if (work.gate == nullptr) {
 #pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      float2 const pair = work.gate == nullptr
-                              ? make_float2(work.unit, work.unit)
-                              : Tiles::column_factors(shared, slot, gate_offset, n);
-      factor[n][0] = pair.x;
-      factor[n][1] = pair.y;
+      for (int i = 0; i < kTileKeys / 4; ++i) {
+        factor[i / 2][i % 2] = work.unit;
+      }
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
+        factor[n][0] = detail::exp2(row_gate.since(key.gate[0]));
+        factor[n][1] = detail::exp2(row_gate.since(key.gate[1]));
+      }
     }
   }
 

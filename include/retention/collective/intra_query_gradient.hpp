@@ -74,8 +74,12 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
 
   // Whether sums of products are in shared memory between tiles: long rows leave no registers.
   static constexpr bool kParksProducts = HeadDim > 64;
+  // Whether each lane makes the decay of one key for all of its warp. A block of long rows is alone
+  // on its multiprocessor, and the wait for the others takes it longer than exponentials for all.
+  static constexpr bool kSharesFactors = HeadDim <= 64;
 
   struct SharedStorage : Tiles::SharedStorage {
+    alignas(8) float root[kSharesFactors ? Warps : 1][kTileKeys];  // of C_j, each warp's own
     // Each thread's own: here they take no registers.
     Offsets offsets[kThreads];
     Reach reach[kThreads];
@@ -244,15 +248,14 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     auto const offsets = [&]() -> Offsets const& {
       return kParksProducts ? shared.offsets[this_thread()] : kept_offsets;
     };
-    if (!Diagonal && work.gate != nullptr) {
-      Tiles::make_column_factors(shared, rows.gate[first_row], 0.5f, slot);  // roots
+    if (kSharesFactors && !Diagonal && work.gate != nullptr) {
+      __syncwarp();  // those of the tile before are read
+      shared.root[thread / 32][lane] = root_of_decay(rows.gate[first_row], shared.gate[slot][lane]);
+      __syncwarp();
     }
     float weight[kMmaRows][kTileKeys / 8][4] = {};  // s, s root(E), and then da
     multiply<QueryLayout, KeyLayout>(kept_query, query, offsets().query, shared.key, offsets().key,
                                      slot, weight);
-    if constexpr (!Diagonal) {
-      __syncwarp();  // the factors are there
-    }
     multiply_roots<Diagonal>(shared, work, rows, first_row, slot, offsets().gate, lane, weight);
     float product[kMmaRows][kTileKeys / 8][4] = {};  // u
     multiply<OutputLayout, ValueLayout>(kept_output, d_output, offsets().output, shared.value,
@@ -324,6 +327,11 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     }
   }
 
+  CUTE_DEVICE static float root_of_decay(detail::CumulativeGate const& row,
+                                         detail::CumulativeGate const& key) {
+    return detail::exp2(0.5f * row.since(key));
+  }
+
   // Multiplies by the square root of E_ij, or of C_j unless `Diagonal`.
   template <bool Diagonal>
   CUTE_DEVICE static void multiply_roots(SharedStorage const& shared, Work const& work,
@@ -335,26 +343,34 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     }
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      if constexpr (Diagonal) {
-        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
-#pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            auto const row = rows.gate[first_row + lane / 4 + 16 * m + i / 2 * 8];
-            weight[m][n][i] *= detail::exp2(0.5f * row.since(key.gate[i % 2]));
-          }
-        }
-        __syncwarp();  // else registers would have the rows' gates throughout
+      typename Tiles::ColumnGates key;
+      float column[2];  // root of C_j
+      if constexpr (kSharesFactors && !Diagonal) {
+        auto const pair = *reinterpret_cast<float2 const*>(
+            &shared.root[first_row / kWarpRows][8 * n + 2 * (lane % 4)]);
+        column[0] = pair.x;
+        column[1] = pair.y;
       } else {
-        float2 const column = Tiles::column_factors(shared, slot, gate_offset, n);
+        key = Tiles::column_gates(shared, slot, gate_offset, n);
+        if constexpr (!Diagonal) {
+          column[0] = root_of_decay(rows.gate[first_row], key.gate[0]);
+          column[1] = root_of_decay(rows.gate[first_row], key.gate[1]);
+        }
+      }
 #pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
+      for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            weight[m][n][i] *= i % 2 == 0 ? column.x : column.y;
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (Diagonal) {
+            weight[m][n][i] *= root_of_decay(rows.gate[first_row + lane / 4 + 16 * m + i / 2 * 8],
+                                             key.gate[i % 2]);
+          } else {
+            weight[m][n][i] *= column[i % 2];
           }
         }
+      }
+      if constexpr (Diagonal) {
+        __syncwarp();  // else registers would have the rows' gates throughout
       }
     }
   }

@@ -39,7 +39,7 @@ template <class Element_, int HeadDim, int ValueDim, int Threads>
 struct KeyTiles {
   using Element = Element_;
 
-  static constexpr int kTileKeys = 32;  // a lane each
+  static constexpr int kTileKeys = 32;
   // Of these, how many are loaded at a time: more of long rows would leave one block less room.
   static constexpr int kLoadTiles = HeadDim > 64 ? 1 : 2;
   static constexpr int kLoadKeys = kLoadTiles * kTileKeys;
@@ -59,7 +59,6 @@ struct KeyTiles {
     alignas(128) Element key[cute::cosize_v<KeyLayout>];
     alignas(128) Element value[cute::cosize_v<ValueLayout>];
     alignas(16) detail::CumulativeGate gate[kSlots][kTileKeys];
-    alignas(8) float column_factor[2][kThreads / 32][kTileKeys];
     // Each thread's own: here they take no registers.
     Source source[kThreads];
     detail::CumulativeGate const* gate_source[kLoadKeys];
@@ -160,27 +159,6 @@ struct KeyTiles {
     float4 const x = *reinterpret_cast<float4 const*>(
         reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
     return {{{x.x, x.y}, {x.z, x.w}}};
-  }
-
-  /// exp(scale (g - g_j)) of every key of a slot, for a gate g of the warp's. Each lane makes one
-  /// for all of the warp, who read them after a __syncwarp. Tiles one after the other have
-  /// different places, so that none is overwritten while it is read.
-  CUTE_DEVICE static void make_column_factors(SharedStorage& shared,
-                                              detail::CumulativeGate const& gate, float scale,
-                                              int slot) {
-    int const thread = this_thread();
-    shared.column_factor[slot % 2][thread / 32][thread % 32] =
-        detail::exp2(scale * gate.since(shared.gate[slot][thread % 32]));
-  }
-
-  /// Those of the lane's columns 8 n and 8 n + 1, whose gates are `offset` bytes from those of each
-  /// eight keys.
-  CUTE_DEVICE static float2 column_factors(SharedStorage const& shared, int slot, int offset,
-                                           int n) {
-    constexpr int kGateFloats = sizeof(detail::CumulativeGate) / sizeof(float);
-    return *reinterpret_cast<float2 const*>(
-        reinterpret_cast<char const*>(&shared.column_factor[slot % 2][this_thread() / 32][8 * n]) +
-        offset / kGateFloats);
   }
 
   /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the
