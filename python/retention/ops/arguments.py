@@ -49,7 +49,8 @@ def check_arguments(operands: Operands, deg: Any, scale: Any) -> None:
         checks.check_gate(log_G, Q, tuple(V.shape[:3]), "K")
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, Q)
-    checks.check_state(initial_state, sum_of_keys, Q, state_shape(operands, deg))
+    if initial_state is not None or sum_of_keys is not None:
+        checks.check_state(initial_state, sum_of_keys, Q, state_shape(operands, deg))
 
 
 def state_shape(operands: Operands, deg: int) -> tuple[int, int, int, int]:

@@ -98,7 +98,10 @@ def _check_backward(call: BackwardCall) -> None:
 
 
 def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
-    arguments = all_arguments(arguments)
+    return _run_on_cuda(all_arguments(arguments))
+
+
+def _run_on_cuda(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     plan = plan_forward(arguments)
     if _logger.isEnabledFor(logging.DEBUG):
         _log("forward", Operands(*arguments[:7]), plan.reason, plan.head_dims)
@@ -192,7 +195,7 @@ def _forward_autograd(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
     )
     if not differentiable:
         if cuda_is_next(keys):
-            return _forward_cuda(*arguments)
+            return _run_on_cuda(arguments)
         if not forward_mode_is_active():  # whose tangents apply looks for
             return call_below_autograd(_forward_overload, keys, arguments)
     if functorch_is_active(unknown=False):  # else apply refuses, in other words
@@ -211,7 +214,7 @@ def _is_sharded(x: Tensor) -> bool:
 
 def _forward_below_autograd(keys: Any, *arguments: Any) -> tuple[Tensor, ...]:
     if cuda_is_next(keys):
-        return _forward_cuda(*arguments)
+        return _run_on_cuda(all_arguments(arguments))
     return call_below_autograd(_forward_overload, keys, arguments)
 
 
