@@ -23,9 +23,24 @@ def read(path: Path) -> Row:
         raise UsageError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: expected results of `retention bench`: {error}") from None
-    if not isinstance(results, dict) or not {"rows", "options", "environment"} <= results.keys():
+    if not _is_of_a_run(results):
         raise UsageError(f"{path}: expected results of `retention bench --out`")
     return results
+
+
+def _is_of_a_run(results: Any) -> bool:
+    """Whether there is all that is read below: of rows, those of times."""
+
+    def has(x: Any, fields: dict[str, Any]) -> bool:
+        return isinstance(x, dict) and all(isinstance(x.get(k), v) for k, v in fields.items())
+
+    number = (int, float)
+    whole = {"rows": list, "options": dict, "environment": dict}
+    row = {"mode": str, "t": int, "peer": str}
+    times = row | {"ms": number, "low": number, "high": number}
+    return has(results, whole) and all(
+        has(x, times if isinstance(x, dict) and "low" in x else row) for x in results["rows"]
+    )
 
 
 def compare(old: Row, new: Row, console: Console) -> bool:
@@ -59,7 +74,7 @@ def compare(old: Row, new: Row, console: Console) -> bool:
         x, y = before[key], after[key]
         verdict = "slower" if y["low"] > x["high"] else "faster" if y["high"] < x["low"] else ""
         slower += verdict == "slower"
-        ratio = f"{y['ms'] / x['ms']:.3f}"
+        ratio = f"{y['ms'] / x['ms']:.3f}" if x["ms"] else ""
         table.add_row(key[0], f"{key[1]:,}", f"{x['ms']:.4g}", f"{y['ms']:.4g}", ratio, verdict)
     console.print(table)
     console.print(f"{slower} of {len(both)} times are slower than before, beyond their spread")

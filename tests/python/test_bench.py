@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import functools
 import itertools
 import json
 import math
+import operator
 import signal
 import threading
 import time
@@ -708,8 +710,32 @@ def test_where_all_fails_the_tables_say_so(monkeypatch, capsys):
     assert "no [/such] thing" in shown
 
 
-def test_compare_reads_what_it_says(tmp_path):
+def test_compare_reads_what_it_says(tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text("[]")
     with pytest.raises(UsageError, match="results of `retention bench --out`"):
         compare.read(path)
+
+
+def _parts(value, place=()):
+    """The places of all that is in it."""
+    yield place
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _parts(value[key], (*place, key))
+
+
+@pytest.mark.parametrize("other", [None, "text", -1, 0, [], {}], ids=repr)
+def test_compare_of_damaged_results_is_one_line_or_a_table(other, tmp_path, capsys):
+    run = saved(tmp_path / "run", {1024: 1.0, 2048: 2.0})
+    whole = json.loads(Path(run, "results.json").read_text())
+    damaged = tmp_path / "damaged.json"
+    for place in _parts(whole):
+        results = json.loads(json.dumps({"": whole}))
+        *outer, last = ("", *place)
+        functools.reduce(operator.getitem, outer, results)[last] = other
+        damaged.write_text(json.dumps(results[""]))
+        for pair in ((run, str(damaged)), (str(damaged), run)):
+            code = cli.main(["bench", "compare", *pair])
+            assert code in (0, 1, 2), place
+            assert code < 2 or capsys.readouterr().err.count("\n") == 1, place
