@@ -176,7 +176,9 @@ def test_peers_by_name_or_by_how_they_begin(names, expected, monkeypatch):
     assert [peer.name for peer in bench.peers()[0]] == expected
 
 
-@pytest.mark.parametrize("peer", [peers.Retention(), peers.all_peers("cpu", None)[2]], ids=str)
+@pytest.mark.parametrize(
+    "peer", [peers.Retention(), peers.all_peers("cpu", None)[2]], ids=lambda peer: peer.name
+)
 @pytest.mark.parametrize("change", [{}, {"gated": False}, {"b": 2}, {"hq": 2}], ids=str)
 def test_errors_are_roundings(peer, change):
     errors = peer.errors(dataclasses.replace(SMALL, **change), backward=True)
