@@ -27,6 +27,7 @@ class RetentionCache:
     ones. ``step`` reads both, with the definition of :func:`retention.power_retention`, and folds
     a window of tokens when there are as many. All memory is allocated here, once; every call
     changes it in place, without gradients, and without a word to the host but where it says so.
+    Calls on several CUDA streams have to wait for each other, also those for different slots.
 
     Rows of a call name their slots, int32 ``[n]``, each at most once. A slot of -1, or any other
     that is out of range, is padding: its output is 0, and nothing is read or written.
@@ -426,7 +427,7 @@ class RetentionCache:
         )
         if False in key or key not in self._checked:
             self._check_tokens(Q, K, V, log_G, slots, cu_seqlens)
-            if len(self._checked) < _MOST_CHECKED:
+            if False not in key and len(self._checked) < _MOST_CHECKED:
                 self._checked.add(key)
         return Q, K, V, log_G
 
@@ -439,6 +440,7 @@ class RetentionCache:
         slots: Tensor,
         cu_seqlens: Tensor | None,
     ) -> None:
+        """Raises TypeError or ValueError unless these are new tokens for the cache."""
         checks.check_tensor("Q", Q, "[n, t, hq, d]")
         self._check_kind("Q", Q, self.dtype)
         check_keys_values(Q, K, V, queries=Q.shape[1])
