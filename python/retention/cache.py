@@ -14,7 +14,10 @@ from retention.ops.arguments import cast_for_autocast, check_keys_values
 from retention.ops.pytorch import decoding
 from retention.ops.symmetric_power import state_dim
 
+# Looked up once, for every step would wait for it.
 _operators = torch.ops.retention
+_step = _operators.decode_step.default
+_MOST_CHECKED = 1024
 
 
 class RetentionCache:
@@ -24,6 +27,7 @@ class RetentionCache:
     ones. ``step`` reads both, with the definition of :func:`retention.power_retention`, and folds
     a window of tokens when there are as many. All memory is allocated here, once; every call
     changes it in place, without gradients, and without a word to the host but where it says so.
+    Calls on several CUDA streams have to wait for each other, also those for different slots.
 
     Rows of a call name their slots, int32 ``[n]``, each at most once. A slot of -1, or any other
     that is out of range, is padding: its output is 0, and nothing is read or written.
@@ -90,8 +94,8 @@ class RetentionCache:
         )
         self.max_tokens_per_step = max_tokens_per_step
         self.pool = self._layout.allocate(device)
-        phase = torch.arange(slots, device=self.device) * self.window // slots
-        pool.unpack(self.pool.cursors).phase.copy_(phase)
+        self._checked: set[tuple[Any, ...]] = set()  # what of new tokens was found to fit
+        self.reset()
 
     @classmethod
     def bytes(cls, *sizes: Any, **options: Any) -> int:
@@ -171,7 +175,6 @@ class RetentionCache:
 
     # ---- tokens ---------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def prefill(
         self,
         Q: Tensor,
@@ -216,7 +219,6 @@ class RetentionCache:
             *(*self.pool, Q, K, V, log_G, slots, cu_seqlens, keep, self.deg)
         )
 
-    @torch.no_grad()
     def step(
         self,
         Q: Tensor,
@@ -253,9 +255,7 @@ class RetentionCache:
             raise ValueError(
                 f"Q: expected at most max_tokens_per_step = {most} tokens, got {Q.shape[1]}"
             )
-        return _operators.decode_step(
-            *(*self.pool, Q, K, V, log_G, slots, cu_seqlens, most, self.window, self.deg)
-        )
+        return _step(*(*self.pool, Q, K, V, log_G, slots, cu_seqlens, most, self.window, self.deg))
 
     def rollback(self, slots: Tensor, tokens: int | Tensor) -> None:
         """The last tokens of each slot were never seen.
@@ -283,13 +283,16 @@ class RetentionCache:
     def reset(self, slots: Tensor | None = None) -> None:
         """Slots, int32 ``[n]``, have seen nothing. Default: all of them.
 
+        Where their windows end is spread again, which copies carry from slot to slot.
+
         Raises:
             TypeError, ValueError: ``slots`` of another type, dtype, shape or device.
         """
         if slots is None:
             slots = torch.arange(self.slots, dtype=torch.int32, device=self.device)
         self.check_slots("slots", slots)
-        _operators.decode_reset(*self.pool, slots)
+        phases = (slots.long() * self.window // self.slots).int()
+        _operators.decode_reset(*self.pool, slots, phases)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """What slots ``source`` hold into slots ``target``, as if all were read first: beams may
@@ -363,8 +366,7 @@ class RetentionCache:
     def state_dict(self) -> dict[str, Tensor]:
         """The cache's own tensors by name, and what they were laid out for: all contiguous, as
         ``safetensors.torch.save_file`` wants them."""
-        tensors = {name: x for name, x in self.pool._asdict().items() if x is not None}
-        return {**tensors, "configuration": self._configuration()}
+        return {**self.pool.remembered(), "configuration": self._configuration()}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -393,9 +395,8 @@ class RetentionCache:
                 "configuration: expected [window, max_tokens_per_step, head_dim, value_dim, deg] = "
                 f"{ours}, got {theirs}"
             )
-        for name, x in self.pool._asdict().items():
-            if x is not None:
-                x.copy_(state_dict[name])
+        for name, x in self.pool.remembered().items():
+            x.copy_(state_dict[name])
 
     def _configuration(self) -> Tensor:
         """What shapes and dtypes do not tell: int64 [5]."""
@@ -416,6 +417,30 @@ class RetentionCache:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The tensors of new tokens, cast as autocast has it, or TypeError or ValueError."""
         Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
+        if torch.compiler.is_compiling():
+            self._check_tokens(Q, K, V, log_G, slots, cu_seqlens)
+            return Q, K, V, log_G
+        # A step of few tokens waits for the host: what was found to fit is not looked at again.
+        key = tuple(
+            (x.shape, x.dtype, x.device) if type(x) is Tensor else x is None
+            for x in (Q, K, V, log_G, slots, cu_seqlens)
+        )
+        if False in key or key not in self._checked:
+            self._check_tokens(Q, K, V, log_G, slots, cu_seqlens)
+            if False not in key and len(self._checked) < _MOST_CHECKED:
+                self._checked.add(key)
+        return Q, K, V, log_G
+
+    def _check_tokens(
+        self,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        log_G: Tensor | None,
+        slots: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        """Raises TypeError or ValueError unless these are new tokens for the cache."""
         checks.check_tensor("Q", Q, "[n, t, hq, d]")
         self._check_kind("Q", Q, self.dtype)
         check_keys_values(Q, K, V, queries=Q.shape[1])
@@ -432,7 +457,6 @@ class RetentionCache:
         if cu_seqlens is not None:
             checks.check_cu_seqlens(cu_seqlens, Q)
         self.check_slots("slots", slots, Q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-        return Q, K, V, log_G
 
     def _check_kind(self, name: str, x: Tensor, dtype: torch.dtype) -> None:
         if x.dtype != dtype:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from cases import use_kernels
-from retention.ops import operators
-from retention.ops.cuda import coverage, launch
+from retention.ops import decoding_operators, operators
+from retention.ops.cuda import coverage, decoding, launch
 
 EMULATED = "RETENTION_EMULATED"  # names the folder of a module _C whose kernels the emulator runs
 
@@ -62,12 +62,15 @@ def emulator(monkeypatch, request):
         pytest.skip(f"needs kernels on the emulator: {EMULATED} is not set (see CONTRIBUTING.md)")
     use_kernels(monkeypatch, module)
     monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu", "meta"})
-    monkeypatch.setattr(launch, "current_device", lambda: torch.empty(0).get_device())
-    monkeypatch.setattr(launch, "allocate", aligned)
     # In the stream's place: the seed of the schedule in which a kernel's threads run.
     seeds = itertools.count(zlib.crc32(request.node.name.encode()))
-    monkeypatch.setattr(launch, "current_stream", lambda device: next(seeds))
+    for launches in (launch, decoding):
+        monkeypatch.setattr(launches, "current_device", lambda: torch.empty(0).get_device())
+        monkeypatch.setattr(launches, "allocate", aligned)
+        monkeypatch.setattr(launches, "current_stream", lambda device: next(seeds))
     with torch.library._scoped_library("retention", "IMPL") as library:
         library.impl("forward", operators._forward_cuda, "CPU")
         library.impl("backward", operators._backward_cuda, "CPU")
+        for name, run in decoding_operators.on_cuda.items():
+            library.impl(name, run, "CPU")
         yield

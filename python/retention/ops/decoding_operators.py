@@ -1,7 +1,9 @@
 """The operators ``torch.ops.retention.decode_*``: what is done to the slots of a pool, in place.
 
 Each takes the pool's tensors first, in the order of :class:`retention.ops.pool.Pool`, and declares
-that it writes to them. They are for arguments whose shapes and dtypes were checked, as
+that it writes to them. On CUDA devices the compiled kernels run the calls that they cover; PyTorch
+operations run all others. The logger ``retention`` says at level DEBUG which one each call took,
+and why. They are for arguments whose shapes and dtypes were checked, as
 :class:`retention.RetentionCache` does; what only the values tell is checked here, before anything
 is written, where that waits for no device. No operator has gradients.
 """
@@ -9,21 +11,26 @@ is written, where that waits for no device. No operator has gradients.
 from __future__ import annotations
 
 import itertools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from retention.ops import checks, pool
+from retention.ops.cuda import coverage
+from retention.ops.cuda import decoding as cuda
 from retention.ops.pool import Pool
 from retention.ops.pytorch import decoding
 from retention.ops.pytorch.decoding import NewTokens
 
+_logger = logging.getLogger("retention")
 _library = torch.library.Library("retention", "FRAGMENT")
 
 _POOL = (
     "Tensor(a!) high, Tensor(b!)? low, Tensor(c!) key_sum, Tensor(d!) keys, Tensor(e!) values, "
-    "Tensor(f!)? log_gates, Tensor(g!) cursors"
+    "Tensor(f!)? log_gates, Tensor(g!) cursors, Tensor(h!) arrivals"
 )
 _FIELDS = len(Pool._fields)
 _NEW = "Tensor Q, Tensor K, Tensor V, Tensor? log_G, Tensor slots, Tensor? cu_seqlens"
@@ -103,7 +110,7 @@ def _copy(*arguments: Any) -> None:
 
 
 def _reset(*arguments: Any) -> None:
-    decoding.reset(Pool(*arguments[:_FIELDS]), arguments[_FIELDS])
+    decoding.reset(Pool(*arguments[:_FIELDS]), *arguments[_FIELDS:])
 
 
 def _rollback(*arguments: Any) -> None:
@@ -111,6 +118,65 @@ def _rollback(*arguments: Any) -> None:
     check_distinct("slots", slots, p)
     _check_rollback(slots, tokens, p)
     decoding.rollback(p, slots, tokens)
+
+
+# ---- the kernels --------------------------------------------------------------------------------
+
+
+def _rollback_by_kernel(plan: cuda.Plan, arguments: tuple[Any, ...]) -> None:
+    p, (slots, tokens) = Pool(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    _check_rollback(slots, tokens, p)
+    cuda.rollback(plan, arguments)
+
+
+# A plan and a launch for each operator that has kernels. They fold at the start of steps; a fold
+# alone, and prefills but for their call of forward, are PyTorch operations everywhere.
+_KERNELS: dict[str, tuple[Callable[..., cuda.Plan], Callable[..., Any]]] = {
+    "decode_step": (cuda.plan_step, cuda.step),
+    "decode_copy": (cuda.plan_list, cuda.copy),
+    "decode_reset": (cuda.plan_list, cuda.reset),
+    "decode_rollback": (cuda.plan_list, _rollback_by_kernel),
+}
+
+
+def _log(name: str, arguments: tuple[Any, ...], reason: str | None) -> None:
+    high, keys, first = arguments[0], arguments[3], arguments[_FIELDS]
+    path = "kernels" if reason is None else f"PyTorch path ({reason})"
+    dtype, states = str(keys.dtype).removeprefix("torch."), [*high.shape]
+    what = "Q" if first.dim() == 4 else "slots"
+    _logger.debug(
+        *("%s on %s: %s; %s, states %s, %s %s", name, keys.device, path),
+        *(dtype, states, what, [*first.shape]),
+    )
+
+
+def _on_cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator on CUDA devices: by the kernels, or ``otherwise``."""
+    plan_of, launch = _KERNELS[name]
+
+    def run(*arguments: Any) -> Any:
+        plan = plan_of(arguments)
+        if _logger.isEnabledFor(logging.DEBUG):
+            _log(name, arguments, plan.reason)
+        return launch(plan, arguments) if plan.reason is None else otherwise(*arguments)
+
+    return run
+
+
+def _elsewhere(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator by PyTorch operations, where there are no kernels for it."""
+
+    def logged(*arguments: Any) -> Any:
+        if _logger.isEnabledFor(logging.DEBUG):
+            keys = arguments[3]
+            reason = coverage.device_reason(keys.device.type, keys.device.index)
+            _log(name, arguments, reason or "no kernel for this operator")
+        return run(*arguments)
+
+    return logged
+
+
+# ---- the operators ------------------------------------------------------------------------------
 
 
 def _nothing(*arguments: Any) -> None:
@@ -127,11 +193,19 @@ _OPERATORS = {
     "decode_step(POOL, NEW, int max_tokens, int window, int deg) -> Tensor": (_step, _output),
     "decode_prefill(POOL, NEW, int keep, int deg) -> Tensor": (_prefill, _output),
     "decode_copy(POOL, Tensor source, Tensor target) -> ()": (_copy, _nothing),
-    "decode_reset(POOL, Tensor slots) -> ()": (_reset, _nothing),
+    "decode_reset(POOL, Tensor slots, Tensor phases) -> ()": (_reset, _nothing),
     "decode_rollback(POOL, Tensor slots, Tensor tokens) -> ()": (_rollback, _nothing),
 }
+# What runs on CUDA devices, by name, where there are kernels.
+on_cuda: dict[str, Callable[..., Any]] = {}
 for _schema, (_function, _fake) in _OPERATORS.items():
     _schema = _schema.replace("POOL", _POOL).replace("NEW", _NEW)
     _name = _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _function = torch.no_grad()(_function)
+    # That there are no gradients needs no layer of autograd's, for which every step would wait.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(_name, _elsewhere(_name, _function), "CompositeExplicitAutograd")
+    if _name in _KERNELS:
+        on_cuda[_name] = _on_cuda(_name, _function)
+        _library.impl(_name, on_cuda[_name], "CUDA")
     torch.library.register_fake(f"retention::{_name}", _fake, lib=_library)

@@ -32,6 +32,22 @@ class Pool(NamedTuple):
     values: Tensor  # [slots, h, ring, dv], likewise
     log_gates: Tensor | None  # [slots, h, ring], as key_sum; None without gates
     cursors: Tensor  # [slots, 4] int64, of which each is the 32 bytes of a C++ `Cursor`
+    # [slots, h + 1] int32, zeros before and after every call: blocks of a step count each other
+    # there. Nothing of a slot's is in them, and calls at the same time cannot share them.
+    arrivals: Tensor
+
+    def remembered(self) -> dict[str, Tensor]:
+        """All that there is of slots, by name: the contents, then the cursors."""
+        tensors = self._asdict()
+        del tensors["arrivals"]
+        return {name: x for name, x in tensors.items() if x is not None}
+
+    def contents(self) -> list[Tensor]:
+        """What slots hold, without their cursors."""
+        return list(self.remembered().values())[:-1]
+
+
+CURSOR_INTEGERS = 4  # of 64 bits
 
 
 class Cursor(NamedTuple):
@@ -86,8 +102,18 @@ class Layout:
         tensors["values"] = ((*ring, self.value_dim), self.dtype)
         if self.gating:
             tensors["log_gates"] = (ring, wide)
-        tensors["cursors"] = ((self.slots, 4), torch.int64)
+        tensors["cursors"] = ((self.slots, CURSOR_INTEGERS), torch.int64)
+        tensors["arrivals"] = ((self.slots, self.kv_heads + 1), torch.int32)
         return tensors
+
+    @classmethod
+    def of(cls, p: Pool, deg: int) -> Layout:
+        """That of these tensors, where they are a pool's."""
+        slots, h, ring, d = p.keys.shape
+        state_dtype = p.high.dtype if p.low is None else torch.float32
+        gating = p.log_gates is not None
+        dv = p.high.shape[3]
+        return cls(slots, h, d, dv, ring, deg, gating, p.keys.dtype, state_dtype)
 
     def bytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors().values())

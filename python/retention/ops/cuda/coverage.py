@@ -78,6 +78,14 @@ def _reason_of_device(kind: str, index: int | None) -> str | None:
     return None
 
 
+def dtype_reason(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes inputs of this dtype."""
+    if dtype in ELEMENTS:
+        return None
+    names = {torch.float32: "fp32", torch.float64: "fp64"}
+    return f"no kernel for {names[dtype]} inputs: expected bf16 or fp16"
+
+
 def code_for(capability: tuple[int, int], architectures: list[str]) -> str | None:
     """What of ``sm_NN`` and ``compute_NN`` a device runs: its own machine code, else PTX."""
     wanted = capability[0] * 10 + capability[1]

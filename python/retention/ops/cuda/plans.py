@@ -114,9 +114,9 @@ def plan_forward(arguments: tuple[Any, ...]) -> Plan:
         V.get_device(),
         log_G is not None
         and (log_G.shape, log_G.is_contiguous() or log_G.stride(), log_G.dtype, log_G.get_device()),
-        initial_state is not None and _signature(initial_state),
-        sum_of_keys is not None and _signature(sum_of_keys),
-        cu_seqlens is not None and _signature(cu_seqlens),
+        initial_state is not None and signature(initial_state),
+        sum_of_keys is not None and signature(sum_of_keys),
+        cu_seqlens is not None and signature(cu_seqlens),
         arguments[7:],
         is_turned_off(),
     )
@@ -143,7 +143,7 @@ def chunk_taken(operands: Operands, options: Options) -> int | None:
     return _C.forward_chunk_size(plan.sizes, pointers)
 
 
-def _signature(x: Tensor) -> tuple[Any, ...]:
+def signature(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.is_contiguous() or x.stride(), x.dtype, x.get_device()
 
 
@@ -177,10 +177,7 @@ def _make_plan(operands: Operands, options: Options) -> Plan:
     deg, chunk_size, switch_over, return_final_state, save_for_backward, keep_states = options
     b, t, hq, d = Q.shape
     h, dv = V.shape[2:]
-    reason = coverage.device_reason(Q.device.type, Q.get_device())
-    if reason is None and Q.dtype not in ELEMENTS:
-        names = {torch.float32: "fp32", torch.float64: "fp64"}
-        reason = f"no kernel for {names[Q.dtype]} inputs: expected bf16 or fp16"
+    reason = coverage.device_reason(Q.device.type, Q.get_device()) or coverage.dtype_reason(Q.dtype)
     if reason is None and deg != 2:
         reason = f"no kernel for degree {deg}: expected 2"
     if reason is None and (b == 0 or t == 0):

@@ -378,19 +378,19 @@ def copy(p: Pool, source: Slots, target: Slots) -> None:
     source, target = source[selection.rows], target[selection.rows]
     cursors = p.cursors[source]
     selection.store(p.cursors, (target,), pool.pack(_emptied(pool.unpack(p.cursors[target]))))
-    for x in p[:-1]:
-        if x is not None:
-            selection.store(x, (target,), x[source])
+    for x in p.contents():
+        selection.store(x, (target,), x[source])
     selection.store(p.cursors, (target,), cursors)
 
 
-def reset(p: Pool, slots: Slots) -> None:
-    """The operator ``retention::decode_reset``: nothing was seen."""
+def reset(p: Pool, slots: Slots, phases: Tensor) -> None:
+    """The operator ``retention::decode_reset``: nothing was seen, and windows end at ``phases``,
+    int32 [n]."""
     there, slots = _locate(p, slots)
     selection = _Selection(there)
-    slots = slots[selection.rows]
-    empty = _emptied(pool.unpack(p.cursors[slots]))
-    selection.store(p.cursors, (slots,), pool.pack(empty))
+    slots, phases = slots[selection.rows], phases[selection.rows]
+    cursor = pool.unpack(p.cursors[slots])._replace(phase=phases)
+    selection.store(p.cursors, (slots,), pool.pack(_emptied(cursor)))
 
 
 def rollback(p: Pool, slots: Slots, tokens: Tensor) -> None:

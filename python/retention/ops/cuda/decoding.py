@@ -1,0 +1,282 @@
+"""Decoding by the kernels: plans of the calls on a pool's slots, and their launches.
+
+As for forward, what shapes, strides, dtypes, devices and options decide is found once; a call then
+allocates its results and passes addresses on. Nothing synchronises, and what there is to do is read
+on the device: a call that was captured into a CUDA graph can be replayed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import retention._C as _C
+from retention.ops.cuda import coverage
+from retention.ops.cuda.coverage import ELEMENTS, is_turned_off
+from retention.ops.cuda.plans import Layout, layout, row_strides, signature
+from retention.ops.pool import CURSOR_INTEGERS, Pool
+from retention.ops.pool import Layout as PoolLayout
+from retention.ops.symmetric_power import state_dim
+from retention.ops.torch_private import allocate, current_device, current_stream
+
+_DEG = 2
+_NULL_SLOT = -1
+_MOST_COPIES = 8192  # slots of one copy
+_FIELDS = len(Pool._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that the shapes, strides, dtypes, devices and options of a call decide."""
+
+    reason: str | None  # why the PyTorch path is taken; where None, all that follows is set
+    device: int = -1
+    sizes: tuple[int, ...] = ()  # in the order of _C.DECODE_STEP_SIZES, or _C.DECODE_LIST_SIZES
+    # Of a step:
+    copies: bool = False  # whether there are tensors that the kernels cannot read as they lie
+    out: Layout | None = None
+    workspace: Layout | None = None  # None: not needed
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 4096
+
+
+def _keep(key: tuple[Any, ...], plan: Plan) -> Plan:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+# ---- pools --------------------------------------------------------------------------------------
+
+
+def _of_pool(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    high, low, key_sum, keys, values, log_gates, cursors, arrivals = arguments[:_FIELDS]
+    return (
+        signature(high),
+        low is not None and signature(low),
+        signature(key_sum),
+        signature(keys),
+        signature(values),
+        log_gates is not None and signature(log_gates),
+        signature(cursors),
+        signature(arrivals),
+        is_turned_off(),
+    )
+
+
+def _check(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: Any, p: Pool) -> None:
+    """The kernels read and write memory by these."""
+    expected = (shape, dtype, p.keys.device)
+    got = None if x is None else (tuple(x.shape), x.dtype, x.device)
+    if got != expected:
+        raise ValueError(f"{name}: expected {expected} as the pool, got {got}")
+
+
+def _read_pool(p: Pool) -> tuple[str | None, tuple[int, ...]]:
+    """Why no kernel takes the pool, or None and the sizes of _C.DECODE_POOL_SIZES."""
+    dtype, device = p.keys.dtype, p.keys.device
+    slots, h, ring, d = p.keys.shape
+    D, dv = p.high.shape[2:]
+    reason = coverage.device_reason(device.type, device.index) or coverage.dtype_reason(dtype)
+    if reason is None and state_dim(d, _DEG) != D:
+        reason = f"no kernel for states of {D} rows: expected degree {_DEG}"
+    if reason is not None:
+        return reason, ()
+    for name, (shape, its_dtype) in PoolLayout.of(p, _DEG).tensors().items():
+        _check(name, getattr(p, name), shape, its_dtype, p)
+    strides: list[int] = []
+    for name in ("high", "low", "key_sum", "keys", "values", "log_gates"):
+        x = getattr(p, name)
+        if x is not None and not x[0, 0].is_contiguous():
+            return f"{name}: expected what follows the heads to be contiguous", ()
+        strides += (0, 0) if x is None else x.stride()[:2]
+    slot, integer = p.cursors.stride()
+    if integer != 1 or slot % CURSOR_INTEGERS or not p.arrivals.is_contiguous():
+        return "cursors, arrivals: expected whole cursors, and to be contiguous", ()
+    sizes = (ELEMENTS[dtype], _DEG, d, dv, h, slots, ring, _NULL_SLOT)
+    return None, (*sizes, *strides, slot // CURSOR_INTEGERS)
+
+
+def _step_pointers(p: Pool, packed: bool) -> tuple[int, ...]:
+    """Only which addresses are null matters here, and that the others are aligned."""
+    null = {"low"} if p.low is None else set()
+    null |= {"log_gates", "log_gate"} if p.log_gates is None else set()
+    null |= set() if packed else {"cu_seqlens"}
+    return tuple(256 * (name not in null) for name in _C.DECODE_STEP_POINTERS)
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+def plan_step(arguments: tuple[Any, ...]) -> Plan:
+    """How a call of ``retention::decode_step`` with these is carried out on a CUDA device.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
+    """
+    Q, K, V, log_G, slots, cu_seqlens = arguments[_FIELDS:-3]
+    key = (
+        _of_pool(arguments),
+        signature(Q),
+        signature(K),
+        signature(V),
+        log_G is not None and signature(log_G),
+        signature(slots),
+        cu_seqlens is not None and signature(cu_seqlens),
+        arguments[-3:],
+    )
+    return _plans.get(key) or _keep(key, _make_step(arguments))
+
+
+def _make_step(arguments: tuple[Any, ...]) -> Plan:
+    p = Pool(*arguments[:_FIELDS])
+    Q, K, V, log_G, slots, cu_seqlens, max_tokens, window, _ = arguments[_FIELDS:]
+    reason, of_pool = _read_pool(p)
+    if reason is None and 0 in Q.shape:
+        reason = "no tokens"
+    if reason is not None:
+        return Plan(reason)
+    h, hq, rows, packed = K.shape[2], Q.shape[2], slots.shape[0], cu_seqlens is not None
+    tokens = max_tokens if packed else Q.shape[1]
+    lead = Q.shape[:2] if packed else (rows, tokens)
+    d, dv = p.keys.shape[3], p.values.shape[3]
+    _check("Q", Q, (*lead, hq, d), p.keys.dtype, p)
+    _check("K", K, (*lead, p.keys.shape[1], d), p.keys.dtype, p)
+    _check("V", V, (*lead, h, dv), p.keys.dtype, p)
+    if log_G is not None:
+        _check("log_G", log_G, (*lead, h), torch.float32, p)
+    _check("slots", slots, (rows,), torch.int32, p)
+    if packed:
+        _check("cu_seqlens", cu_seqlens, (rows + 1,), torch.int32, p)
+    if rows > p.arrivals.shape[0]:
+        return Plan(f"{rows} rows: expected at most {p.arrivals.shape[0]}, one for each slot")
+
+    strides = [row_strides(x) for x in (Q, K, V)]
+    sizes = (
+        *(*of_pool, rows, tokens, hq),
+        *(stride for row in strides for stride in row or (0, 0, 0)),
+        *((0, 0, 0) if log_G is None else log_G.stride()),
+        *(window, 0, 0),  # keep, slice_pairs
+    )
+    pointers = _step_pointers(p, packed)
+    with torch.cuda.device(Q.get_device()):
+        reason = _C.decode_step_can_implement(sizes, pointers)
+        if reason is not None:
+            return Plan(reason)
+        workspace = _C.decode_step_workspace_size(sizes, pointers)
+    return Plan(
+        None,
+        Q.get_device(),
+        sizes,
+        None in strides
+        or not (slots.is_contiguous() and (not packed or cu_seqlens.is_contiguous())),
+        layout((*Q.shape[:3], dv), Q.dtype),
+        layout((workspace,), torch.uint8) if workspace else None,
+    )
+
+
+def step(plan: Plan, arguments: tuple[Any, ...]) -> Tensor:
+    """The operator ``retention::decode_step`` by the kernels, for a plan without a reason against:
+    full windows are folded, then the new tokens join."""
+    if plan.device != current_device():
+        with torch.cuda.device(plan.device):
+            return step(plan, arguments)
+    high, low, key_sum, keys, values, log_gates, cursors, arrivals = arguments[:_FIELDS]
+    Q, K, V, log_G, slots, cu_seqlens, _, _, _ = arguments[_FIELDS:]
+    q, k, v = Q.data_ptr(), K.data_ptr(), V.data_ptr()
+    if plan.copies or (q | k | v) & 15:
+        Q, K, V = (x.clone(memory_format=torch.contiguous_format) for x in (Q, K, V))
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        new = (Q, K, V, log_G, slots.contiguous(), cu_seqlens)
+        arguments = (*arguments[:_FIELDS], *new, *arguments[-3:])
+        return step(plan_step(arguments), arguments)
+    out = allocate(*plan.out)
+    if cu_seqlens is not None:
+        out.zero_()  # there may be tokens that no row has
+    # Freed when this returns, before the work is done: reused by later work on this stream only.
+    workspace = None if plan.workspace is None else allocate(*plan.workspace)
+    pointers = (
+        high.data_ptr(),
+        0 if low is None else low.data_ptr(),
+        key_sum.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        0 if log_gates is None else log_gates.data_ptr(),
+        cursors.data_ptr(),
+        q,
+        k,
+        v,
+        0 if log_G is None else log_G.data_ptr(),
+        out.data_ptr(),
+        slots.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        arrivals.data_ptr(),
+    )
+    _C.decode_step(
+        plan.sizes,
+        pointers,
+        0 if workspace is None else workspace.data_ptr(),
+        current_stream(plan.device),
+    )
+    return out
+
+
+# ---- lists of slots -----------------------------------------------------------------------------
+
+
+def plan_list(arguments: tuple[Any, ...]) -> Plan:
+    """How a call of an operator on two lists, of slots and something of theirs, is carried out on a
+    CUDA device.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
+    """
+    first, second = arguments[_FIELDS:]
+    key = (_of_pool(arguments), signature(first), signature(second))
+    return _plans.get(key) or _keep(key, _make_list(arguments))
+
+
+def _make_list(arguments: tuple[Any, ...]) -> Plan:
+    p = Pool(*arguments[:_FIELDS])
+    count = arguments[_FIELDS].shape[0]
+    reason, of_pool = _read_pool(p)
+    if reason is None and not 1 <= count <= _MOST_COPIES:
+        reason = f"{count} slots: expected 1 to {_MOST_COPIES}"
+    if reason is not None:
+        return Plan(reason)
+    for name, x in zip(("first list", "second list"), arguments[_FIELDS:], strict=True):
+        _check(name, x, (count,), torch.int32, p)
+    # Whether there is a kernel for the pool, a step of one token tells.
+    rest = (1, 1, p.keys.shape[1], *[0] * (len(_C.DECODE_STEP_SIZES) - len(of_pool) - 3))
+    with torch.cuda.device(p.keys.get_device()):
+        reason = _C.decode_step_can_implement((*of_pool, *rest), _step_pointers(p, False))
+    return Plan(reason, p.keys.get_device(), (*of_pool, count))
+
+
+def copy(plan: Plan, arguments: tuple[Any, ...]) -> None:
+    """The operator ``retention::decode_copy``; cursors are copied whole, with their phases."""
+    _run_on_lists(_C.decode_copy, plan, arguments)
+
+
+def reset(plan: Plan, arguments: tuple[Any, ...]) -> None:
+    """The operator ``retention::decode_reset``."""
+    _run_on_lists(_C.decode_reset, plan, arguments)
+
+
+def rollback(plan: Plan, arguments: tuple[Any, ...]) -> None:
+    """The operator ``retention::decode_rollback``."""
+    _run_on_lists(_C.decode_rollback, plan, arguments)
+
+
+def _run_on_lists(run: Any, plan: Plan, arguments: tuple[Any, ...]) -> None:
+    lists = [x.contiguous() for x in arguments[_FIELDS:]]
+    tensors = (*arguments[: _FIELDS - 1], *lists)  # without `arrivals`, which steps have
+    pointers = tuple(0 if x is None else x.data_ptr() for x in tensors)
+    with torch.cuda.device(plan.device):
+        run(plan.sizes, pointers, current_stream(plan.device))

@@ -1,0 +1,333 @@
+"""`RetentionCache` by the compiled kernels: on the emulator, and on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from torch import Tensor
+
+from retention import RetentionCache
+from retention.ops.cuda import coverage, decoding
+from test_cache import BF16, F16, F32, F64, Anything, Config, assert_same, snapshot
+
+# The smallest kernels, those of the emulator.
+SMALL = Config(d=32, dv=32, formats=(BF16, F32), ratio=2, by_kernels=True)
+
+
+def changed(**fields: Any) -> Config:
+    return dataclasses.replace(SMALL, **fields)
+
+
+CONFIGS = [
+    SMALL,
+    changed(formats=(BF16, BF16), ratio=1, most=1, window=1, slots=3),
+    changed(formats=(F16, F32), gating=False, h=1, ratio=5, window=16, most=16),
+    changed(formats=(F16, BF16), h=3, window=4, most=4),
+]
+LARGE = [
+    changed(d=64, dv=64, window=20),
+    changed(d=128, dv=64, formats=(BF16, BF16), ratio=5),
+    changed(d=64, dv=128, formats=(F16, F32), gating=False, h=1),
+    changed(d=128, dv=128, h=8, ratio=5, window=7, most=7, slots=9),
+]
+
+
+@pytest.fixture(
+    params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def device(request) -> str:
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("emulator")
+    return "cpu"
+
+
+@pytest.fixture
+def paths(caplog):
+    """``paths()``: the operators that ran since the last question, and the path that each took."""
+    caplog.set_level(logging.DEBUG, logger="retention")
+
+    def asked() -> list[tuple[str, str]]:
+        taken = [m.split(" on ", 1) for m in caplog.messages if m.startswith("decode_")]
+        caplog.clear()
+        return [(name, rest.split(": ", 1)[1].split(";")[0]) for name, rest in taken]
+
+    return asked
+
+
+def used(config: Config) -> RetentionCache:
+    cache = config.cache()
+    slots = config.indices(*range(config.slots))
+    cache.prefill(**config.tokens(0, config.slots, 13), slots=slots, keep=1)
+    for i in range(4):
+        cache.step(**config.tokens(i, config.slots, 1), slots=slots)
+    return cache
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, *LARGE], ids=str)
+def test_anything(device, config):
+    if device == "cpu" and config in LARGE:
+        pytest.skip("too large for the emulator")
+
+    class Machine(Anything):
+        configs = (dataclasses.replace(config, device=device),)
+
+    few = settings(
+        phases=[Phase.generate],  # to make failures smaller takes the emulator minutes
+        suppress_health_check=[HealthCheck.too_slow],
+        max_examples=8 if device == "cpu" else 40,
+        stateful_step_count=12,
+        deadline=None,
+    )
+    run_state_machine_as_test(Machine, settings=few)
+
+
+def test_which_path_runs_where(device, paths):
+    config = dataclasses.replace(SMALL, device=device)
+    cache = config.cache()
+    slots, new = config.indices(0, -1, 2), config.tokens(0, 3, 2)
+    cache.prefill(**new, slots=slots)
+    cache.step(**new, slots=slots)
+    cache.rollback(slots, 1)
+    cache.copy(slots, slots.flip(0))
+    cache.reset(slots)
+    assert paths() == [
+        ("decode_reset", "kernels"),
+        ("decode_prefill", "PyTorch path (no kernel for this operator)"),
+        *((f"decode_{name}", "kernels") for name in ("step", "rollback", "copy", "reset")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "rows", "expected"),
+    [
+        (Config((F32, F32), d=32, dv=32), 1, 2, "no kernel for fp32 inputs: expected bf16 or fp16"),
+        (Config((F64, F64), d=32, dv=32), 1, 2, "no kernel for fp64 inputs: expected bf16 or fp16"),
+        (changed(d=8, deg=4), 1, 2, "no kernel for states of 560 rows: expected degree 2"),
+        (changed(d=48), 1, 2, "no kernel for bf16_d48_dv32_p2: expected degree"),
+        (changed(dv=24), 1, 2, "no kernel for bf16_d32_dv24_p2: expected degree"),
+        (changed(ratio=65), 1, 2, "query_heads: got 130, expected a multiple of heads = 2"),
+        (changed(window=17, most=17), 17, 2, "tokens: got 17, expected at most 16"),
+        (changed(window=513), 1, 2, "window: got 513, expected 0, or tokens = 1 to 512"),
+        (SMALL, 0, 2, "no tokens"),
+        (SMALL, 1, 5, "5 rows: expected at most 4, one for each slot"),
+    ],
+    ids=str,
+)
+def test_reasons_against_a_step(device, paths, config, tokens, rows, expected):
+    """The PyTorch path then steps as it does without kernels."""
+    config = dataclasses.replace(config, device=device)
+    cache, other = config.cache(), config.cache()
+    slots, new = config.indices(*[0, 3, -1, -1, -1][:rows]), config.tokens(0, rows, tokens)
+    paths()
+    out = cache.step(**new, slots=slots)
+    ((name, path),) = paths()
+    assert name == "decode_step"
+    assert path.startswith(f"PyTorch path ({expected}")
+    with coverage.turned_off():
+        wanted = other.step(**new, slots=slots)
+    assert paths() == [("decode_step", "PyTorch path (kernels are turned off)")]
+    assert torch.equal(out, wanted)
+    assert_same(cache, snapshot(other), [*range(config.slots)])
+
+
+def test_a_list_of_no_slots_and_one_of_too_many(device, paths):
+    config = dataclasses.replace(SMALL, device=device)
+    cache = config.cache()
+    paths()
+    for count in (0, 8193):
+        slots = torch.full((count,), -1, dtype=torch.int32, device=device)
+        cache.copy(slots, slots)
+    assert paths() == [
+        ("decode_copy", f"PyTorch path ({count} slots: expected 1 to 8192)") for count in (0, 8193)
+    ]
+
+
+@pytest.mark.parametrize("name", ["high", "key_sum", "log_gates", "cursors", "Q", "slots"])
+def test_tensors_that_do_not_fit_are_refused(device, name):
+    """The kernels would read and write what is not theirs."""
+    config = dataclasses.replace(SMALL, device=device)
+    cache, slots = config.cache(), config.indices(0, 1)
+    new = {**cache.pool._asdict(), **config.tokens(0, 2, 1), "slots": slots}
+    narrowed = {"Q": new["Q"][..., :-8], "slots": slots.long()}.get(name, new[name][:-1])
+    arguments = {**new, name: narrowed}.values()
+    with pytest.raises(ValueError, match=f"^{name}: expected .* as the pool, got "):
+        torch.ops.retention.decode_step(*arguments, None, config.most, config.window, 2)
+
+
+def test_rows_as_they_lie_and_rows_that_are_copied(device, paths):
+    """Of one projection for queries, keys and values, of heads before tokens, off by one."""
+    config = dataclasses.replace(SMALL, device=device, gating=False, most=2)
+    tokens = config.tokens(0, 3, 2)
+    together = torch.cat((tokens["Q"], tokens["K"], tokens["V"]), 2)
+    parts = dict(zip("QKV", together.split([4, 2, 2], 2), strict=True))
+
+    def off_by_one(x: Tensor) -> Tensor:
+        memory = x.new_empty(x.numel() + 1)[1:].view(x.shape)
+        return memory.copy_(x)
+
+    def every_second(x: Tensor) -> Tensor:
+        return torch.stack((x, x), -1).flatten(-2)[..., ::2]
+
+    outs = []
+    for view in (
+        tokens,
+        {**parts, "log_G": None},
+        *(
+            {name: x if x is None else change(x) for name, x in tokens.items()}
+            for change in (off_by_one, every_second, lambda x: x.mT.contiguous().mT)
+        ),
+    ):
+        cache = config.cache()
+        slots = every_second(config.indices(3, -1, 0))
+        outs.append(cache.step(**view, slots=slots))
+        assert outs[-1].is_contiguous()
+    assert set(paths()) == {("decode_reset", "kernels"), ("decode_step", "kernels")}
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+# ---- on a device --------------------------------------------------------------------------------
+
+ON_GPU = changed(d=64, dv=64, window=6, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_captured_step(packed):
+    """Replayed for other slots, tokens and lengths, with folds, as the same calls without it."""
+    graphed, other = used(ON_GPU), used(ON_GPU)
+    lead = (1, 8) if packed else (3, 2)
+    new, slots = ON_GPU.tokens(0, *lead), ON_GPU.indices(-1, -1, -1)
+    bounds = ON_GPU.indices(0, 2, 2, 5) if packed else None
+    taken = ON_GPU.indices(0, 0, 0)
+
+    def run(cache: RetentionCache) -> Tensor:
+        out = cache.step(**new, slots=slots, cu_seqlens=bounds)
+        cache.rollback(slots, taken)
+        cache.copy(slots, slots.flip(0))
+        return out
+
+    run(graphed)  # kernels are loaded then; of padding alone
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(graphed)
+    assert_same(graphed, snapshot(other), [0, 1, 2, 3])
+    for i in range(20):
+        for name, x in ON_GPU.tokens(i, *lead).items():
+            new[name].copy_(x)
+        slots.copy_(ON_GPU.indices(*[(2, -1, 0), (1, 2, 3), (0, 9, 1)][i % 3]))
+        taken.fill_(i % 2)
+        if packed:
+            bounds.copy_(ON_GPU.indices(*[(0, 1, 2, 5), (0, 3, 6, 7)][i % 2]))
+            taken.zero_()
+        graph.replay()
+        assert torch.equal(run(other), out)
+        assert_same(graphed, snapshot(other), [0, 1, 2, 3])
+
+
+@pytest.mark.gpu
+def test_nothing_synchronises(paths):
+    cache, slots = used(ON_GPU), ON_GPU.indices(2, -1, 0)
+    new, packed = ON_GPU.tokens(0, 3, 2), ON_GPU.tokens(0, 1, 6)
+    bounds = ON_GPU.indices(0, 2, 2, 5)
+    torch.cuda.synchronize()
+    paths()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(9):
+            cache.step(**new, slots=slots)
+            cache.step(**packed, slots=slots, cu_seqlens=bounds)
+        cache.copy(slots, slots.flip(0))
+        cache.reset(slots)
+        cache.reset()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {path for _, path in paths()} == {"kernels"}
+
+
+@pytest.mark.gpu
+def test_a_side_stream():
+    """Behind work that takes its time, and with nothing on the default stream to wait for."""
+    cache, other = used(ON_GPU), used(ON_GPU)
+    slots = ON_GPU.indices(0, 1, 2, 3)
+    tokens = [ON_GPU.tokens(i, 4, 2) for i in range(8)]
+    wanted = [other.step(**new, slots=slots) for new in tokens]
+    torch.cuda.synchronize()
+    late = [{name: torch.zeros_like(x) for name, x in new.items()} for new in tokens]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        outs = []
+        for new, given in zip(late, tokens, strict=True):
+            for name, x in new.items():
+                x.copy_(given[name])
+            outs.append(cache.step(**new, slots=slots))
+    stream.synchronize()
+    assert all(torch.equal(*pair) for pair in zip(outs, wanted, strict=True))
+    assert_same(cache, snapshot(other), [0, 1, 2, 3])
+
+
+@pytest.mark.gpu
+def test_inference_mode_and_autocast_on_a_device(paths):
+    cache, other = used(ON_GPU), used(ON_GPU)
+    slots = ON_GPU.indices(0, 1, 2, 3)
+    paths()
+    for i in range(8):
+        new = ON_GPU.tokens(i, 4, 2)
+        wide = {name: x.float().requires_grad_() for name, x in new.items()}
+        with torch.inference_mode(i % 2 == 0), torch.autocast("cuda", dtype=BF16):
+            out = cache.step(**wide, slots=slots)
+        assert not out.requires_grad
+        assert torch.equal(out, other.step(**new, slots=slots))
+    assert set(paths()) == {("decode_step", "kernels")}
+    assert_same(cache, snapshot(other), [0, 1, 2, 3])
+
+
+@pytest.mark.gpu
+def test_another_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    config = dataclasses.replace(ON_GPU, device="cuda:1")
+    cache, other = used(config), used(ON_GPU)
+    slots = (0, 1, 2, 3)
+    for i in range(8):
+        out = cache.step(**config.tokens(i, 4, 2), slots=config.indices(*slots))
+        wanted = other.step(**ON_GPU.tokens(i, 4, 2), slots=ON_GPU.indices(*slots))
+        assert torch.equal(out.cpu(), wanted.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+def test_the_host_of_a_step_is_done_in_time(monkeypatch):
+    """The whole of ``RetentionCache.step``, up to the call that launches."""
+    cache, slots = used(ON_GPU), ON_GPU.indices(0, 1, 2, 3)
+    new = ON_GPU.tokens(0, 4, 1)
+
+    def microseconds(calls: int = 100, rounds: int = 100) -> float:
+        best = math.inf
+        for _ in range(rounds):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                cache.step(**new, slots=slots)
+            best = min(best, (time.perf_counter() - start) / calls * 1e6)
+        return best
+
+    whole = microseconds()
+    binding = SimpleNamespace(decode_step=lambda sizes, pointers, workspace, stream: None)
+    monkeypatch.setattr(decoding, "_C", binding)
+    before = microseconds()
+    print(f"\nhost: {whole:.1f} us a step, {before:.1f} us before the launch")
+    assert before < 15
