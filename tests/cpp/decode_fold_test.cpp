@@ -318,8 +318,8 @@ void run_all() {
   Case many{"among many rows", {{16, 16, 0, 16}, {16, 3, 0, 0}, {0, 40, 3, 3}}, 2, 16, 0, kBlocks};
   many.padding = 510;  // that end with a list of rows, or nearly so
   run_case(many);
-  Case tiles{"several tiles of tokens", {{80, 90, 0, 80}}, 1, 80, 0, kBlocks};
-  tiles.ring = 100;
+  Case tiles{"several tiles of tokens", {{160, 170, 0, 160}}, 1, 160, 0, kBlocks};
+  tiles.ring = 180;
   run_case(tiles);
   Case same{"planes as they were", {{16, 16, 0, 16}}, 1, 16, 0, kBlocks, 0.0f};
   same.zero_keys = true;

@@ -231,10 +231,10 @@ void run(Case const& c, std::uint64_t seed) {
   params.heads = c.heads;
   params.group = c.group;
   params.pool = pool;
-  params.slice_pairs = c.slice_pairs;
-  params.parts = c.slice_pairs == 0 ? 1 : (Kernel::kPairs + c.slice_pairs - 1) / c.slice_pairs + 1;
+  params.slice_pairs = c.slice_pairs == 0 ? Kernel::kPairs : c.slice_pairs;
+  params.parts = c.slice_pairs == 0 ? 1 : (Kernel::kPairs + c.slice_pairs - 1) / c.slice_pairs;
   auto const parts = static_cast<size_t>(params.parts);
-  GlobalArray<float> partial("partial", rows * heads * parts * tokens * group * (ValueDim + 1) + 1);
+  GlobalArray<float> partial("partial", rows * heads * parts * tokens * group * (ValueDim + 4) + 1);
   GlobalArray<unsigned> arrivals("arrivals", rows * (heads + 1));
   std::fill(arrivals.begin(), arrivals.end(), 0u);
   params.partial = partial.data();

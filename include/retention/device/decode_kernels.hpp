@@ -29,6 +29,12 @@ struct DecodeKernels {
                     Step<1>::kMaxTokens == kMaxDecodeTokens &&
                     kernel::DecodeCopy::kMaxSlots == kMaxDecodeCopies,
                 "what the host side accepts");
+  template <int MmaRows>
+  static constexpr bool kPlanned =
+      Step<MmaRows>::kMinBlocks == DecodeStepPlan::resident_blocks(HeadDim, ValueDim, MmaRows);
+  static_assert(kPlanned<1> && kPlanned<2> && kPlanned<4> &&
+                    Fold::kMinBlocks == DecodeStepPlan::resident_fold_blocks(HeadDim, ValueDim),
+                "as many blocks as the plan fills");
 
   /// Launchers as in ForwardKernels::run.
   template <class Launcher>
@@ -127,7 +133,7 @@ struct DecodeKernels {
     p.heads = a.pool.heads;
     p.group = a.query_heads / a.pool.heads;
     p.pool = pool_of(a.pool);
-    p.parts = plan.parts;
+    p.parts = plan.slices.count;
     p.slice_pairs = plan.slices.pairs;
     p.partial = plan.partial.template in<float>(workspace);
     p.arrivals = a.arrivals;

@@ -35,11 +35,9 @@ struct DecodeStepPlan {
 
   DecodeStepArguments arguments;
   int mma_rows = 1;    // 16 queries each, that a block has at one time: 1, 2 or 4
-  StateSlices slices;  // that blocks of the step read
-  int parts = 1;       // blocks of a head: one for each slice and one for the ring, where it is cut
+  StateSlices slices;  // that blocks of the step read, each with a share of the ring
   int fold_blocks = 1;
-  Region
-      partial;  // [b, h, parts, t * hq / h, dv + 1] floats: of each part, where there are several
+  Region partial;  // [b, h, slices, t * hq / h, dv + 4] floats, where there are several
   std::size_t workspace_bytes = 0;
 
   /// For arguments that can be implemented.
@@ -51,35 +49,43 @@ struct DecodeStepPlan {
     std::int64_t const heads = std::int64_t{arguments.rows} * pool.heads;
     int const queries = arguments.tokens * (arguments.query_heads / pool.heads);
     plan.mma_rows = queries <= 16 ? 1 : queries <= 32 ? 2 : 4;
-    std::int64_t const blocks = resident_blocks(pool.value_dim, multiprocessors);
+    std::int64_t const blocks =
+        std::int64_t{resident_blocks(pool.head_dim, pool.value_dim, plan.mma_rows)} *
+        multiprocessors;
     plan.slices = arguments.slice_pairs == 0 ? choose_slices(pairs, heads, blocks)
                                              : StateSlices::of(pairs, arguments.slice_pairs);
-    plan.parts = plan.slices.count == 1 ? 1 : plan.slices.count + 1;
     // Which heads fold, and so how much there is to do, only the device knows.
+    std::int64_t const fold_blocks =
+        std::int64_t{resident_fold_blocks(pool.head_dim, pool.value_dim)} * multiprocessors;
     plan.fold_blocks = static_cast<int>(
-        std::min<std::int64_t>(blocks, (heads * pairs + kLeastPairs - 1) / kLeastPairs));
+        std::min<std::int64_t>(fold_blocks, (heads * pairs + kLeastPairs - 1) / kLeastPairs));
     Regions regions;
-    if (plan.parts > 1) {
+    if (plan.slices.count > 1) {
       plan.partial =
-          regions.take(heads * plan.parts * queries * (pool.value_dim + 1), sizeof(float));
+          regions.take(heads * plan.slices.count * queries * (pool.value_dim + 4), sizeof(float));
     }
     plan.workspace_bytes = regions.bytes();
     return plan;
   }
 
+  /// Blocks of a step that a multiprocessor runs at one time, by their registers. Their loads on
+  /// the way are enough for all of the memory's bandwidth.
+  static constexpr int resident_blocks(int head_dim, int value_dim, int mma_rows) {
+    return value_dim > 64 ? 2 : mma_rows == 1 && head_dim <= 64 ? 4 : 3;
+  }
+
+  /// Those of a fold, by their shared memory.
+  static constexpr int resident_fold_blocks(int head_dim, int value_dim) {
+    return std::max(head_dim, value_dim) > 64 ? 2 : 3;
+  }
+
  private:
   static constexpr int kLeastPairs = 2;  // in less, a loop would end before it has got going
 
-  // At one time, of any of the kernels: by their registers. Their loads on the way are enough for
-  // all of the memory's bandwidth.
-  static std::int64_t resident_blocks(int value_dim, int multiprocessors) {
-    return std::int64_t{value_dim > 64 ? 2 : 3} * multiprocessors;
-  }
-
-  // One for each slice and one for the ring. Where there is no room for three blocks a head, each
-  // is one block: no sums are left in memory for another.
+  // Where there is no room for two blocks a head, each is one block: no sums are left in memory for
+  // another.
   static StateSlices choose_slices(int pairs, std::int64_t heads, std::int64_t blocks) {
-    std::int64_t const slices = std::max<std::int64_t>(blocks / heads - 1, 1);
+    std::int64_t const slices = std::max<std::int64_t>(blocks / heads, 1);
     auto const in_slice = static_cast<int>((pairs + slices - 1) / slices);
     return StateSlices::of(pairs, std::max(in_slice, kLeastPairs));
   }

@@ -48,25 +48,27 @@ struct DecodeFold {
 
   static constexpr int kWarps = 4;  // each has 16 of the 64 rows of a block pair
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kMinBlocks = cute::max(HeadDim, ValueDim) > 64 ? 2 : 3;
   static constexpr int kMaxWindow = 512;
-  static constexpr int kTileTokens = 64;
+  static constexpr int kTileTokens = 128;  // most windows are one tile, that is loaded once
   static constexpr int kTileRows = 64;
   static constexpr int kBlocks = HeadDim / 8;
   static constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
-  static constexpr int kPitch = kTileTokens + 2;    // of keys
-  static constexpr int kListedRows = 4 * kThreads;  // at one time
-  static constexpr int kLeastPairs = 2;             // that are worth a block
+  static constexpr int kPitch = kTileTokens + 8;  // of keys: four rows and quads, all banks
+  static constexpr int kThreadRows = 4;           // that a thread looks at, at one time
+  static constexpr int kListedRows = kThreadRows * kThreads;
+  static constexpr int kLeastPairs = 2;  // that are worth a block
 
   using ValueLayout = collective::StagedTileLayout<kTileTokens, ValueDim, 1>;
 
   struct SharedStorage {
     alignas(128) cute::bfloat16_t value[cute::cosize_v<ValueLayout>];
     float key[HeadDim][kPitch];  // transposed
-    float weight[kMaxWindow];    // of each token: what is left of it at the window's end
-    float decay;                 // of the whole window
-    int row[kListedRows];        // that fold
-    int warp_rows[kWarps];
+    float gate[kMaxWindow];
+    float weight[kMaxWindow];  // of each token: what is left of it at the window's end
+    float decay;               // of the whole window
+    int row[kListedRows];      // that fold
+    int warp_rows[kThreadRows][kWarps];
     int is_last;
   };
 
@@ -120,27 +122,46 @@ struct DecodeFold {
   CUTE_DEVICE static int list_rows(Params const& params, SharedStorage& shared, int first,
                                    int thread) {
     int const lane = thread % 32, warp = thread / 32;
-    int const end = cute::min(first + kListedRows, params.rows);
-    int count = 0;
-    for (; first < end; first += kThreads) {
-      int const row = first + thread;
-      bool const folds = row < end && tokens_of_row(params, row) > 0;
-      unsigned const lanes = __ballot_sync(0xffffffffu, folds);
-      if (lane == 0) {
-        shared.warp_rows[warp] = cute::popcount(lanes);
+    // In most steps this is all that a block does: two waits, for all slots and all cursors.
+    int slots[kThreadRows];
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      int const row = first + kThreads * i + thread;
+      slots[i] = row < params.rows ? params.slots[row] : -1;
+    }
+    Cursor cursors[kThreadRows] = {};
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      if (params.pool.has(slots[i])) {
+        cursors[i] = *params.pool.cursor(slots[i]);
       }
-      __syncthreads();
+    }
+    unsigned lanes[kThreadRows];
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      bool const folds =
+          params.pool.has(slots[i]) && tokens_to_fold(cursors[i], params.window, params.keep) > 0;
+      lanes[i] = __ballot_sync(0xffffffffu, folds);
+      if (lane == 0) {
+        shared.warp_rows[i][warp] = cute::popcount(lanes[i]);
+      }
+    }
+    __syncthreads();
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
       int place = count;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        place += w < warp ? shared.warp_rows[w] : 0;
-        count += shared.warp_rows[w];
+        place += w < warp ? shared.warp_rows[i][w] : 0;
+        count += shared.warp_rows[i][w];
       }
-      if (folds) {
-        shared.row[place + cute::popcount(lanes & ((1u << lane) - 1))] = row;
+      if ((lanes[i] >> lane & 1) != 0) {
+        shared.row[place + cute::popcount(lanes[i] & ((1u << lane) - 1))] =
+            first + kThreads * i + thread;
       }
-      __syncthreads();
     }
+    __syncthreads();
     return count;
   }
 
@@ -167,15 +188,18 @@ struct DecodeFold {
                                      int head, int first_pair, int end_pair, int thread) {
     Cursor const cursor = *params.pool.cursor(slot);
     int const tokens = tokens_to_fold(cursor, params.window, params.keep);
-    __syncthreads();  // nobody reads the weights of another head any more
-    weigh(params, shared, slot, head, cursor, tokens, thread);
+    __syncthreads();  // nobody reads the tokens and weights of another head any more
+    load_gates(params, shared, slot, head, cursor, tokens, thread);
+    load_tokens(params, shared, slot, head, cursor, 0, cute::min(tokens, int{kTileTokens}), thread);
+    __syncthreads();
+    weigh(shared, tokens, thread);
     __syncthreads();
     int J = 0;
     while ((J + 1) * (J + 2) / 2 <= first_pair) {
       ++J;
     }
     int I = first_pair - J * (J + 1) / 2;
-    int loaded = -1;  // the tile in shared memory
+    int loaded = 0;  // the first token of the tile in shared memory
 #pragma unroll 1
     for (int pair = first_pair; pair < end_pair; ++pair) {
       fold_pair(params, shared, slot, head, cursor, tokens, pair, I, J, loaded, thread);
@@ -186,19 +210,28 @@ struct DecodeFold {
     }
   }
 
+  CUTE_DEVICE static void load_gates(Params const& params, SharedStorage& shared, int slot,
+                                     int head, Cursor const& cursor, int tokens, int thread) {
+    bool const gated = params.pool.log_gates.data != nullptr;
+#pragma unroll
+    for (int i = 0; i < kMaxWindow / kThreads; ++i) {
+      int const token = thread + kThreads * i;
+      if (token < tokens) {
+        shared.gate[token] =
+            gated ? params.pool.log_gates.at(slot, head)[params.pool.place(cursor, token)] : 0.0f;
+      }
+    }
+  }
+
   /// Sums of gates from the window's end, never their differences: one of them may be -inf.
-  CUTE_DEVICE static void weigh(Params const& params, SharedStorage& shared, int slot, int head,
-                                Cursor const& cursor, int tokens, int thread) {
+  CUTE_DEVICE static void weigh(SharedStorage& shared, int tokens, int thread) {
     if (thread >= 32) {
       return;
     }
-    float const* gates =
-        params.pool.log_gates.data == nullptr ? nullptr : params.pool.log_gates.at(slot, head);
     float passed = 0.0f;
     for (int end = tokens; end > 0; end -= 32) {
       int const token = end - 1 - thread;
-      float const own =
-          gates != nullptr && token >= 0 ? gates[params.pool.place(cursor, token)] : 0.0f;
+      float const own = token >= 0 ? shared.gate[token] : 0.0f;
       float sum = own;  // and those after it in these 32
 #pragma unroll
       for (int lanes = 1; lanes < 32; lanes *= 2) {
@@ -225,19 +258,41 @@ struct DecodeFold {
   CUTE_DEVICE static void load_tokens(Params const& params, SharedStorage& shared, int slot,
                                       int head, Cursor const& cursor, int first, int count,
                                       int thread) {
+    // A thread has one token of the tile, 8 elements at a time: lanes write to different banks.
+    static_assert(kThreads == kTileTokens, "a token each");
     DecodePool<Element> const& pool = params.pool;
-    Element const* keys = pool.keys.at(slot, head);
-    Element const* values = pool.values.at(slot, head);
-    for (int i = thread; i < kTileTokens * HeadDim; i += kThreads) {
-      int const token = i / HeadDim, e = i % HeadDim;
-      std::int64_t const place = token < count ? pool.place(cursor, first + token) : 0;
-      shared.key[e][token] = token < count ? float(keys[place * HeadDim + e]) : 0.0f;
-    }
-    for (int i = thread; i < kTileTokens * ValueDim; i += kThreads) {
-      int const token = i / ValueDim, e = i % ValueDim;
-      std::int64_t const place = token < count ? pool.place(cursor, first + token) : 0;
-      shared.value[ValueLayout{}(token, tile_column(e), 0)] =
-          cute::bfloat16_t(token < count ? float(values[place * ValueDim + e]) : 0.0f);
+    bool const there = thread < count;
+    std::int64_t const place = there ? pool.place(cursor, first + thread) : 0;
+    Element const* key = pool.keys.at(slot, head) + place * HeadDim;
+    Element const* value = pool.values.at(slot, head) + place * ValueDim;
+    load_row<HeadDim>(key, there, [&](int e, std::uint32_t pair) {
+      shared.key[e][thread] = detail::unpack_lo<Element>(pair);
+      shared.key[e + 1][thread] = detail::unpack_hi<Element>(pair);
+    });
+    load_row<ValueDim>(value, there, [&](int e, std::uint32_t pair) {
+      *reinterpret_cast<std::uint32_t*>(shared.value + ValueLayout{}(thread, tile_column(e), 0)) =
+          detail::pack<cute::bfloat16_t>(detail::unpack_lo<Element>(pair),
+                                         detail::unpack_hi<Element>(pair));
+    });
+  }
+
+  /// Calls `store` with every two elements of a row, or with zeros; eight loads are one wait.
+  template <int Columns, class Store>
+  CUTE_DEVICE static void load_row(Element const* row, bool there, Store const& store) {
+    constexpr int kAtOnce = cute::min(Columns, 64);
+#pragma unroll 1
+    for (int first = 0; first < Columns; first += kAtOnce) {
+      alignas(16) std::uint32_t pairs[kAtOnce / 2] = {};
+      if (there) {
+#pragma unroll
+        for (int e = 0; e < kAtOnce; e += 8) {
+          copy(row + first + e, pairs + e / 2);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce / 2; ++i) {
+        store(first + 2 * i, pairs[i]);
+      }
     }
   }
 

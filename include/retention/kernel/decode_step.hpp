@@ -7,13 +7,20 @@
 // with L_i the log gates of the ring up to token i. A token costs the bytes of S, so S is read once
 // for all query heads of a key head and all new tokens.
 //
-// A batch that does not fill the device is split: blocks take slices of the state's block pairs,
-// one more takes the ring, and the last of a head to arrive adds up what they found, in their
-// order.
+// A batch that does not fill the device is split: every block of a head takes a slice of the
+// state's block pairs and a share of the tokens that are read one by one, and the last of them to
+// arrive adds up what they found, in their order.
+//
+// What a block reads comes as one stream through a few stages of shared memory, by cp.async:
+// first the block pairs, then tiles of 32 tokens. It starts as soon as the slot's cursor is known,
+// before queries and gates are, since at batch 1 a step is a chain of waits for memory and little
+// else. Sums stay in the same registers all the way: between pairs and tokens they are decayed.
 //
 // Products with the state are mma.m16n8k16 in bf16 for both element types, since the high plane is
 // bf16: M = 16 query rows, of the new tokens and the heads of a group, K = state rows. phi is made
-// in fp32 and rounded once, in the order of expand_apply.hpp. Everything else is fp32.
+// in fp32 and rounded once, in the order of expand_apply.hpp. Tokens take the same shape: their
+// scores are products of the rows as they came, and the squares, in fp32, are two bf16 each, which
+// one mma takes together: K = 8 tokens twice.
 
 #pragma once
 
@@ -52,10 +59,9 @@ struct DecodeStepParams {
   int heads;
   int group;  // query heads of a key head
   DecodePool<Element> pool;
-  // Blocks of a head: 1, or one for each slice of `slice_pairs` block pairs and one for the ring.
-  int parts;
+  int parts;  // blocks of a head, one for each slice of `slice_pairs` block pairs
   int slice_pairs;
-  float* partial;      // [rows, heads, parts, tokens * group, dv + 1], where there are several
+  float* partial;      // [rows, heads, parts, tokens * group, dv + 4], where there are several
   unsigned* arrivals;  // [rows * heads + rows], zeros before and after
 };
 
@@ -65,53 +71,63 @@ struct DecodeStep {
   using Params = DecodeStepParams<Element>;
   using Power = SymmetricPower<HeadDim, 2>;
   using Mma = cute::SM80_16x8x16_F32BF16BF16F32_TN;
+  using ScoreMma = typename collective::MmaOperation<Element>::type;
 
   static constexpr int kWarps = 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kMinBlocks = 2;
   static constexpr int kMaxTokens = 16;
   static constexpr int kRows = 16 * MmaRows;  // queries at one time
-  // Warps share the 64 rows of a block pair, or the queries.
+  // Of their loads on the way the memory's bandwidth comes; with many queries it is not the limit.
+  static constexpr int kMinBlocks = ValueDim > 64 ? 2 : MmaRows == 1 && HeadDim <= 64 ? 4 : 3;
+  // Warps share the 64 rows of a block pair and the tokens of a tile, or the queries.
   static constexpr int kRowWarps = MmaRows;
   static constexpr int kPairWarps = kWarps / kRowWarps;
   static constexpr int kTileRows = 64;
+  static constexpr int kTileTokens = 32;
   static constexpr int kStages = 4;
   static constexpr int kBlocks = HeadDim / 8;
   static constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
   static constexpr int kStateDim = kPairs * kTileRows;
-  static constexpr int kRingTile = 32;
-  static constexpr int kPitch = HeadDim + 2;  // of keys: lanes read words of different banks
-  static constexpr int kColumnGroups = kThreads / ValueDim;
-  static constexpr int kGroupRows = kRows / kColumnGroups;
+  static constexpr int kQueryPitch = HeadDim + 4;     // eight rows and four columns: all banks
+  static constexpr int kProductPitch = ValueDim + 8;  // likewise, of pairs of columns
+  static constexpr int kPartialPitch = ValueDim + 4;  // numerators, the normalizer, and nothing
   static_assert(MmaRows == 1 || MmaRows == 2 || MmaRows == 4, "warps share queries evenly");
   static_assert(kStateDim == Power::kStateDim, "one order of the state");
 
-  using StateLayout = collective::StagedTileLayout<kTileRows, ValueDim, kStages>;
+  using StateLayout = collective::StagedTileLayout<kTileRows, ValueDim, 1>;
+  using KeyLayout = collective::StagedTileLayout<kTileTokens, HeadDim, 1>;
+  using ValueLayout = collective::StagedTileLayout<kTileTokens, ValueDim, 1>;
 
-  struct StateTiles {
-    alignas(128) cute::bfloat16_t rows[cute::cosize_v<StateLayout>];
-    float key_sum[kStages][kTileRows];
+  struct TokenTile {
+    alignas(128) Element key[kTileTokens * HeadDim];
+    alignas(128) Element value[kTileTokens * ValueDim];
   };
 
-  struct RingTile {
-    Element key[kRingTile * kPitch];
-    Element value[kRingTile * ValueDim];
-    float weight[kRows][kRingTile + 1];
+  /// A block pair, or a tile of tokens.
+  struct Stage {
+    union {
+      alignas(128) cute::bfloat16_t rows[kTileRows * ValueDim];
+      TokenTile tokens;
+    };
+    float sums[kTileRows];  // of keys, by state rows; or the tokens' log gates
   };
+
+  // To add up the parts, threads take four columns each, of several queries or parts at a time.
+  static constexpr int kMergers = kThreads / (ValueDim / 4);
 
   struct SharedStorage {
     union {
-      StateTiles state;
-      float products[kPairWarps][kRows][ValueDim];  // of the warps
-      RingTile tile;
+      Stage stage[kStages];
+      float products[kPairWarps][kRows][kProductPitch];  // of the warps
+      float merged[kMergers][kPartialPitch];
     };
-    alignas(16) float query[kRows][HeadDim];
-    float normalizer[kWarps][kRows];
-    float ring_normalizer[kRows];
+    alignas(16) float query[kRows][kQueryPitch];
+    float normalizer[kPairWarps][kRows];
+    float new_gate[kMaxTokens];
     float since_start[kMaxTokens];          // log gates of the new tokens up to each
     float between[kMaxTokens][kMaxTokens];  // of those after j up to i
-    float after[kRingTile];                 // of those after each of a tile, up to the new ones
-    float warp_sum[kWarps];
+    float old_gates[kWarps];                // of the ring, in parts
+    float passed[kWarps];                   // of its tokens that are newer than this block's
     int is_last;
   };
 
@@ -119,7 +135,7 @@ struct DecodeStep {
     return dim3(static_cast<unsigned>(params.rows) * params.heads * params.parts);
   }
 
-  /// One block's view of its sequence.
+  /// One block's view of its sequence, and its share.
   struct Work {
     int row;
     int head;
@@ -128,9 +144,27 @@ struct DecodeStep {
     std::int64_t first_token;
     int tokens;
     Cursor cursor;
-    float old_gates;  // log gates of all tokens in the ring
+    // What it reads: `pairs` block pairs, none of an empty state, and then tiles of tokens, of
+    // which 0 has the new ones, and from 1 on they have those in the ring, the newest first.
+    int first_pair;
+    int pairs;
+    int first_tile;
+    int items;
 
     CUTE_DEVICE int queries(Params const& params) const { return tokens * params.group; }
+    /// The first token of the ring in a tile, and how many there are.
+    CUTE_DEVICE int tile_start(int tile) const {
+      return cute::max(cursor.length - tile * kTileTokens, 0);
+    }
+    CUTE_DEVICE int tile_tokens(int tile) const {
+      return tile == 0 ? tokens : tile_start(tile - 1) - tile_start(tile);
+    }
+  };
+
+  /// Of a lane's rows, its warp's `group` and `group + 8`, as mma leaves them.
+  struct Sums {
+    float numerator[ValueDim / 8][4];
+    float normalizer[2];
   };
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
@@ -160,49 +194,37 @@ struct DecodeStep {
     if (work.tokens <= 0) {
       return;
     }
-    sum_gates(params, shared, work, thread);
+    bool const has_state = work.cursor.folded > 0;
+    work.first_pair = work.part * params.slice_pairs;
+    work.pairs = has_state ? cute::min(params.slice_pairs, kPairs - work.first_pair) : 0;
+    int const tiles = 1 + cute::ceil_div(work.cursor.length, int{kTileTokens});
+    work.first_tile = tiles * work.part / params.parts;
+    work.items = work.pairs + tiles * (work.part + 1) / params.parts - work.first_tile;
 
-    bool const reads_ring = params.parts == 1 || work.part == params.parts - 1;
-    bool const reads_state = params.parts == 1 || !reads_ring;
     int const queries = work.queries(params);
     for (int start = 0; start < queries; start += kRows) {
+#pragma unroll 1
+      for (int item = 0; item < kStages - 1; ++item) {
+        load(params, shared.stage[item], work, item, thread);
+      }
       load_queries(params, shared, work, start, thread);
-      __syncthreads();
-      // Of thread c + ValueDim * i, rows i, i + kColumnGroups, ... of column c.
-      float sums[kGroupRows];
-      clear(sums);
-      if (reads_state && work.cursor.folded > 0) {
-        apply_state(params, shared, work, start, thread, sums);
-      } else {
-        clear_normalizers(shared, thread);
-      }
-      if (reads_ring) {
-        read_ring(params, shared, work, start, thread, sums);
+      if (start == 0) {
+        load_gates(params, shared, work, thread);
       }
       __syncthreads();
+      if (start == 0) {
+        sum_new_gates(shared, work, thread);
+        move_cursor(params, work, thread);
+      }
+      Sums sums = {};
+      read(params, shared, work, start, thread, sums);
       finish(params, shared, work, start, thread, sums);
       __syncthreads();
     }
-    if (reads_ring) {
-      append(params, work, thread);
-    }
-    arrive(params, shared, work, thread);
+    add_parts(params, shared, work, thread);
   }
 
  private:
-  CUTE_DEVICE static void clear(float (&sums)[kGroupRows]) {
-#pragma unroll
-    for (float& sum : sums) {
-      sum = 0.0f;
-    }
-  }
-
-  CUTE_DEVICE static void clear_normalizers(SharedStorage& shared, int thread) {
-    for (int i = thread; i < kWarps * kRows; i += kThreads) {
-      shared.normalizer[i / kRows][i % kRows] = 0.0f;
-    }
-  }
-
   /// Element `e` of a token's row in a tensor of `heads`.
   template <class T>
   CUTE_DEVICE static T* row_of(T* data, TokenStride const& stride, Params const& params,
@@ -223,71 +245,100 @@ struct DecodeStep {
   }
 
   /// Sums of gates, never their differences: one of them may be -inf.
-  CUTE_DEVICE static void sum_gates(Params const& params, SharedStorage& shared, Work& work,
-                                    int thread) {
+  CUTE_DEVICE static void load_gates(Params const& params, SharedStorage& shared, Work const& work,
+                                     int thread) {
     bool const gated = params.log_gate != nullptr;
-    float sum = 0.0f;
+    if (thread < work.tokens) {
+      shared.new_gate[thread] =
+          gated ? *row_of(params.log_gate, params.gate_stride, params, work, thread, work.head)
+                : 0.0f;
+    }
+    float old_gates = 0.0f, passed = 0.0f;
     if (gated) {
       float const* gates = params.pool.log_gates.at(work.slot, work.head);
+      int const newer = work.tile_start(cute::max(work.first_tile - 1, 0));
       for (int i = thread; i < work.cursor.length; i += kThreads) {
-        sum += gates[params.pool.place(work.cursor, i)];
+        float const gate = gates[params.pool.place(work.cursor, i)];
+        old_gates += gate;
+        passed += i >= newer ? gate : 0.0f;
       }
-      sum = detail::reduce_warp(sum, detail::Plus{});
+      old_gates = detail::reduce_warp(old_gates, detail::Plus{});
+      passed = detail::reduce_warp(passed, detail::Plus{});
     }
     if (thread % 32 == 0) {
-      shared.warp_sum[thread / 32] = sum;
+      shared.old_gates[thread / 32] = old_gates;
+      shared.passed[thread / 32] = passed;
     }
-    for (int i = thread; i < kMaxTokens * kMaxTokens; i += kThreads) {
+  }
+
+  CUTE_DEVICE static void sum_new_gates(SharedStorage& shared, Work const& work, int thread) {
+    for (int i = thread; i < work.tokens * kMaxTokens; i += kThreads) {
       int const query = i / kMaxTokens, key = i % kMaxTokens;
       float between = 0.0f;
-      for (int t = key + 1; gated && t <= query && query < work.tokens; ++t) {
-        between += *row_of(params.log_gate, params.gate_stride, params, work, t, work.head);
+      for (int t = key + 1; t <= query; ++t) {
+        between += shared.new_gate[t];
       }
       shared.between[query][key] = between;
-      if (key == 0 && query < work.tokens) {
-        float const own =
-            gated ? *row_of(params.log_gate, params.gate_stride, params, work, 0, work.head) : 0.0f;
-        shared.since_start[query] = own + between;
+      if (key == 0) {
+        shared.since_start[query] = shared.new_gate[0] + between;
       }
     }
-    __syncthreads();
-    work.old_gates =
-        shared.warp_sum[0] + shared.warp_sum[1] + (shared.warp_sum[2] + shared.warp_sum[3]);
+  }
+
+  CUTE_DEVICE static float total(float const (&of_warps)[kWarps]) {
+    return of_warps[0] + of_warps[1] + (of_warps[2] + of_warps[3]);
+  }
+
+  /// Nobody needs the cursor as it was any more when the row's last block has come this far.
+  CUTE_DEVICE static void move_cursor(Params const& params, Work const& work, int thread) {
+    unsigned* counter = params.arrivals + std::int64_t{params.rows} * params.heads + work.row;
+    if (thread == 0 && arrives_last(counter, params.heads * params.parts)) {
+      Cursor* cursor = params.pool.cursor(work.slot);
+      cursor->length += work.tokens;
+      cursor->seen += work.tokens;
+    }
   }
 
   /// Queries of one magnitude, in fp32: that of a row cancels in its output.
   CUTE_DEVICE static void load_queries(Params const& params, SharedStorage& shared,
                                        Work const& work, int start, int thread) {
-    int const lane = thread % 32;
-    for (int m = thread / 32; m < kRows; m += kWarps) {
-      int const query = start + m;
+    constexpr int kWarpRows = kRows / kWarps;
+    int const lane = thread % 32, warp = thread / 32;
+    // All at once: it is one wait.
+    float x[kWarpRows][HeadDim / 32];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+      int const query = start + warp + kWarps * r;
       bool const there = query < work.queries(params);
-      float x[HeadDim / 32];
+      Element const* source =
+          row_of(params.query, params.query_stride, params, work, query / params.group,
+                 work.head * params.group + query % params.group);
+#pragma unroll
+      for (int i = 0; i < HeadDim / 32; ++i) {
+        x[r][i] = there ? float(source[lane + 32 * i]) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
       float largest = 0.0f;
 #pragma unroll
       for (int i = 0; i < HeadDim / 32; ++i) {
-        x[i] = 0.0f;
-        if (there) {
-          Element const* source =
-              row_of(params.query, params.query_stride, params, work, query / params.group,
-                     work.head * params.group + query % params.group);
-          x[i] = float(source[lane + 32 * i]);
-        }
-        largest = fmaxf(largest, fabsf(x[i]));
+        largest = fmaxf(largest, fabsf(x[r][i]));
       }
       largest = detail::reduce_warp(largest, detail::Maximum{});
       int exponent = 0;
       if (largest > 0.0f && largest <= 3.4e38f) {
         frexpf(largest, &exponent);
       }
+      float const scale = detail::power_of_two(-exponent);
 #pragma unroll
       for (int i = 0; i < HeadDim / 32; ++i) {
-        shared.query[m][lane + 32 * i] = ldexpf(x[i], -exponent);
+        shared.query[warp + kWarps * r][lane + 32 * i] = scale * x[r][i];
       }
     }
   }
 
-  // ---- The state --------------------------------------------------------------------------------
+  // ---- What is read -----------------------------------------------------------------------------
 
   // In a tile the rows of the state are in the order of k: those that ldmatrix needs at once are
   // neighbours, and free of bank conflicts.
@@ -295,323 +346,366 @@ struct DecodeStep {
     return (row & ~15) | (row & 4) << 1 | (row & 3) << 1 | (row & 8) >> 3;
   }
 
-  struct PairLoader {
-    cute::bfloat16_t const* state;
-    float const* key_sum;
-    int next;
-    int end;
+  /// Starts the copy of an item, if there is one.
+  CUTE_DEVICE static void load(Params const& params, Stage& stage, Work const& work, int item,
+                               int thread) {
+    if (item < work.pairs) {
+      load_pair(params, stage, work, work.first_pair + item, thread);
+    } else if (item < work.items) {
+      load_tokens(params, stage, work, work.first_tile + item - work.pairs, thread);
+    }
+    cute::cp_async_fence();
+  }
 
-    /// Starts the copy of the next block pair, if there is one.
-    CUTE_DEVICE void load(SharedStorage& shared, int stage, int thread) {
-      if (next < end) {
-        constexpr int kPieces = ValueDim / 8;
-        cute::bfloat16_t const* source = state + std::int64_t{next} * kTileRows * ValueDim;
+  template <class Target, class Source>
+  CUTE_DEVICE static void copy_piece(Source const* source, Target* target) {
+    cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
+        *reinterpret_cast<cute::uint128_t const*>(source),
+        *reinterpret_cast<cute::uint128_t*>(target));
+  }
+
+  CUTE_DEVICE static void load_pair(Params const& params, Stage& stage, Work const& work, int pair,
+                                    int thread) {
+    constexpr int kPieces = ValueDim / 8, kStepRows = kThreads / kPieces;
+    int const row = thread / kPieces, column = thread % kPieces * 8;
+    cute::bfloat16_t const* source = params.pool.high.at(work.slot, work.head) +
+                                     std::int64_t{pair} * kTileRows * ValueDim + 8 * thread;
 #pragma unroll
-        for (int piece = thread; piece < kTileRows * kPieces; piece += kThreads) {
-          cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-              *reinterpret_cast<cute::uint128_t const*>(source + 8 * piece),
-              *reinterpret_cast<cute::uint128_t*>(
-                  shared.state.rows +
-                  StateLayout{}(tile_row(piece / kPieces), piece % kPieces * 8, stage)));
-        }
-        if (thread < kTileRows / 4) {
-          cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(
-              *reinterpret_cast<cute::uint128_t const*>(key_sum + next * kTileRows + 4 * thread),
-              *reinterpret_cast<cute::uint128_t*>(&shared.state.key_sum[stage][4 * thread]));
-        }
-        ++next;
+    for (int step = 0; step < kTileRows; step += kStepRows) {
+      // Whole multiples of 16 rows lie a constant apart.
+      copy_piece(source + step * ValueDim, stage.rows +
+                                               StateLayout{}(tile_row(row + step % 16), column, 0) +
+                                               StateLayout{}(step & ~15, 0, 0));
+    }
+    if (thread < kTileRows / 4) {
+      copy_piece(params.pool.key_sum.at(work.slot, work.head) + pair * kTileRows + 4 * thread,
+                 stage.sums + 4 * thread);
+    }
+  }
+
+  /// A tile of tokens; what it has no tokens for is zeros.
+  CUTE_DEVICE static void load_tokens(Params const& params, Stage& stage, Work work, int tile,
+                                      int thread) {
+    // Addresses of these few tiles would hold registers all through the loop over block pairs.
+    thread = detail::recomputed(thread);
+    work.slot = detail::recomputed(work.slot);
+    work.head = detail::recomputed(work.head);
+    DecodePool<Element> const& pool = params.pool;
+    int const count = work.tile_tokens(tile);
+    auto const load = [&](auto const& ring, Element const* data, TokenStride const& stride,
+                          Element* target, auto layout) {
+      constexpr int kPieces = decltype(cute::size<1>(layout))::value / 8;
+      constexpr int kStepRows = kThreads / kPieces;
+      int const row = thread / kPieces, column = thread % kPieces * 8;
+      Element const* old = ring.at(work.slot, work.head);
+#pragma unroll
+      for (int step = 0; step < kTileTokens; step += kStepRows) {
+        int const token = cute::min(row + step, count - 1);
+        Element const* source =
+            tile == 0 ? row_of(data, stride, params, work, token, work.head)
+                      : old + std::int64_t{pool.place(work.cursor, work.tile_start(tile) + token)} *
+                                  (8 * kPieces);
+        cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+            *reinterpret_cast<cute::uint128_t const*>(source + column),
+            *reinterpret_cast<cute::uint128_t*>(target + layout(row, column, 0) +
+                                                layout(step, 0, 0)),
+            row + step < count);
       }
-      cute::cp_async_fence();
+    };
+    load(pool.keys, params.key, params.key_stride, stage.tokens.key, KeyLayout{});
+    load(pool.values, params.value, params.value_stride, stage.tokens.value, ValueLayout{});
+    if (params.log_gate != nullptr && thread < kTileTokens) {
+      int const token = cute::min(thread, count - 1);
+      float const* source =
+          tile == 0 ? row_of(params.log_gate, params.gate_stride, params, work, token, work.head)
+                    : pool.log_gates.at(work.slot, work.head) +
+                          pool.place(work.cursor, work.tile_start(tile) + token);
+      cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<std::uint32_t>::copy(
+          *reinterpret_cast<std::uint32_t const*>(source),
+          *reinterpret_cast<std::uint32_t*>(stage.sums + thread), thread < count);
     }
-  };
+  }
 
-  CUTE_DEVICE static void apply_state(Params const& params, SharedStorage& shared, Work const& work,
-                                      int start, int thread, float (&sums)[kGroupRows]) {
+  CUTE_DEVICE static void read(Params const& params, SharedStorage& shared, Work const& work,
+                               int start, int thread, Sums& sums) {
     int const lane = thread % 32, warp = thread / 32;
-    int const group = lane / 4, quad = lane % 4;
-    int const row_warp = warp % kRowWarps, pair_warp = warp / kRowWarps;
-    int const first_pair = params.parts == 1 ? 0 : work.part * params.slice_pairs;
-    int const end_pair =
-        params.parts == 1 ? kPairs : cute::min(first_pair + params.slice_pairs, int{kPairs});
-    PairLoader loader{params.pool.high.at(work.slot, work.head),
-                      params.pool.key_sum.at(work.slot, work.head), first_pair, end_pair};
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      loader.load(shared, stage, thread);
-    }
-    float output[ValueDim / 8][4] = {};
-    float normalizer[2] = {};
-    float const* rows[2] = {shared.query[16 * row_warp + group],
-                            shared.query[16 * row_warp + group + 8]};
-    int stage = 0;
+    int const row = 16 * (warp % kRowWarps) + lane / 4;  // and that + 8
+    float const* queries = shared.query[row];
+    // Of a single token few rows are queries at all.
+    bool const has_upper = start + 16 * (warp % kRowWarps) + 8 < work.queries(params);
     int J = 0;
-    while ((J + 1) * (J + 2) / 2 <= first_pair) {
+    while ((J + 1) * (J + 2) / 2 <= work.first_pair) {
       ++J;
     }
-    int I = first_pair - J * (J + 1) / 2;
+    int I = work.first_pair - J * (J + 1) / 2;
+    float passed = 0.0f;  // log gates of the ring's tokens after those of the next tile
 #pragma unroll 1
-    for (int pair = first_pair; pair < end_pair; ++pair) {
+    for (int item = 0; item < work.items; ++item) {
       cute::cp_async_wait<kStages - 2>();
       __syncthreads();
-      loader.load(shared, stage == 0 ? kStages - 1 : stage - 1, thread);
+      load(params, shared.stage[(item + kStages - 1) % kStages], work, item + kStages - 1, thread);
+      Stage const& stage = shared.stage[item % kStages];
+      if (item < work.pairs) {
+        apply_pair(stage, queries, has_upper, I, J, warp / kRowWarps, lane, sums);
+        if (++I > J) {
+          I = 0;
+          ++J;
+        }
+        if (item == work.pairs - 1) {
+          decay(params, shared, work, start + row, sums);
+        }
+      } else {
+        int const tile = work.first_tile + item - work.pairs;
+        if (tile == 0 && start == 0) {
+          append(params, stage, work, thread);
+        }
+        passed = item == work.pairs ? total(shared.passed) : passed;
+        add_tokens(params, shared, stage, work, start, row, tile, warp / kRowWarps, lane, passed,
+                   sums);
+      }
+    }
+  }
+
+  /// A query's token; rows that nobody asks for take the last one's gates.
+  CUTE_DEVICE static int token_of(Params const& params, Work const& work, int query) {
+    return cute::min(query / params.group, work.tokens - 1);
+  }
+
+  /// The state is from before all tokens of the ring.
+  CUTE_DEVICE static void decay(Params const& params, SharedStorage const& shared, Work const& work,
+                                int query, Sums& sums) {
+    float const old_gates = total(shared.old_gates);
 #pragma unroll
-      for (int step = 0; step < 4 / kPairWarps; ++step) {
-        int const k = pair_warp + kPairWarps * step;
-        // Of k = 8 x + 2 t + s: element 2 k + s of block I and t + 4 x of block J.
-        std::uint32_t a[4];
-        float const* key_sum = shared.state.key_sum[stage] + 16 * k;
+    for (int upper = 0; upper < 2; ++upper) {
+      int const token = token_of(params, work, query + 8 * upper);
+      float const decay = expf(old_gates + shared.since_start[token]);
+      sums.normalizer[upper] *= decay;
 #pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          float const outer[2] = {rows[upper][8 * I + 2 * k], rows[upper][8 * I + 2 * k + 1]};
+      for (auto& c : sums.numerator) {
+        c[2 * upper] *= decay;
+        c[2 * upper + 1] *= decay;
+      }
+    }
+  }
+
+  /// Adds what the queries read from a block pair.
+  CUTE_DEVICE static void apply_pair(Stage const& stage, float const* queries, bool has_upper,
+                                     int I, int J, int pair_warp, int lane, Sums& sums) {
+    int const quad = lane % 4;
+#pragma unroll
+    for (int step = 0; step < 4 / kPairWarps; ++step) {
+      int const k = pair_warp + kPairWarps * step;
+      // Of k = 8 x + 2 t + s: element 2 k + s of block I and t + 4 x of block J.
+      std::uint32_t a[4] = {};
+      float const* key_sum = stage.sums + 16 * k;
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        if (upper == 0 || has_upper) {
+          float const* row = queries + upper * 8 * kQueryPitch;
+          float const outer[2] = {row[8 * I + 2 * k], row[8 * I + 2 * k + 1]};
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
-            float const native = rows[upper][8 * J + quad + 4 * x];
+            float const native = row[8 * J + quad + 4 * x];
             float const phi[2] = {outer[0] * native, outer[1] * native};
-            normalizer[upper] +=
+            sums.normalizer[upper] +=
                 phi[0] * key_sum[quad + 4 * x] + phi[1] * key_sum[8 + quad + 4 * x];
             a[2 * x + upper] = detail::pack<cute::bfloat16_t>(phi[0], phi[1]);
           }
         }
-        cute::Tensor b =
-            cute::make_tensor<cute::bfloat16_t>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
-        collective::load_rows_transposed(shared.state.rows, StateLayout{}, 16 * k, 0, stage, lane,
-                                         b);
-        cute::Tensor registers = cute::recast<std::uint32_t>(b);
-#pragma unroll
-        for (int n = 0; n < ValueDim / 8; ++n) {
-          float (&c)[4] = output[n];
-          Mma::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], registers(0, n), registers(1, n),
-                   c[0], c[1], c[2], c[3]);
-        }
       }
-      stage = stage == kStages - 1 ? 0 : stage + 1;
-      if (++I > J) {
-        I = 0;
-        ++J;
-      }
-    }
-    cute::cp_async_wait<0>();
-    __syncthreads();  // the tiles are free for products
-
-#pragma unroll
-    for (int upper = 0; upper < 2; ++upper) {
-      int const row = 16 * row_warp + group + 8 * upper;
+      cute::Tensor b =
+          cute::make_tensor<cute::bfloat16_t>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
+      collective::load_rows_transposed(stage.rows, StateLayout{}, 16 * k, 0, 0, lane, b);
+      cute::Tensor registers = cute::recast<std::uint32_t>(b);
 #pragma unroll
       for (int n = 0; n < ValueDim / 8; ++n) {
-        float* target = &shared.products[pair_warp][row][8 * n + 2 * quad];
-        target[0] = output[n][2 * upper];
-        target[1] = output[n][2 * upper + 1];
-      }
-      normalizer[upper] += __shfl_xor_sync(0xffffffffu, normalizer[upper], 1);
-      normalizer[upper] += __shfl_xor_sync(0xffffffffu, normalizer[upper], 2);
-      if (quad == 0) {
-        shared.normalizer[pair_warp][row] = normalizer[upper];
+        multiply<Mma>(a, registers(0, n), registers(1, n), sums.numerator[n]);
       }
     }
-    for (int i = thread; i < (kWarps - kPairWarps) * kRows; i += kThreads) {
-      shared.normalizer[kPairWarps + i / kRows][i % kRows] = 0.0f;
-    }
-    __syncthreads();
+  }
+
+  template <class Operation>
+  CUTE_DEVICE static void multiply(std::uint32_t const (&a)[4], std::uint32_t b0, std::uint32_t b1,
+                                   float (&c)[4]) {
+    Operation::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]);
+  }
+
+  /// Adds what the queries read from a tile of tokens, eight of them a warp and turn. `passed`:
+  /// the log gates of the ring's tokens after the tile; then of those after the next.
+  CUTE_DEVICE static void add_tokens(Params const& params, SharedStorage const& shared,
+                                     Stage const& stage, Work const& work, int start, int row,
+                                     int tile, int pair_warp, int lane, float& passed, Sums& sums) {
+    lane = detail::recomputed(lane);
+    row = detail::recomputed(row);
+    float const* queries = shared.query[row];
+    int const quad = lane % 4;
+    bool const is_new = tile == 0;
+    int const count = work.tile_tokens(tile);
+    float after = 0.0f;  // log gates of the ring after token `lane`
+    if (!is_new && params.log_gate != nullptr) {
+      float from = stage.sums[lane];  // and those after it in the tile
 #pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) {
-      int const m = thread / ValueDim + kColumnGroups * i;
-      float const decay = state_decay(params, shared, work, start + m);
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kPairWarps; ++w) {
-        sum += shared.products[w][m][thread % ValueDim];
+      for (int lanes = 1; lanes < 32; lanes *= 2) {
+        float const later = __shfl_down_sync(0xffffffffu, from, static_cast<unsigned>(lanes));
+        from += lane + lanes < 32 ? later : 0.0f;
       }
-      sums[i] = decay * sum;
+      float const next = __shfl_down_sync(0xffffffffu, from, 1);
+      after = passed + (lane < 31 ? next : 0.0f);
+      passed += __shfl_sync(0xffffffffu, from, 0);
     }
-    __syncthreads();  // products are free for the ring
-  }
-
-  CUTE_DEVICE static float state_decay(Params const& params, SharedStorage const& shared,
-                                       Work const& work, int query) {
-    int const token = query / params.group;
-    return token < work.tokens ? expf(work.old_gates + shared.since_start[token]) : 0.0f;
-  }
-
-  // ---- The ring ---------------------------------------------------------------------------------
-
-  /// The new tokens, then those in the ring from the newest to the oldest, so that decays are sums
-  /// of the gates passed so far.
-  CUTE_DEVICE static void read_ring(Params const& params, SharedStorage& shared, Work const& work,
-                                    int start, int thread, float (&sums)[kGroupRows]) {
-    for (int m = thread; m < kRows; m += kThreads) {
-      shared.ring_normalizer[m] = 0.0f;
-    }
-    load_new(params, shared, work, thread);
-    __syncthreads();
-    int const rows = cute::min(work.queries(params) - start, int{kRows});
-    add_tile(params, shared, start, rows, true, work.tokens, thread, sums);
-    float passed = 0.0f;
-    for (int end = work.cursor.length; end > 0; end -= kRingTile) {
-      int const first = cute::max(end - kRingTile, 0);
-      __syncthreads();
-      passed = load_old(params, shared, work, first, end - first, passed, thread);
-      __syncthreads();
-      add_tile(params, shared, start, rows, false, end - first, thread, sums);
-    }
-  }
-
-  CUTE_DEVICE static void load_new(Params const& params, SharedStorage& shared, Work const& work,
-                                   int thread) {
-    for (int i = thread; i < work.tokens * HeadDim / 2; i += kThreads) {
-      int const token = i / (HeadDim / 2), pair = i % (HeadDim / 2);
-      *reinterpret_cast<std::uint32_t*>(shared.tile.key + token * kPitch + 2 * pair) =
-          *(reinterpret_cast<std::uint32_t const*>(
-                row_of(params.key, params.key_stride, params, work, token, work.head)) +
-            pair);
-    }
-    for (int i = thread; i < work.tokens * ValueDim / 2; i += kThreads) {
-      int const token = i / (ValueDim / 2), pair = i % (ValueDim / 2);
-      *reinterpret_cast<std::uint32_t*>(shared.tile.value + token * ValueDim + 2 * pair) =
-          *(reinterpret_cast<std::uint32_t const*>(
-                row_of(params.value, params.value_stride, params, work, token, work.head)) +
-            pair);
-    }
-  }
-
-  /// Tokens `first` and on of the ring. Returns the log gates passed when they have been read.
-  CUTE_DEVICE static float load_old(Params const& params, SharedStorage& shared, Work const& work,
-                                    int first, int count, float passed, int thread) {
-    DecodePool<Element> const& pool = params.pool;
-    Element const* keys = pool.keys.at(work.slot, work.head);
-    Element const* values = pool.values.at(work.slot, work.head);
-    for (int i = thread; i < count * HeadDim / 2; i += kThreads) {
-      int const token = i / (HeadDim / 2), pair = i % (HeadDim / 2);
-      std::int64_t const place = pool.place(work.cursor, first + token);
-      *reinterpret_cast<std::uint32_t*>(shared.tile.key + token * kPitch + 2 * pair) =
-          *(reinterpret_cast<std::uint32_t const*>(keys + place * HeadDim) + pair);
-    }
-    for (int i = thread; i < count * ValueDim / 2; i += kThreads) {
-      int const token = i / (ValueDim / 2), pair = i % (ValueDim / 2);
-      std::int64_t const place = pool.place(work.cursor, first + token);
-      *reinterpret_cast<std::uint32_t*>(shared.tile.value + token * ValueDim + 2 * pair) =
-          *(reinterpret_cast<std::uint32_t const*>(values + place * ValueDim) + pair);
-    }
-    if (params.log_gate == nullptr) {
-      if (thread < count) {
-        shared.after[thread] = 0.0f;
-      }
-      return 0.0f;
-    }
-    // Every warp for itself: all of them need the total.
-    int const lane = thread % 32;
-    float const gate =
-        lane < count
-            ? pool.log_gates.at(work.slot, work.head)[pool.place(work.cursor, first + lane)]
-            : 0.0f;
-    float from = gate;  // and those after it in the tile
+    int const readers[2] = {token_of(params, work, start + row),
+                            token_of(params, work, start + row + 8)};
+#pragma unroll 1
+    for (int first = 8 * pair_warp; first < count; first += 8 * kPairWarps) {
+      float score[4] = {};
 #pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      float const later = __shfl_down_sync(0xffffffffu, from, static_cast<unsigned>(lanes));
-      from += lane + lanes < 32 ? later : 0.0f;
-    }
-    float const after = __shfl_down_sync(0xffffffffu, from, 1);
-    if (thread < count) {
-      shared.after[thread] = passed + (lane < 31 ? after : 0.0f);
-    }
-    return passed + __shfl_sync(0xffffffffu, from, 0);
-  }
-
-  /// Adds what the queries read from a tile of `count` tokens.
-  CUTE_DEVICE static void add_tile(Params const& params, SharedStorage& shared, int start, int rows,
-                                   bool is_new, int count, int thread, float (&sums)[kGroupRows]) {
-    int const lane = thread % 32;
-    for (int m = thread / 32; m < rows; m += kWarps) {
-      int const token = (start + m) / params.group;
-      float weight = 0.0f;
-      if (lane < count && (!is_new || lane <= token)) {
-        float score = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < HeadDim / 2; ++i) {
-          std::uint32_t const pair =
-              *reinterpret_cast<std::uint32_t const*>(shared.tile.key + lane * kPitch + 2 * i);
-          score += shared.query[m][2 * i] * detail::unpack_lo<Element>(pair);
-          score += shared.query[m][2 * i + 1] * detail::unpack_hi<Element>(pair);
+      for (int e = 0; e < HeadDim; e += 32) {
+        std::uint32_t b[4];
+        cute::SM75_U32x4_LDSM_N::copy(
+            *reinterpret_cast<cute::uint128_t const*>(
+                stage.tokens.key + KeyLayout{}(first + lane % 8, e + lane / 8 * 8, 0)),
+            b[0], b[1], b[2], b[3]);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          std::uint32_t a[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // Their element type has all bits of queries: they differ by powers of two.
+            float const* x =
+                queries + i % 2 * 8 * kQueryPitch + e + 16 * half + i / 2 * 8 + 2 * quad;
+            a[i] = detail::pack<Element>(x[0], x[1]);
+          }
+          multiply<ScoreMma>(a, b[2 * half], b[2 * half + 1], score);
         }
-        float const gates =
-            is_new ? shared.between[token][lane] : shared.after[lane] + shared.since_start[token];
-        weight = score * score * expf(gates);
       }
-      shared.tile.weight[m][lane] = weight;
-      weight = detail::reduce_warp(weight, detail::Plus{});
-      if (lane == 0) {
-        shared.ring_normalizer[m] += weight;
-      }
-    }
-    __syncthreads();
-    int const column = thread % ValueDim;
-    for (int token = 0; token < count; ++token) {
-      float const value = float(shared.tile.value[token * ValueDim + column]);
+      // Of scores, lane (g, t) has rows g and g + 8 and tokens 2 t and 2 t + 1, which is what it
+      // needs of the next product's other side.
+      float weight[4];
 #pragma unroll
-      for (int i = 0; i < kGroupRows; ++i) {
-        int const m = thread / ValueDim + kColumnGroups * i;
-        if (m < rows) {
-          sums[i] += shared.tile.weight[m][token] * value;
+      for (int s = 0; s < 2; ++s) {
+        int const token = first + 2 * quad + s;
+        float const old_gates = __shfl_sync(0xffffffffu, after, token);
+#pragma unroll
+        for (int upper = 0; upper < 2; ++upper) {
+          int const reader = readers[upper];
+          bool const seen = token < count && (!is_new || token <= reader);
+          float const gates = is_new ? shared.between[reader][cute::min(token, count - 1)]
+                                     : old_gates + shared.since_start[reader];
+          float const x = score[2 * upper + s];
+          weight[2 * upper + s] = seen ? x * x * expf(gates) : 0.0f;
+          sums.normalizer[upper] += weight[2 * upper + s];
+        }
+      }
+      // A weight is the sum of two bf16 but for 2^-17 of it: tokens k and k + 8 of K are one.
+      std::uint32_t a[4];
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        split(weight[2 * upper], weight[2 * upper + 1], a[upper], a[2 + upper]);
+      }
+#pragma unroll
+      for (int n = 0; n < ValueDim / 8; n += 4) {
+        std::uint32_t b[4];
+        cute::SM75_U16x8_LDSM_T::copy(
+            *reinterpret_cast<cute::uint128_t const*>(
+                stage.tokens.value + ValueLayout{}(first + lane % 8, 8 * n + lane / 8 * 8, 0)),
+            b[0], b[1], b[2], b[3]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (cute::is_same_v<Element, cute::bfloat16_t>) {
+            multiply<Mma>(a, b[i], b[i], sums.numerator[n + i]);
+          } else {
+            // So is a value in fp16, of which nothing is lost.
+            std::uint32_t high, low;
+            split(detail::unpack_lo<Element>(b[i]), detail::unpack_hi<Element>(b[i]), high, low);
+            multiply<Mma>(a, high, high, sums.numerator[n + i]);
+            multiply<Mma>(a, low, low, sums.numerator[n + i]);
+          }
         }
       }
     }
+  }
+
+  /// Two numbers in bf16, and what that leaves of them.
+  CUTE_DEVICE static void split(float x, float y, std::uint32_t& high, std::uint32_t& low) {
+    high = detail::pack<cute::bfloat16_t>(x, y);
+    low = detail::pack<cute::bfloat16_t>(x - detail::unpack_lo<cute::bfloat16_t>(high),
+                                         y - detail::unpack_hi<cute::bfloat16_t>(high));
   }
 
   /// The new tokens join the ring of their head.
-  CUTE_DEVICE static void append(Params const& params, Work const& work, int thread) {
+  CUTE_DEVICE static void append(Params const& params, Stage const& stage, Work work, int thread) {
+    thread = detail::recomputed(thread);
+    work.slot = detail::recomputed(work.slot);
     DecodePool<Element> const& pool = params.pool;
-    Element* keys = pool.keys.at(work.slot, work.head);
-    Element* values = pool.values.at(work.slot, work.head);
-    for (int i = thread; i < work.tokens * HeadDim; i += kThreads) {
-      std::int64_t const place = pool.place(work.cursor, work.cursor.length + i / HeadDim);
-      keys[place * HeadDim + i % HeadDim] =
-          row_of(params.key, params.key_stride, params, work, i / HeadDim, work.head)[i % HeadDim];
-    }
-    for (int i = thread; i < work.tokens * ValueDim; i += kThreads) {
-      std::int64_t const place = pool.place(work.cursor, work.cursor.length + i / ValueDim);
-      values[place * ValueDim + i % ValueDim] = row_of(params.value, params.value_stride, params,
-                                                       work, i / ValueDim, work.head)[i % ValueDim];
-    }
+    auto const place = [&](int token) {
+      return std::int64_t{pool.place(work.cursor, work.cursor.length + token)};
+    };
+    auto const store = [&](Element const* tile, auto layout, Element* ring) {
+      constexpr int kPieces = decltype(cute::size<1>(layout))::value / 8;
+      for (int piece = thread; piece < work.tokens * kPieces; piece += kThreads) {
+        int const token = piece / kPieces, column = piece % kPieces * 8;
+        *reinterpret_cast<cute::uint128_t*>(ring + place(token) * (8 * kPieces) + column) =
+            *reinterpret_cast<cute::uint128_t const*>(tile + layout(token, column, 0));
+      }
+    };
+    store(stage.tokens.key, KeyLayout{}, pool.keys.at(work.slot, work.head));
+    store(stage.tokens.value, ValueLayout{}, pool.values.at(work.slot, work.head));
     if (params.log_gate != nullptr && thread < work.tokens) {
-      pool.log_gates.at(work.slot,
-                        work.head)[pool.place(work.cursor, work.cursor.length + thread)] =
-          *row_of(params.log_gate, params.gate_stride, params, work, thread, work.head);
+      pool.log_gates.at(work.slot, work.head)[place(thread)] = stage.sums[thread];
     }
   }
 
   // ---- What comes of it -------------------------------------------------------------------------
 
-  /// A part's numerators and normalizers of the queries from `start` on.
+  /// A part's numerators and normalizers of the queries from `query` on.
   CUTE_DEVICE static float* partial_of(Params const& params, Work const& work, int part,
                                        int query) {
     std::int64_t const head = std::int64_t{work.row} * params.heads + work.head;
     return params.partial +
-           ((head * params.parts + part) * params.tokens * params.group + query) * (ValueDim + 1);
+           ((head * params.parts + part) * params.tokens * params.group + query) * kPartialPitch;
   }
 
-  CUTE_DEVICE static void finish(Params const& params, SharedStorage const& shared,
-                                 Work const& work, int start, int thread,
-                                 float const (&sums)[kGroupRows]) {
-    bool const reads_ring = params.parts == 1 || work.part == params.parts - 1;
+  /// Adds up what the warps have of the queries from `start` on.
+  CUTE_DEVICE static void finish(Params const& params, SharedStorage& shared, Work const& work,
+                                 int start, int thread, Sums& sums) {
+    int const lane = thread % 32, warp = thread / 32;
+    int const group = lane / 4, quad = lane % 4;
+    int const rows = cute::min(work.queries(params) - start, int{kRows});
+    cute::cp_async_wait<0>();
+    __syncthreads();  // the stages are free for products
 #pragma unroll
-    for (int i = 0; i < kGroupRows; ++i) {
-      int const m = thread / ValueDim + kColumnGroups * i, column = thread % ValueDim;
-      int const query = start + m;
-      if (query < work.queries(params)) {
-        float normalizer = 0.0f;
+    for (int upper = 0; upper < 2; ++upper) {
+      int const row = 16 * (warp % kRowWarps) + group + 8 * upper;
+      float normalizer = sums.normalizer[upper];
+      normalizer += __shfl_xor_sync(0xffffffffu, normalizer, 1);
+      normalizer += __shfl_xor_sync(0xffffffffu, normalizer, 2);
+      if (row < rows) {
 #pragma unroll
-        for (int w = 0; w < kPairWarps; ++w) {
-          normalizer += shared.normalizer[w][m];
+        for (int n = 0; n < ValueDim / 8; ++n) {
+          *reinterpret_cast<float2*>(&shared.products[warp / kRowWarps][row][8 * n + 2 * quad]) =
+              make_float2(sums.numerator[n][2 * upper], sums.numerator[n][2 * upper + 1]);
         }
-        normalizer *= state_decay(params, shared, work, query);
-        normalizer += reads_ring ? shared.ring_normalizer[m] : 0.0f;
-        if (params.parts == 1) {
-          store(params, work, query, column, sums[i], normalizer);
-        } else {
-          float* target = partial_of(params, work, work.part, query);
-          target[column] = sums[i];
-          if (column == 0) {
-            target[ValueDim] = normalizer;
-          }
+        if (quad == 0) {
+          shared.normalizer[warp / kRowWarps][row] = normalizer;
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < rows * ValueDim; i += kThreads) {
+      int const m = i / ValueDim, column = i % ValueDim;
+      float numerator = 0.0f, normalizer = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kPairWarps; ++w) {
+        numerator += shared.products[w][m][column];
+        normalizer += shared.normalizer[w][m];
+      }
+      if (params.parts == 1) {
+        store(params, work, start + m, column, numerator, normalizer);
+      } else {
+        float* target = partial_of(params, work, work.part, start + m);
+        target[column] = numerator;
+        if (column == 0) {
+          target[ValueDim] = normalizer;
         }
       }
     }
@@ -624,30 +718,59 @@ struct DecodeStep {
     target[column] = Element(normalizer == 0.0f ? 0.0f : numerator / normalizer);
   }
 
-  CUTE_DEVICE static void arrive(Params const& params, SharedStorage& shared, Work const& work,
-                                 int thread) {
-    if (params.parts > 1) {
-      unsigned* counter = params.arrivals + std::int64_t{work.row} * params.heads + work.head;
-      if (!is_last_arrival(shared.is_last, counter, params.parts, thread)) {
-        return;
-      }
-      for (int i = thread; i < work.queries(params) * ValueDim; i += kThreads) {
-        int const query = i / ValueDim, column = i % ValueDim;
-        float numerator = 0.0f, normalizer = 0.0f;
-        for (int part = 0; part < params.parts; ++part) {
-          float const* source = partial_of(params, work, part, query);
-          numerator += source[column];
-          normalizer += source[ValueDim];
-        }
-        store(params, work, query, column, numerator, normalizer);
-      }
+  /// The last part of a head to arrive adds up all of them, in an order that the sizes tell. Loads
+  /// wait for nothing but each other's issue: of few queries, the mergers share the parts.
+  CUTE_DEVICE static void add_parts(Params const& params, SharedStorage& shared, Work const& work,
+                                    int thread) {
+    if (params.parts == 1) {
+      return;
     }
-    // Nobody needs the cursor as it was any more when the last head has come this far.
-    unsigned* counter = params.arrivals + std::int64_t{params.rows} * params.heads + work.row;
-    if (is_last_arrival(shared.is_last, counter, params.heads, thread) && thread == 0) {
-      Cursor* cursor = params.pool.cursor(work.slot);
-      cursor->length = work.cursor.length + work.tokens;
-      cursor->seen = work.cursor.seen + work.tokens;
+    unsigned* counter = params.arrivals + std::int64_t{work.row} * params.heads + work.head;
+    if (!is_last_arrival(shared.is_last, counter, params.parts, thread)) {
+      return;
+    }
+    int const queries = work.queries(params);
+    int lanes = kMergers;  // mergers of a query
+    while (lanes > 1 && lanes * queries > kMergers) {
+      lanes /= 2;
+    }
+    int const merger = thread / (ValueDim / 4), column = thread % (ValueDim / 4) * 4;
+    int const at_once = kMergers / lanes;
+    for (int start = 0; start < queries; start += at_once) {
+      int const query = start + merger / lanes;
+      float4 numerator = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      float normalizer = 0.0f;
+      if (query < queries) {
+        float const* source = partial_of(params, work, 0, query);
+        std::int64_t const stride =
+            std::int64_t{params.tokens} * params.group * kPartialPitch;  // from part to part
+#pragma unroll 4
+        for (int part = merger % lanes; part < params.parts; part += lanes) {
+          float4 const x = *reinterpret_cast<float4 const*>(source + part * stride + column);
+          numerator.x += x.x;
+          numerator.y += x.y;
+          numerator.z += x.z;
+          numerator.w += x.w;
+          normalizer += source[part * stride + ValueDim];
+        }
+      }
+      *reinterpret_cast<float4*>(&shared.merged[merger][column]) = numerator;
+      if (column == 0) {
+        shared.merged[merger][ValueDim] = normalizer;
+      }
+      __syncthreads();
+      for (int i = thread; i < at_once * ValueDim; i += kThreads) {
+        int const m = i / ValueDim;
+        if (start + m < queries) {
+          float sum = 0.0f, weights = 0.0f;
+          for (int lane = 0; lane < lanes; ++lane) {
+            sum += shared.merged[m * lanes + lane][i % ValueDim];
+            weights += shared.merged[m * lanes + lane][ValueDim];
+          }
+          store(params, work, start + m, i % ValueDim, sum, weights);
+        }
+      }
+      __syncthreads();
     }
   }
 };
