@@ -339,6 +339,7 @@ void run_all() {
   constexpr int kPairs = HeadDim / 8 * (HeadDim / 8 + 1) / 2;
   constexpr int kSlice = kLarge ? kPairs / 3 : 3;
   run_both({"split", {{2, 20, 7}}, 1, 1, kSlice}, true);
+  run_both({"split, two tiles of the ring", {{1, 5, 38}}, 1, 1, kSlice, -0.02f});
   run_both({"several tokens", {{3, 10, 20, 16}}, 1, 2, kSlice}, true);
   Case batch{"batch, padding", {{3, 9, 5, 2}, {-1, 0, 0, 2}, {0, 0, 3, 2}, {7, 0, 0, 2}}, 2, 3};
   batch.strided = true;

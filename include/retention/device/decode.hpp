@@ -94,8 +94,8 @@ struct DecodeStepArguments {
   /// by whoever allocates it. As the workspace, it is shared by calls one after another alone.
   unsigned* arrivals = nullptr;
 
-  /// Block pairs of a state that one block of threads reads; a state has D / 64. 0: chosen so that
-  /// the device is filled.
+  /// Block pairs of a state that one block of threads reads, at least two; a state has D / 64. 0:
+  /// chosen so that the device is filled.
   int slice_pairs = 0;
 };
 

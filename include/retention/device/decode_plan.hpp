@@ -52,8 +52,9 @@ struct DecodeStepPlan {
     std::int64_t const blocks =
         std::int64_t{resident_blocks(pool.head_dim, pool.value_dim, plan.mma_rows)} *
         multiprocessors;
-    plan.slices = arguments.slice_pairs == 0 ? choose_slices(pairs, heads, blocks)
-                                             : StateSlices::of(pairs, arguments.slice_pairs);
+    plan.slices = arguments.slice_pairs == 0
+                      ? choose_slices(pairs, heads, blocks)
+                      : StateSlices::of(pairs, std::max(arguments.slice_pairs, kLeastPairs));
     // Which heads fold, and so how much there is to do, only the device knows.
     std::int64_t const fold_blocks =
         std::int64_t{resident_fold_blocks(pool.head_dim, pool.value_dim)} * multiprocessors;
@@ -71,7 +72,7 @@ struct DecodeStepPlan {
   /// Blocks of a step that a multiprocessor runs at one time, by their registers. Their loads on
   /// the way are enough for all of the memory's bandwidth.
   static constexpr int resident_blocks(int head_dim, int value_dim, int mma_rows) {
-    return value_dim > 64 ? 2 : mma_rows == 1 && head_dim <= 64 ? 4 : 3;
+    return value_dim > 64 || head_dim * mma_rows > 256 ? 2 : head_dim * mma_rows <= 64 ? 4 : 3;
   }
 
   /// Those of a fold, by their shared memory.

@@ -6,30 +6,34 @@
 
 namespace retention::kernel {
 
-/// Whether all of `count` threads have come this far, those of other blocks; where it is true, what
-/// they wrote is there. The counter is 0 before the first and after the last.
-CUTE_DEVICE bool arrives_last(unsigned* counter, int count) {
+/// A thread has come this far, one of `count` in different blocks. Returns how many have before it;
+/// the counter is 0 before the first and after the last.
+CUTE_DEVICE unsigned arrive(unsigned* counter, int count) {
   if (count == 1) {
-    return true;
+    return 0;
   }
-  auto const last = static_cast<unsigned>(count - 1);
   __threadfence();
-  bool const is_last = atomicInc(counter, last) == last;
-  __threadfence();
-  return is_last;
+  return atomicInc(counter, static_cast<unsigned>(count - 1));
 }
 
-/// The same of blocks: all threads of a block call it, and `is_last` is in shared memory.
-CUTE_DEVICE bool is_last_arrival(int& is_last, unsigned* counter, int count, int thread) {
+/// Whether all have, by what `arrive` returned; where it is true, what they wrote is there.
+CUTE_DEVICE bool is_last(unsigned before, int count) {
+  __threadfence();
+  return before == static_cast<unsigned>(count - 1);
+}
+
+/// Whether all of `count` blocks have come this far. All threads of a block call it; `last` is in
+/// shared memory.
+CUTE_DEVICE bool is_last_arrival(int& last, unsigned* counter, int count, int thread) {
   __syncthreads();
   if (count == 1) {
     return true;
   }
   if (thread == 0) {
-    is_last = arrives_last(counter, count) ? 1 : 0;
+    last = is_last(arrive(counter, count), count) ? 1 : 0;
   }
   __syncthreads();
-  return is_last != 0;
+  return last != 0;
 }
 
 }  // namespace retention::kernel

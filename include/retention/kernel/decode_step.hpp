@@ -59,7 +59,7 @@ struct DecodeStepParams {
   int heads;
   int group;  // query heads of a key head
   DecodePool<Element> pool;
-  int parts;  // blocks of a head, one for each slice of `slice_pairs` block pairs
+  int parts;  // blocks of a head, one for each slice of `slice_pairs` block pairs, at least two
   int slice_pairs;
   float* partial;      // [rows, heads, parts, tokens * group, dv + 4], where there are several
   unsigned* arrivals;  // [rows * heads + rows], zeros before and after
@@ -78,7 +78,9 @@ struct DecodeStep {
   static constexpr int kMaxTokens = 16;
   static constexpr int kRows = 16 * MmaRows;  // queries at one time
   // Of their loads on the way the memory's bandwidth comes; with many queries it is not the limit.
-  static constexpr int kMinBlocks = ValueDim > 64 ? 2 : MmaRows == 1 && HeadDim <= 64 ? 4 : 3;
+  static constexpr int kMinBlocks = ValueDim > 64 || HeadDim* MmaRows > 256 ? 2
+                                    : HeadDim * MmaRows <= 64               ? 4
+                                                                            : 3;
   // Warps share the 64 rows of a block pair and the tokens of a tile, or the queries.
   static constexpr int kRowWarps = MmaRows;
   static constexpr int kPairWarps = kWarps / kRowWarps;
@@ -112,14 +114,16 @@ struct DecodeStep {
     float sums[kTileRows];  // of keys, by state rows; or the tokens' log gates
   };
 
-  // To add up the parts, threads take four columns each, of several queries or parts at a time.
-  static constexpr int kMergers = kThreads / (ValueDim / 4);
+  // Of parts, a row for each and a query, that fit where the stages were.
+  static constexpr int kMergedRows =
+      static_cast<int>(kStages * sizeof(Stage) / (kPartialPitch * sizeof(float)));
+  static_assert(kMergedRows >= kPairs / 2, "all parts of a query");
 
   struct SharedStorage {
     union {
       Stage stage[kStages];
       float products[kPairWarps][kRows][kProductPitch];  // of the warps
-      float merged[kMergers][kPartialPitch];
+      float merged[kMergedRows][kPartialPitch];
     };
     alignas(16) float query[kRows][kQueryPitch];
     float normalizer[kPairWarps][kRows];
@@ -202,6 +206,8 @@ struct DecodeStep {
     work.items = work.pairs + tiles * (work.part + 1) / params.parts - work.first_tile;
 
     int const queries = work.queries(params);
+    int const row_blocks = params.heads * params.parts;
+    unsigned before = 0;  // of them, those that have read the cursor: it is not waited for here
     for (int start = 0; start < queries; start += kRows) {
 #pragma unroll 1
       for (int item = 0; item < kStages - 1; ++item) {
@@ -214,12 +220,17 @@ struct DecodeStep {
       __syncthreads();
       if (start == 0) {
         sum_new_gates(shared, work, thread);
-        move_cursor(params, work, thread);
+        if (thread == 0) {
+          before = arrive(row_counter(params, work), row_blocks);
+        }
       }
       Sums sums = {};
       read(params, shared, work, start, thread, sums);
       finish(params, shared, work, start, thread, sums);
       __syncthreads();
+    }
+    if (thread == 0 && is_last(before, row_blocks)) {
+      move_cursor(params, work);
     }
     add_parts(params, shared, work, thread);
   }
@@ -289,14 +300,15 @@ struct DecodeStep {
     return of_warps[0] + of_warps[1] + (of_warps[2] + of_warps[3]);
   }
 
-  /// Nobody needs the cursor as it was any more when the row's last block has come this far.
-  CUTE_DEVICE static void move_cursor(Params const& params, Work const& work, int thread) {
-    unsigned* counter = params.arrivals + std::int64_t{params.rows} * params.heads + work.row;
-    if (thread == 0 && arrives_last(counter, params.heads * params.parts)) {
-      Cursor* cursor = params.pool.cursor(work.slot);
-      cursor->length += work.tokens;
-      cursor->seen += work.tokens;
-    }
+  CUTE_DEVICE static unsigned* row_counter(Params const& params, Work const& work) {
+    return params.arrivals + std::int64_t{params.rows} * params.heads + work.row;
+  }
+
+  /// Nobody needs the cursor as it was any more when the row's last block has read it.
+  CUTE_DEVICE static void move_cursor(Params const& params, Work const& work) {
+    Cursor* cursor = params.pool.cursor(work.slot);
+    cursor->length += work.tokens;
+    cursor->seen += work.tokens;
   }
 
   /// Queries of one magnitude, in fp32: that of a row cancels in its output.
@@ -705,7 +717,7 @@ struct DecodeStep {
         float* target = partial_of(params, work, work.part, start + m);
         target[column] = numerator;
         if (column == 0) {
-          target[ValueDim] = normalizer;
+          *reinterpret_cast<float4*>(target + ValueDim) = make_float4(normalizer, 0.0f, 0.0f, 0.0f);
         }
       }
     }
@@ -718,8 +730,8 @@ struct DecodeStep {
     target[column] = Element(normalizer == 0.0f ? 0.0f : numerator / normalizer);
   }
 
-  /// The last part of a head to arrive adds up all of them, in an order that the sizes tell. Loads
-  /// wait for nothing but each other's issue: of few queries, the mergers share the parts.
+  /// The last part of a head to arrive adds up all of them, in their order. They come to shared
+  /// memory first: all loads are one wait, whatever their number.
   CUTE_DEVICE static void add_parts(Params const& params, SharedStorage& shared, Work const& work,
                                     int thread) {
     if (params.parts == 1) {
@@ -730,45 +742,29 @@ struct DecodeStep {
       return;
     }
     int const queries = work.queries(params);
-    int lanes = kMergers;  // mergers of a query
-    while (lanes > 1 && lanes * queries > kMergers) {
-      lanes /= 2;
-    }
-    int const merger = thread / (ValueDim / 4), column = thread % (ValueDim / 4) * 4;
-    int const at_once = kMergers / lanes;
+    int const at_once = kMergedRows / params.parts;
     for (int start = 0; start < queries; start += at_once) {
-      int const query = start + merger / lanes;
-      float4 numerator = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      float normalizer = 0.0f;
-      if (query < queries) {
-        float const* source = partial_of(params, work, 0, query);
-        std::int64_t const stride =
-            std::int64_t{params.tokens} * params.group * kPartialPitch;  // from part to part
-#pragma unroll 4
-        for (int part = merger % lanes; part < params.parts; part += lanes) {
-          float4 const x = *reinterpret_cast<float4 const*>(source + part * stride + column);
-          numerator.x += x.x;
-          numerator.y += x.y;
-          numerator.z += x.z;
-          numerator.w += x.w;
-          normalizer += source[part * stride + ValueDim];
+      int const count = cute::min(queries - start, at_once);
+      for (int part = thread / 32; part < params.parts; part += kWarps) {
+        float const* source = partial_of(params, work, part, start);
+        float* target = shared.merged[part * count];
+        for (int i = thread % 32 * 4; i < count * kPartialPitch; i += 32 * 4) {
+          copy_piece(source + i, target + i);
         }
       }
-      *reinterpret_cast<float4*>(&shared.merged[merger][column]) = numerator;
-      if (column == 0) {
-        shared.merged[merger][ValueDim] = normalizer;
-      }
+      cute::cp_async_fence();
+      cute::cp_async_wait<0>();
       __syncthreads();
-      for (int i = thread; i < at_once * ValueDim; i += kThreads) {
-        int const m = i / ValueDim;
-        if (start + m < queries) {
-          float sum = 0.0f, weights = 0.0f;
-          for (int lane = 0; lane < lanes; ++lane) {
-            sum += shared.merged[m * lanes + lane][i % ValueDim];
-            weights += shared.merged[m * lanes + lane][ValueDim];
-          }
-          store(params, work, start + m, i % ValueDim, sum, weights);
+      for (int i = thread; i < count * ValueDim; i += kThreads) {
+        int const m = i / ValueDim, column = i % ValueDim;
+        float numerator = 0.0f, normalizer = 0.0f;
+#pragma unroll 4
+        for (int part = 0; part < params.parts; ++part) {
+          float const* sums = shared.merged[part * count + m];
+          numerator += sums[column];
+          normalizer += sums[ValueDim];
         }
+        store(params, work, start + m, column, numerator, normalizer);
       }
       __syncthreads();
     }
