@@ -18,8 +18,11 @@ CUTE_DEVICE unsigned arrive(unsigned* counter, int count) {
 
 /// Whether all have, by what `arrive` returned; where it is true, what they wrote is there.
 CUTE_DEVICE bool is_last(unsigned before, int count) {
-  __threadfence();
-  return before == static_cast<unsigned>(count - 1);
+  bool const last = before == static_cast<unsigned>(count - 1);
+  if (last) {
+    __threadfence();
+  }
+  return last;
 }
 
 /// Whether all of `count` blocks have come this far. All threads of a block call it; `last` is in

@@ -209,6 +209,9 @@ struct DecodeStep {
     int const row_blocks = params.heads * params.parts;
     unsigned before = 0;  // of them, those that have read the cursor: it is not waited for here
     for (int start = 0; start < queries; start += kRows) {
+      if (start > 0) {
+        __syncthreads();  // the products of those before have been read
+      }
 #pragma unroll 1
       for (int item = 0; item < kStages - 1; ++item) {
         load(params, shared.stage[item], work, item, thread);
@@ -227,7 +230,6 @@ struct DecodeStep {
       Sums sums = {};
       read(params, shared, work, start, thread, sums);
       finish(params, shared, work, start, thread, sums);
-      __syncthreads();
     }
     if (thread == 0 && is_last(before, row_blocks)) {
       move_cursor(params, work);
