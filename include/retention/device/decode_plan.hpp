@@ -72,7 +72,8 @@ struct DecodeStepPlan {
   /// Blocks of a step that a multiprocessor runs at one time, by their registers. Their loads on
   /// the way are enough for all of the memory's bandwidth.
   static constexpr int resident_blocks(int head_dim, int value_dim, int mma_rows) {
-    return value_dim > 64 || head_dim * mma_rows > 256 ? 2 : head_dim * mma_rows <= 64 ? 4 : 3;
+    bool const few_registers = head_dim * mma_rows <= 64 && value_dim == 64;
+    return value_dim > 64 || head_dim * mma_rows > 256 ? 2 : few_registers ? 4 : 3;
   }
 
   /// Those of a fold, by their shared memory.

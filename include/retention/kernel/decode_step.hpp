@@ -78,8 +78,9 @@ struct DecodeStep {
   static constexpr int kMaxTokens = 16;
   static constexpr int kRows = 16 * MmaRows;  // queries at one time
   // Of their loads on the way the memory's bandwidth comes; with many queries it is not the limit.
+  static constexpr bool kFewRegisters = HeadDim * MmaRows <= 64 && ValueDim == 64;
   static constexpr int kMinBlocks = ValueDim > 64 || HeadDim* MmaRows > 256 ? 2
-                                    : HeadDim * MmaRows <= 64               ? 4
+                                    : kFewRegisters                         ? 4
                                                                             : 3;
   // Warps share the 64 rows of a block pair and the tokens of a tile, or the queries.
   static constexpr int kRowWarps = MmaRows;

@@ -147,18 +147,17 @@ struct Sequences {
     int const lane = static_cast<int>(threadIdx.x) % 32;
     int low = 0;
     int high = *list.count;
-    int found = 0;  // the first number of `low`
     do {
       int const step = (high - low + 31) / 32;
       int const place = low + lane * step;
       int const own = place < high ? first(list.entries[place]) + place : INT32_MAX;
       unsigned const before = __ballot_sync(0xffffffffu, lane == 0 || own <= number);
       int const last = 31 - __clz(static_cast<int>(before));
-      found = __shfl_sync(0xffffffffu, own, last);
       low += last * step;
       high = cute::min(low + step, high);
     } while (high - low > 1);
-    return {low, found > number ? INT32_MAX : number - found};
+    int const ahead = number - low - first(list.entries[low]);
+    return {low, ahead < 0 ? INT32_MAX : ahead};
   }
 
   /// Blocks that take turns, see kernel/items.hpp, where tokens make up to `of_tokens` items and
