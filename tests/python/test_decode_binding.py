@@ -112,11 +112,11 @@ def test_too_little_shared_memory_is_refused(binding, monkeypatch):
 
 
 def test_workspace(binding):
-    # Four multiprocessors: six heads are too many to be cut, two are not.
-    assert binding.decode_step_workspace_size(*step(binding, {}, {})) == 0
+    # Four multiprocessors: sixteen heads are too many to be cut, two are not.
+    assert binding.decode_step_workspace_size(*step(binding, {"rows": 8}, {})) == 0
     one = step(binding, {"rows": 1}, {})
-    parts = 5 + 1  # of two block pairs each, and the ring
-    assert binding.decode_step_workspace_size(*one) == parts * 2 * 16 * 33 * 4
+    slices = 5  # of two block pairs each; floats of a query: numerators, normaliser, padding
+    assert binding.decode_step_workspace_size(*one) == slices * 2 * 16 * (32 + 4) * 4
     with pytest.raises(RuntimeError, match=r"^workspace: expected memory aligned to 256 bytes"):
         binding.decode_step(*one, 8, 0)
     assert binding.decode_step_workspace_size(*step(binding, {"tokens": 0}, {})) == 0
