@@ -151,8 +151,8 @@ def test_state_has_as_many_bytes_at_token_10000_as_at_100(model: LanguageModel):
         assert (statistics.prompt_tokens, statistics.tokens) == (length, 10)
         sizes.add(statistics.state_bytes)
     D, d = retention.state_dim(8), 8
-    # Two key heads; 32 tokens of a window and 16 of a step; where the slot is.
-    layer = 4 * (2 * (D * (d + 1)) + (32 + 16) * 2 * (2 * d + 1)) + 32
+    # Two key heads; 32 tokens of a window and 16 of a step; where the slot is; counters of steps.
+    layer = 4 * (2 * (D * (d + 1)) + (32 + 16) * 2 * (2 * d + 1)) + 32 + 4 * (2 + 1)
     assert sizes == {MODEL.layers * layer}
 
 
