@@ -5,14 +5,13 @@
 #include <cstdint>
 #include <string>
 
+#include "checks.hpp"
 #include "compiled.hpp"
 #include "retention/device/backward_plan.hpp"
 
 namespace retention::device {
 
 namespace {
-
-bool aligned(void const* pointer) { return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0; }
 
 Status check_backward(BackwardArguments const& a) {
   struct Pointer {
@@ -21,7 +20,7 @@ Status check_backward(BackwardArguments const& a) {
   };
   for (Pointer const& x :
        {Pointer{"output_residual", a.forward.output_residual}, {"d_output", a.d_output}}) {
-    if (x.data == nullptr || !aligned(x.data)) {
+    if (x.data == nullptr || !is_aligned(x.data)) {
       return Status(std::string(x.name) + ": expected a 16-byte aligned pointer, not null");
     }
   }
@@ -31,7 +30,7 @@ Status check_backward(BackwardArguments const& a) {
                            {"d_value", a.d_value},
                            {"d_initial_state", a.d_initial_state},
                            {"d_initial_key_sum", a.d_initial_key_sum}}) {
-    if (!aligned(x.data)) {
+    if (!is_aligned(x.data)) {
       return Status(std::string(x.name) + ": expected a 16-byte aligned pointer, or null");
     }
     wanted = wanted || x.data != nullptr;
@@ -39,10 +38,8 @@ Status check_backward(BackwardArguments const& a) {
   if (!wanted) {
     return Status("gradients: got null pointers alone, expected one that is wanted");
   }
-  constexpr int kElements = 8;
   Strides const& strides = a.d_output_strides;
-  if (strides.batch % kElements != 0 || strides.token % kElements != 0 ||
-      strides.head % kElements != 0) {
+  if (!are_aligned({strides.batch, strides.token, strides.head}, 2)) {
     return Status("d_output: expected strides that are multiples of 8");
   }
   if ((a.d_final_state == nullptr) != (a.d_final_key_sum == nullptr)) {
@@ -84,7 +81,7 @@ Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* str
   }
   auto const plan = BackwardPlan::make(arguments, multiprocessors());
   for (void const* memory : {static_cast<void const*>(workspace), arguments.forward_workspace}) {
-    if (reinterpret_cast<std::uintptr_t>(memory) % Regions::kAlignment != 0) {
+    if (!is_aligned(memory, Regions::kAlignment)) {
       return Status("workspace, forward_workspace: expected memory aligned to 256 bytes");
     }
   }

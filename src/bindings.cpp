@@ -302,47 +302,31 @@ struct DecodeStep {
   }
 };
 
-struct DecodeCopy {
-  static retention::device::DecodeCopyArguments read(nb::tuple const& sizes,
-                                                     nb::tuple const& pointers) {
+/// A call on slots in a list: of arguments with two lists, which are these.
+template <class Arguments, auto const& kPointers, auto kFirst, auto kSecond>
+struct DecodeList {
+  static Arguments read(nb::tuple const& sizes, nb::tuple const& pointers) {
     Reader size(sizes, kDecodeListSizes, "sizes");
-    Reader at(pointers, kDecodeCopyPointers, "pointers");
-    retention::device::DecodeCopyArguments a;
+    Reader at(pointers, kPointers, "pointers");
+    Arguments a;
     a.pool = read_pool(size, at);
     a.count = size.size();
-    a.source = at.pointer<int>();
-    a.target = at.pointer<int>();
+    a.*kFirst = at.pointer<int>();
+    a.*kSecond = at.pointer<int>();
     return a;
   }
 };
 
-struct DecodeReset {
-  static retention::device::DecodeResetArguments read(nb::tuple const& sizes,
-                                                      nb::tuple const& pointers) {
-    Reader size(sizes, kDecodeListSizes, "sizes");
-    Reader at(pointers, kDecodeResetPointers, "pointers");
-    retention::device::DecodeResetArguments a;
-    a.pool = read_pool(size, at);
-    a.count = size.size();
-    a.slots = at.pointer<int>();
-    a.phases = at.pointer<int>();
-    return a;
-  }
-};
-
-struct DecodeRollback {
-  static retention::device::DecodeRollbackArguments read(nb::tuple const& sizes,
-                                                         nb::tuple const& pointers) {
-    Reader size(sizes, kDecodeListSizes, "sizes");
-    Reader at(pointers, kDecodeRollbackPointers, "pointers");
-    retention::device::DecodeRollbackArguments a;
-    a.pool = read_pool(size, at);
-    a.count = size.size();
-    a.slots = at.pointer<int>();
-    a.tokens = at.pointer<int>();
-    return a;
-  }
-};
+using retention::device::DecodeCopyArguments;
+using DecodeCopy = DecodeList<DecodeCopyArguments, kDecodeCopyPointers,
+                              &DecodeCopyArguments::source, &DecodeCopyArguments::target>;
+using retention::device::DecodeResetArguments;
+using DecodeReset = DecodeList<DecodeResetArguments, kDecodeResetPointers,
+                               &DecodeResetArguments::slots, &DecodeResetArguments::phases>;
+using retention::device::DecodeRollbackArguments;
+using DecodeRollback =
+    DecodeList<DecodeRollbackArguments, kDecodeRollbackPointers, &DecodeRollbackArguments::slots,
+               &DecodeRollbackArguments::tokens>;
 
 template <class Pass>
 nb::object can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <string>
 #include <vector>
 
 #include "retention/device/backward_plan.hpp"
@@ -40,9 +38,6 @@ Status check_configuration(Configuration const& configuration);
 
 /// Whether there can be a plan for these sizes.
 Status check_sizes(ForwardArguments const& arguments);
-
-/// The beginning of a message.
-std::string got(char const* name, std::int64_t value);
 
 /// Of the current device; those of an H100 where there is none.
 int multiprocessors();

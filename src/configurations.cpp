@@ -52,8 +52,4 @@ Status check_shared_bytes(Configuration const& configuration, std::size_t needed
                 std::to_string(available));
 }
 
-std::string got(char const* name, std::int64_t value) {
-  return std::string(name) + ": got " + std::to_string(value) + ", expected ";
-}
-
 }  // namespace retention::device

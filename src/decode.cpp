@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "checks.hpp"
 #include "compiled.hpp"
 #include "retention/device/decode_plan.hpp"
 
@@ -37,26 +38,6 @@ Status check_given(std::initializer_list<std::pair<char const*, void const*>> po
     }
   }
   return {};
-}
-
-bool is_aligned(void const* data, std::size_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(data) % bytes == 0;
-}
-
-// Rows are copied 16 bytes at a time.
-constexpr int kRowBytes = 16;
-
-Status check_rows(char const* name, void const* data, int element_bytes,
-                  std::initializer_list<std::int64_t> strides) {
-  bool aligned = is_aligned(data, kRowBytes);
-  for (std::int64_t const stride : strides) {
-    aligned = aligned && stride % (kRowBytes / element_bytes) == 0;
-  }
-  return aligned
-             ? Status{}
-             : Status(std::string(name) +
-                      ": expected a 16-byte aligned pointer and strides that are multiples of " +
-                      std::to_string(kRowBytes / element_bytes));
 }
 
 Status check_sizes(DecodePool const& p) {
@@ -234,9 +215,8 @@ Status run(DecodeStepArguments const& arguments, void* workspace, CUstream_st* s
     return status;
   }
   auto const plan = DecodeStepPlan::make(arguments, multiprocessors());
-  if (plan.workspace_bytes > 0 &&
-      (workspace == nullptr || !is_aligned(workspace, Regions::kAlignment))) {
-    return Status("workspace: expected memory aligned to 256 bytes");
+  if (Status status = check_workspace(workspace, plan.workspace_bytes); !status) {
+    return status;
   }
   return find_compiled(configuration_of(arguments.pool))->run_decode_step(plan, workspace, stream);
 }

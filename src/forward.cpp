@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "checks.hpp"
 #include "compiled.hpp"
 #include "retention/device/forward_plan.hpp"
 
@@ -27,12 +28,10 @@ Status check_pointers(ForwardArguments const& a) {
     if (x.data == nullptr && !x.optional) {
       return Status(std::string(x.name) + ": got a null pointer");
     }
-    // Rows are copied 16 bytes at a time.
-    constexpr int kElements = 8;
-    if (reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0 || x.strides.batch % kElements != 0 ||
-        x.strides.token % kElements != 0 || x.strides.head % kElements != 0) {
-      return Status(std::string(x.name) +
-                    ": expected a 16-byte aligned pointer and strides that are multiples of 8");
+    Status const status =
+        check_rows(x.name, x.data, 2, {x.strides.batch, x.strides.token, x.strides.head});
+    if (!status) {
+      return status;
     }
   }
   if (a.normalizer == nullptr) {
@@ -128,10 +127,8 @@ Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stre
     return status;
   }
   auto const plan = ForwardPlan::make(arguments, multiprocessors());
-  if (plan.workspace_bytes > 0 &&
-      (workspace == nullptr ||
-       reinterpret_cast<std::uintptr_t>(workspace) % plan.kAlignment != 0)) {
-    return Status("workspace: expected memory aligned to 256 bytes");
+  if (Status status = check_workspace(workspace, plan.workspace_bytes); !status) {
+    return status;
   }
   return find_compiled(configuration_of(arguments))->run_forward(plan, workspace, stream);
 }

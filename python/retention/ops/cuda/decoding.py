@@ -16,7 +16,7 @@ from torch import Tensor
 import retention._C as _C
 from retention.ops.cuda import coverage
 from retention.ops.cuda.coverage import ELEMENTS, is_turned_off
-from retention.ops.cuda.plans import Layout, layout, row_strides, signature
+from retention.ops.cuda.plans import Layout, keep, layout, row_strides, signature
 from retention.ops.pool import CURSOR_INTEGERS, Pool
 from retention.ops.pool import Layout as PoolLayout
 from retention.ops.symmetric_power import state_dim
@@ -42,14 +42,6 @@ class Plan:
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
-_MOST_PLANS = 4096
-
-
-def _keep(key: tuple[Any, ...], plan: Plan) -> Plan:
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan
 
 
 # ---- pools --------------------------------------------------------------------------------------
@@ -131,7 +123,7 @@ def plan_step(arguments: tuple[Any, ...]) -> Plan:
         cu_seqlens is not None and signature(cu_seqlens),
         arguments[-3:],
     )
-    return _plans.get(key) or _keep(key, _make_step(arguments))
+    return _plans.get(key) or keep(_plans, key, _make_step(arguments))
 
 
 def _make_step(arguments: tuple[Any, ...]) -> Plan:
@@ -239,7 +231,7 @@ def plan_list(arguments: tuple[Any, ...]) -> Plan:
     """
     first, second = arguments[_FIELDS:]
     key = (_of_pool(arguments), signature(first), signature(second))
-    return _plans.get(key) or _keep(key, _make_list(arguments))
+    return _plans.get(key) or keep(_plans, key, _make_list(arguments))
 
 
 def _make_list(arguments: tuple[Any, ...]) -> Plan:

@@ -7,7 +7,7 @@ that are alike. A call then allocates its results and passes addresses on.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from retention.ops.cuda.coverage import ELEMENTS, is_turned_off
 from retention.ops.symmetric_power import state_dim
 
 _TOKEN_MULTIPLE = 64  # of chunks
+Kept = TypeVar("Kept")
 
 
 def chunk_sizes(t: int, chunk_size: int | None, switch_over: int | None) -> tuple[int, int]:
@@ -89,6 +90,14 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 _MOST_PLANS = 4096
 
 
+def keep(plans: dict[tuple[Any, ...], Kept], key: tuple[Any, ...], plan: Kept) -> Kept:
+    """The plan, which is found among these from now on."""
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
 def plan_forward(arguments: tuple[Any, ...]) -> Plan:
     """How a call of ``retention::forward`` with these is carried out on a CUDA device.
 
@@ -122,13 +131,10 @@ def plan_forward(arguments: tuple[Any, ...]) -> Plan:
     )
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
         operands, options = forward_call(arguments)
         check_arguments(operands, options.deg, None)
         check_chunks(options.chunk_size, options.switch_over_seq_len)
-        plan = _make_plan(operands, options)
-        _plans[key] = plan
+        plan = keep(_plans, key, _make_plan(operands, options))
     return plan
 
 
