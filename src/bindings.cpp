@@ -97,8 +97,8 @@ constexpr auto kBackwardPointers =
                                         "d_final_key_sum", "d_query", "d_key", "d_value",
                                         "d_log_gate", "d_initial_state", "d_initial_key_sum"});
 
-// DecodePool, and the arguments of the calls that take one: those of the pool, then their own. The
-// output of a step is contiguous.
+// DecodePool, and the arguments of the calls that take one: those of the pool, then their own.
+// Outputs are contiguous.
 constexpr std::array kDecodePoolSizes = {
     "element",        "degree",         "head_dim",       "value_dim", "heads",       "slots",
     "ring",           "null_slot",      "high_slot",      "high_head", "low_slot",    "low_head",
@@ -116,6 +116,13 @@ constexpr auto kDecodeStepSizes = joined(
 constexpr auto kDecodeStepPointers = joined(
     kDecodePoolPointers,
     std::array{"query", "key", "value", "log_gate", "output", "slots", "cu_seqlens", "arrivals"});
+constexpr auto kDecodePrefillSizes =
+    joined(kDecodePoolSizes,
+           std::array{"rows", "tokens", "query_heads", "query_batch", "query_token", "query_head",
+                      "key_batch", "key_token", "key_head", "value_batch", "value_token",
+                      "value_head", "log_gate_batch", "log_gate_token", "log_gate_head", "keep"});
+constexpr auto kDecodeFoldSizes = joined(kDecodePoolSizes, std::array{"rows", "window", "keep"});
+constexpr auto kDecodeFoldPointers = joined(kDecodePoolPointers, std::array{"slots", "arrivals"});
 constexpr auto kDecodeListSizes = joined(kDecodePoolSizes, std::array{"count"});
 constexpr auto kDecodeCopyPointers = joined(kDecodePoolPointers, std::array{"source", "target"});
 constexpr auto kDecodeResetPointers = joined(kDecodePoolPointers, std::array{"slots", "phases"});
@@ -271,32 +278,66 @@ retention::device::DecodePool read_pool(Reader& size, Reader& at) {
   return p;
 }
 
+/// What a step and a prefill have in common.
+template <class Arguments>
+void read_new_tokens(Arguments& a, Reader& size, Reader& at) {
+  a.pool = read_pool(size, at);
+  a.rows = size.size();
+  a.tokens = size.size();
+  a.query_heads = size.size();
+  a.query_strides = size.strides();
+  a.key_strides = size.strides();
+  a.value_strides = size.strides();
+  a.log_gate_strides = size.strides();
+  a.output_strides =
+      retention::device::Strides::contiguous(a.tokens, a.query_heads, a.pool.value_dim);
+  a.query = at.pointer<void>();
+  a.key = at.pointer<void>();
+  a.value = at.pointer<void>();
+  a.log_gate = at.pointer<float>();
+  a.output = at.pointer<void>();
+  a.slots = at.pointer<int>();
+  a.cu_seqlens = at.pointer<int>();
+  a.arrivals = at.pointer<unsigned>();
+}
+
 struct DecodeStep {
   static retention::device::DecodeStepArguments read(nb::tuple const& sizes,
                                                      nb::tuple const& pointers) {
     Reader size(sizes, kDecodeStepSizes, "sizes");
     Reader at(pointers, kDecodeStepPointers, "pointers");
     retention::device::DecodeStepArguments a;
-    a.pool = read_pool(size, at);
-    a.rows = size.size();
-    a.tokens = size.size();
-    a.query_heads = size.size();
-    a.query_strides = size.strides();
-    a.key_strides = size.strides();
-    a.value_strides = size.strides();
-    a.log_gate_strides = size.strides();
-    a.output_strides =
-        retention::device::Strides::contiguous(a.tokens, a.query_heads, a.pool.value_dim);
+    read_new_tokens(a, size, at);
     a.window = size.size();
     a.keep = size.size();
     a.slice_pairs = size.size();
-    a.query = at.pointer<void>();
-    a.key = at.pointer<void>();
-    a.value = at.pointer<void>();
-    a.log_gate = at.pointer<float>();
-    a.output = at.pointer<void>();
+    return a;
+  }
+};
+
+struct DecodePrefill {
+  static retention::device::DecodePrefillArguments read(nb::tuple const& sizes,
+                                                        nb::tuple const& pointers) {
+    Reader size(sizes, kDecodePrefillSizes, "sizes");
+    Reader at(pointers, kDecodeStepPointers, "pointers");
+    retention::device::DecodePrefillArguments a;
+    read_new_tokens(a, size, at);
+    a.keep = size.size();
+    return a;
+  }
+};
+
+struct DecodeFold {
+  static retention::device::DecodeFoldArguments read(nb::tuple const& sizes,
+                                                     nb::tuple const& pointers) {
+    Reader size(sizes, kDecodeFoldSizes, "sizes");
+    Reader at(pointers, kDecodeFoldPointers, "pointers");
+    retention::device::DecodeFoldArguments a;
+    a.pool = read_pool(size, at);
+    a.rows = size.size();
+    a.window = size.size();
+    a.keep = size.size();
     a.slots = at.pointer<int>();
-    a.cu_seqlens = at.pointer<int>();
     a.arrivals = at.pointer<unsigned>();
     return a;
   }
@@ -367,8 +408,9 @@ void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t works
        reinterpret_cast<CUstream_st*>(stream));
 }
 
+/// Of a call that takes no workspace.
 template <class Pass>
-void run_on_list(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t stream) {
+void run_at_once(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t stream) {
   call(Pass::read(sizes, pointers), reinterpret_cast<CUstream_st*>(stream));
 }
 
@@ -522,6 +564,9 @@ workspace or where CUDA fails.)");
   module.attr("DECODE_POOL_POINTERS") = to_tuple(kDecodePoolPointers);
   module.attr("DECODE_STEP_SIZES") = to_tuple(kDecodeStepSizes);
   module.attr("DECODE_STEP_POINTERS") = to_tuple(kDecodeStepPointers);
+  module.attr("DECODE_PREFILL_SIZES") = to_tuple(kDecodePrefillSizes);
+  module.attr("DECODE_FOLD_SIZES") = to_tuple(kDecodeFoldSizes);
+  module.attr("DECODE_FOLD_POINTERS") = to_tuple(kDecodeFoldPointers);
   module.attr("DECODE_LIST_SIZES") = to_tuple(kDecodeListSizes);
   module.attr("DECODE_COPY_POINTERS") = to_tuple(kDecodeCopyPointers);
   module.attr("DECODE_RESET_POINTERS") = to_tuple(kDecodeResetPointers);
@@ -567,7 +612,76 @@ synchronises.
 Raises ValueError for what decode_step_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
 
-  module.def("decode_copy", &run_on_list<DecodeCopy>, "sizes"_a, "pointers"_a, "stream"_a,
+  module.def("decode_prefill_can_implement", &can_implement<DecodePrefill>, "sizes"_a, "pointers"_a,
+             nb::sig("def decode_prefill_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             R"(Why decode_prefill refuses these arguments, or None if it takes them.
+
+They are the fields of the C++ DecodePool and DecodePrefillArguments in the order of
+DECODE_PREFILL_SIZES and DECODE_STEP_POINTERS. The rest as in
+decode_step_can_implement.)");
+
+  module.def("decode_prefill_workspace_size", &workspace_size<DecodePrefill>, "sizes"_a,
+             "pointers"_a,
+             nb::sig("def decode_prefill_workspace_size(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> int"),
+             R"(Bytes of device memory that decode_prefill needs as its workspace on the current
+device, 0 for sizes that make no sense. Of the pointers it matters which are 0.
+
+Arguments and errors as in decode_step_can_implement.)");
+
+  module.def("decode_prefill", &run<DecodePrefill>, "sizes"_a, "pointers"_a, "workspace"_a,
+             "stream"_a,
+             nb::sig("def decode_prefill(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "workspace: int, stream: int) -> None"),
+             R"(Enqueue prompts of sequences on a CUDA stream of the current device.
+
+All that is in the rings of the slots is folded first; of the new tokens all but the last
+`keep` of every row go into the states, and these into the rings. `sizes` and `pointers`
+as in decode_prefill_can_implement; the output is contiguous. Of `arrivals` one integer
+is used, as in decode_step, and `workspace` and `stream` are as there.
+
+Raises ValueError for what decode_prefill_can_implement refuses, and RuntimeError for
+the workspace or where CUDA fails.)");
+
+  module.def("decode_fold_can_implement", &can_implement<DecodeFold>, "sizes"_a, "pointers"_a,
+             nb::sig("def decode_fold_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             R"(Why decode_fold refuses these arguments, or None if it takes them.
+
+They are the fields of the C++ DecodePool and DecodeFoldArguments in the order of
+DECODE_FOLD_SIZES and DECODE_FOLD_POINTERS. The rest as in decode_step_can_implement.)");
+
+  module.def("decode_fold", &run_at_once<DecodeFold>, "sizes"_a, "pointers"_a, "stream"_a,
+             nb::sig("def decode_fold(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "stream: int) -> None"),
+             R"(Enqueue that the oldest tokens of rings go into the states.
+
+Where there are as many beyond the `keep` newest, those up to the end of a slot's window;
+with a `window` of 0 all of them. `sizes` and `pointers` as in decode_fold_can_implement;
+of `arrivals` one integer is used, as in decode_step.
+
+Raises ValueError for what decode_fold_can_implement refuses, and RuntimeError where CUDA
+fails.)");
+
+  constexpr char const* kWhyNot = R"(Why the call refuses these arguments, or None if it takes them.
+
+They are those of the call. Errors as in decode_step_can_implement.)";
+  module.def("decode_copy_can_implement", &can_implement<DecodeCopy>, "sizes"_a, "pointers"_a,
+             nb::sig("def decode_copy_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             kWhyNot);
+  module.def("decode_reset_can_implement", &can_implement<DecodeReset>, "sizes"_a, "pointers"_a,
+             nb::sig("def decode_reset_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             kWhyNot);
+  module.def("decode_rollback_can_implement", &can_implement<DecodeRollback>, "sizes"_a,
+             "pointers"_a,
+             nb::sig("def decode_rollback_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             kWhyNot);
+
+  module.def("decode_copy", &run_at_once<DecodeCopy>, "sizes"_a, "pointers"_a, "stream"_a,
              nb::sig("def decode_copy(sizes: tuple[int, ...], pointers: tuple[int, ...], "
                      "stream: int) -> None"),
              R"(Enqueue copies of slots, as if all were read before any is written.
@@ -578,7 +692,7 @@ target twice. A pair with a slot that is not there stands for nothing.
 
 Raises ValueError for arguments that are refused, and RuntimeError where CUDA fails.)");
 
-  module.def("decode_reset", &run_on_list<DecodeReset>, "sizes"_a, "pointers"_a, "stream"_a,
+  module.def("decode_reset", &run_at_once<DecodeReset>, "sizes"_a, "pointers"_a, "stream"_a,
              nb::sig("def decode_reset(sizes: tuple[int, ...], pointers: tuple[int, ...], "
                      "stream: int) -> None"),
              R"(Enqueue that slots become empty.
@@ -588,7 +702,7 @@ Raises ValueError for arguments that are refused, and RuntimeError where CUDA fa
 
 Raises as decode_copy does.)");
 
-  module.def("decode_rollback", &run_on_list<DecodeRollback>, "sizes"_a, "pointers"_a, "stream"_a,
+  module.def("decode_rollback", &run_at_once<DecodeRollback>, "sizes"_a, "pointers"_a, "stream"_a,
              nb::sig("def decode_rollback(sizes: tuple[int, ...], pointers: tuple[int, ...], "
                      "stream: int) -> None"),
              R"(Enqueue that the newest tokens of slots were never seen.

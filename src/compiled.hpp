@@ -16,6 +16,8 @@ struct CompiledKernels {
   Status (*run_forward)(ForwardPlan const& plan, void* workspace, CUstream_st* stream);
   Status (*run_backward)(BackwardPlan const& plan, void* workspace, CUstream_st* stream);
   Status (*run_decode_step)(DecodeStepPlan const& plan, void* workspace, CUstream_st* stream);
+  Status (*run_decode_prefill)(DecodePrefillPlan const& plan, void* workspace, CUstream_st* stream);
+  Status (*run_decode_fold)(DecodeFoldPlan const& plan, CUstream_st* stream);
   Status (*run_decode_copy)(DecodeCopyArguments const& arguments, CUstream_st* stream);
   Status (*run_decode_reset)(DecodeResetArguments const& arguments, CUstream_st* stream);
   Status (*run_decode_rollback)(DecodeRollbackArguments const& arguments, CUstream_st* stream);

@@ -98,24 +98,39 @@ Status check_pool(DecodePool const& p) {
   return status;
 }
 
-Status check_sizes(DecodeStepArguments const& a) {
+Status check_blocks(int rows, DecodePool const& p) {
+  // Blocks are counted by 32-bit integers, of the smallest slices that there could be.
+  int const most = INT_MAX / (pairs_of(p) + 1) / p.heads;
+  return rows <= most ? Status{}
+                      : Status(got("rows", rows) + "at most " + std::to_string(most) + " with " +
+                               std::to_string(p.heads) + " heads");
+}
+
+/// Of a call with new tokens.
+template <class Arguments>
+Status check_new(Arguments const& a) {
   DecodePool const& p = a.pool;
   Status status = check_sizes(p);
   if (status) {
     status =
         check_positive({{"rows", a.rows}, {"tokens", a.tokens}, {"query_heads", a.query_heads}});
   }
-  if (!status) {
+  constexpr int kMaxGroup = 64;
+  if (status && (a.query_heads % p.heads != 0 || a.query_heads / p.heads > kMaxGroup)) {
+    return Status(got("query_heads", a.query_heads) +
+                  "a multiple of heads = " + std::to_string(p.heads) + ", and at most " +
+                  std::to_string(kMaxGroup) + " to one of them");
+  }
+  return status;
+}
+
+Status check_sizes(DecodeStepArguments const& a) {
+  DecodePool const& p = a.pool;
+  if (Status status = check_new(a); !status) {
     return status;
   }
   if (a.tokens > kMaxDecodeTokens) {
     return Status(got("tokens", a.tokens) + "at most " + std::to_string(kMaxDecodeTokens));
-  }
-  constexpr int kMaxGroup = 64;
-  if (a.query_heads % p.heads != 0 || a.query_heads / p.heads > kMaxGroup) {
-    return Status(got("query_heads", a.query_heads) +
-                  "a multiple of heads = " + std::to_string(p.heads) + ", and at most " +
-                  std::to_string(kMaxGroup) + " to one of them");
   }
   if (a.window != 0 && (a.window < a.tokens || a.window > kMaxDecodeWindow)) {
     return Status(got("window", a.window) + "0, or tokens = " + std::to_string(a.tokens) + " to " +
@@ -135,17 +150,41 @@ Status check_sizes(DecodeStepArguments const& a) {
   if (a.slice_pairs < 0) {
     return Status(got("slice_pairs", a.slice_pairs) + "0 or more");
   }
-  // Of the smallest slices that there could be.
-  std::int64_t const pairs = state_dim(p.head_dim, p.degree) / DecodeStepPlan::kPairRows;
-  if (std::int64_t{a.rows} * p.heads > INT_MAX / (pairs + 1)) {
-    return Status(got("rows", a.rows) + "at most " +
-                  std::to_string(INT_MAX / (pairs + 1) / p.heads) + " with " +
-                  std::to_string(p.heads) + " heads");
-  }
-  return {};
+  return check_blocks(a.rows, p);
 }
 
-Status check_pointers(DecodeStepArguments const& a) {
+Status check_sizes(DecodePrefillArguments const& a) {
+  Status status = check_new(a);
+  if (status) {
+    status = check_blocks(a.rows, a.pool);
+  }
+  if (status && a.cu_seqlens == nullptr && std::int64_t{a.rows} * a.tokens > INT_MAX) {
+    return Status(got("tokens", a.tokens) + "at most " + std::to_string(INT_MAX / a.rows) +
+                  " in each of " + std::to_string(a.rows) + " rows");
+  }
+  if (status && (a.keep < 0 || a.keep > a.pool.ring)) {
+    return Status(got("keep", a.keep) + "0 to ring = " + std::to_string(a.pool.ring));
+  }
+  return status ? check_sizes(DecodePrefillPlan::forward_of(a)) : status;
+}
+
+Status check_sizes(DecodeFoldArguments const& a) {
+  Status status = check_sizes(a.pool);
+  if (status) {
+    status = check_positive({{"rows", a.rows}});
+  }
+  if (status && (a.window < 0 || a.window > kMaxDecodeWindow)) {
+    return Status(got("window", a.window) + "0 to " + std::to_string(kMaxDecodeWindow));
+  }
+  if (status && a.keep < 0) {
+    return Status(got("keep", a.keep) + "0 or more");
+  }
+  return status ? check_blocks(a.rows, a.pool) : status;
+}
+
+/// Of a call with new tokens.
+template <class Arguments>
+Status check_pointers(Arguments const& a) {
   struct Operand {
     char const* name;
     void const* data;
@@ -179,6 +218,19 @@ Status check_list(DecodePool const& pool, int count,
   return status ? check_given(pointers) : status;
 }
 
+/// A call with a workspace.
+template <class Plan, class Arguments, class Run>
+Status run_planned(Arguments const& arguments, void* workspace, CUstream_st* stream, Run run) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  auto const plan = Plan::make(arguments, multiprocessors());
+  if (Status status = check_workspace(workspace, plan.workspace_bytes); !status) {
+    return status;
+  }
+  return (find_compiled(configuration_of(arguments.pool))->*run)(plan, workspace, stream);
+}
+
 }  // namespace
 
 Status can_implement(DecodeStepArguments const& arguments) {
@@ -187,6 +239,46 @@ Status can_implement(DecodeStepArguments const& arguments) {
     status = check_sizes(arguments);
   }
   return status ? check_pointers(arguments) : status;
+}
+
+Status can_implement(DecodePrefillArguments const& a) {
+  Status status = check_pool(a.pool);
+  if (status) {
+    Configuration const configuration = configuration_of(a.pool);
+    status =
+        check_shared_bytes(configuration, find_compiled(configuration)->forward_shared_bytes());
+  }
+  if (status) {
+    status = check_sizes(a);
+  }
+  if (status) {
+    status = check_pointers(a);
+  }
+  struct Operand {
+    char const* name;
+    Strides const& strides;
+  };
+  for (Operand const& x : {Operand{"query", a.query_strides},
+                           {"key", a.key_strides},
+                           {"value", a.value_strides},
+                           {"log_gate", a.log_gate_strides},
+                           {"output", a.output_strides}}) {
+    if (status && a.cu_seqlens == nullptr && a.rows > 1 &&
+        x.strides.batch != a.tokens * x.strides.token) {
+      return Status(std::string(x.name) +
+                    ": expected rows one after the other, a batch stride of tokens = " +
+                    std::to_string(a.tokens) + " times that of a token");
+    }
+  }
+  return status;
+}
+
+Status can_implement(DecodeFoldArguments const& a) {
+  Status status = check_pool(a.pool);
+  if (status) {
+    status = check_sizes(a);
+  }
+  return status ? check_given({{"slots", a.slots}, {"arrivals", a.arrivals}}) : status;
 }
 
 Status can_implement(DecodeCopyArguments const& a) {
@@ -210,15 +302,27 @@ std::size_t workspace_size(DecodeStepArguments const& arguments) {
                                 : 0;
 }
 
+std::size_t workspace_size(DecodePrefillArguments const& arguments) {
+  return check_sizes(arguments)
+             ? DecodePrefillPlan::make(arguments, multiprocessors()).workspace_bytes
+             : 0;
+}
+
 Status run(DecodeStepArguments const& arguments, void* workspace, CUstream_st* stream) {
-  if (Status status = can_implement(arguments); !status) {
-    return status;
-  }
-  auto const plan = DecodeStepPlan::make(arguments, multiprocessors());
-  if (Status status = check_workspace(workspace, plan.workspace_bytes); !status) {
-    return status;
-  }
-  return find_compiled(configuration_of(arguments.pool))->run_decode_step(plan, workspace, stream);
+  return run_planned<DecodeStepPlan>(arguments, workspace, stream,
+                                     &CompiledKernels::run_decode_step);
+}
+
+Status run(DecodePrefillArguments const& arguments, void* workspace, CUstream_st* stream) {
+  return run_planned<DecodePrefillPlan>(arguments, workspace, stream,
+                                        &CompiledKernels::run_decode_prefill);
+}
+
+Status run(DecodeFoldArguments const& a, CUstream_st* stream) {
+  Status const status = can_implement(a);
+  return status ? find_compiled(configuration_of(a.pool))
+                      ->run_decode_fold(DecodeFoldPlan::make(a, multiprocessors()), stream)
+                : status;
 }
 
 Status run(DecodeCopyArguments const& a, CUstream_st* stream) {

@@ -169,8 +169,9 @@ void run(Case const& c, std::uint64_t seed) {
     params.state_exponents = state_exponent.data();
     params.key_sum_exponents = sum_exponent.data();
   }
-  params.sequence_state = c.finals ? parts[0].result.data() : nullptr;
-  params.sequence_key_sum = c.finals ? parts[1].result.data() : nullptr;
+  if (c.finals) {
+    params.ends = {parts[0].result.data(), parts[1].result.data(), {}};
+  }
   params.sequences = where;
   params.heads = c.heads;
   params.segment_tokens = segment_tokens;

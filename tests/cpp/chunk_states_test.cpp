@@ -175,16 +175,16 @@ void run(Case const& c, std::uint64_t seed) {
   params.key_stride = key_stride;
   params.value_stride = value_stride;
   params.gate_stride = gate_stride;
-  params.initial_state = c.initial ? initial.data() : nullptr;
-  params.initial_key_sum = c.initial ? initial_sum.data() : nullptr;
+  if (c.initial) {
+    params.initial = {initial.data(), initial_sum.data(), {}};
+  }
   params.states = states.data() - no_slots * heads * D * dv;
   params.key_sums = key_sums.data() - no_slots * heads * D;
   if (scaled) {
     params.exponents = {key_exponent.data(), nullptr, state_exponent.data() - no_slots * heads,
                         sum_exponent.data() - no_slots * heads};
   }
-  params.final_state = final_state.data();
-  params.final_key_sum = final_sum.data();
+  params.ends = {final_state.data(), final_sum.data(), {}};
   params.heads = c.heads;
   params.sequence_ends = c.ends;
   if (!retention::test::launch<Kernel>(params, seed)) {

@@ -1,7 +1,7 @@
 // Decoding through the host API against float64 loops over all tokens that a slot has seen: steps
-// with folds, tokens taken back, slots copied and emptied, in random order. On the emulator, for
-// the configuration that TEST_ELEMENT, TEST_HEAD_DIM and TEST_VALUE_DIM name; on a CUDA device, for
-// all that were compiled.
+// with folds, prompts, tokens taken back, slots copied and emptied, in random order. On the
+// emulator, for the configuration that TEST_ELEMENT, TEST_HEAD_DIM and TEST_VALUE_DIM name; on a
+// CUDA device, for all that were compiled.
 
 #include "retention/device/decode.hpp"
 
@@ -50,6 +50,80 @@ struct Case {
   bool strided = false;
   int null_slot = -1;
   int rows = 3;
+  int prompt = 0;  // tokens of a row, at most; 0: no prompts
+  int chunk_size = 64;
+};
+
+/// The tensors of a call with new tokens, row after row, as many of each as there may be.
+struct NewTokens {
+  NewTokens(Configuration const& configuration, Case const& c, int tokens)
+      : most(static_cast<size_t>(tokens)),
+        packed(c.packed),
+        gated(c.log_gate != 0.0f),
+        query_strides(strides(c.heads * c.group, configuration.head_dim)),
+        key_strides(strides(c.heads, configuration.head_dim)),
+        value_strides(strides(c.heads, configuration.value_dim)),
+        log_gate_strides(strides(c.heads, 1)),
+        output_strides(strides(c.heads * c.group, configuration.value_dim)),
+        query("query", size(c, query_strides)),
+        key("key", size(c, key_strides)),
+        value("value", size(c, value_strides)),
+        log_gate("log_gate", size(c, log_gate_strides)),
+        output("output", size(c, output_strides)),
+        slots("slots", static_cast<size_t>(c.rows)),
+        cu_seqlens("cu_seqlens", static_cast<size_t>(c.rows) + 1) {}
+
+  template <class Arguments>
+  void pass_to(Arguments& a) {
+    a.query = query.upload();
+    a.query_strides = query_strides;
+    a.key = key.upload();
+    a.key_strides = key_strides;
+    a.value = value.upload();
+    a.value_strides = value_strides;
+    a.log_gate = gated ? log_gate.upload() : nullptr;
+    a.log_gate_strides = log_gate_strides;
+    a.output = output.upload();
+    a.output_strides = output_strides;
+    a.slots = slots.upload();
+    a.cu_seqlens = packed ? cu_seqlens.upload() : nullptr;
+  }
+  void upload() {
+    for (auto* array : {&query, &key, &value}) {
+      array->upload();
+    }
+    log_gate.upload();
+    slots.upload();
+    cu_seqlens.upload();
+  }
+
+  /// Where a token of a row is.
+  size_t at(Strides const& s, size_t r, size_t t, size_t head) const {
+    size_t const first = packed ? static_cast<size_t>(cu_seqlens[r]) : r * most;
+    return (first + t) * static_cast<size_t>(s.token) + head * static_cast<size_t>(s.head);
+  }
+
+  /// Of all that was compared.
+  double error() const {
+    return sum_of_sizes == 0.0 ? 0.0 : std::sqrt(sum_of_errors / sum_of_sizes);
+  }
+
+  double sum_of_errors = 0.0, sum_of_sizes = 0.0;  // squares
+  size_t most;
+  bool packed, gated;
+  Strides query_strides, key_strides, value_strides, log_gate_strides, output_strides;
+  Array<std::uint16_t> query, key, value;
+  Array<float> log_gate;
+  Array<std::uint16_t> output;
+  Array<int> slots, cu_seqlens;
+
+ private:
+  Strides strides(int heads, int width) const {
+    return Strides::contiguous(static_cast<std::int64_t>(most), heads, width);
+  }
+  static size_t size(Case const& c, Strides const& s) {
+    return static_cast<size_t>(c.rows * s.batch);
+  }
 };
 
 /// A slot as it should be.
@@ -100,22 +174,7 @@ class Decoder {
     a_.rows = c.rows;
     a_.tokens = c.tokens;
     a_.query_heads = c.heads * c.group;
-    auto const contiguous = [&](size_t count, size_t width) {
-      return Strides::contiguous(c.tokens, static_cast<std::int64_t>(count),
-                                 static_cast<std::int64_t>(width));
-    };
-    a_.query = query_.upload();
-    a_.query_strides = contiguous(heads * group, d);
-    a_.key = key_.upload();
-    a_.key_strides = contiguous(heads, d);
-    a_.value = value_.upload();
-    a_.value_strides = contiguous(heads, dv);
-    a_.log_gate = c.log_gate != 0.0f ? log_gate_.upload() : nullptr;
-    a_.log_gate_strides = contiguous(heads, 1);
-    a_.output = output_.upload();
-    a_.output_strides = contiguous(heads * group, dv);
-    a_.slots = row_slots_.upload();
-    a_.cu_seqlens = c.packed ? cu_seqlens_.upload() : nullptr;
+    next_.pass_to(a_);
     a_.window = c.window;
     a_.keep = c.keep;
     for (size_t i = 0; i < rows * (heads + 1); ++i) {
@@ -125,6 +184,16 @@ class Decoder {
     a_.slice_pairs = c.slice_pairs;
     workspace_ = std::make_unique<retention::test::Memory>(
         "workspace", retention::test::workspace_bytes(a_) + 1);
+    b_.pool = a_.pool;
+    b_.rows = a_.rows;
+    b_.tokens = c.packed ? c.rows * prompt : prompt;
+    b_.query_heads = a_.query_heads;
+    prompts_.pass_to(b_);
+    b_.keep = p.ring;  // of which there is the most workspace
+    b_.arrivals = a_.arrivals;
+    b_.chunk_size = c.chunk_size;
+    prompt_workspace_ = std::make_unique<retention::test::Memory>(
+        "workspace", retention::test::workspace_bytes(b_) + 1);
   }
 
   /// Steps, and between them what else there is.
@@ -148,6 +217,12 @@ class Decoder {
       if (i % 5 == 4) {
         reset({3, -1, kSlots}, {});
       }
+      if (c.prompt > 0 && i % 3 == 0) {
+        prefill(some_slots(), i % 2 == 0 ? 0 : static_cast<int>(rng_() % (ring + 1)));
+      }
+      if (i % 6 == 5) {
+        fold_alone(some_slots(), rng_() % 2 == 0 ? c.window : 0);
+      }
     }
     if (c.planes) {
       low_.download();  // else the device has never heard of them
@@ -158,12 +233,15 @@ class Decoder {
     }
     RETENTION_CHECK_EQUAL(low_written, c.planes);
     if (!unchecked_) {
-      double const error = size_ == 0.0 ? 0.0 : std::sqrt(error_ / size_);
-      std::cout << c.name << ": " << to_string(configuration) << ": error " << error / 0x1p-9
-                << " roundings of bf16\n";
+      double const of_steps = next_.error(), of_prompts = prompts_.error();
+      std::cout << c.name << ": " << to_string(configuration) << ": error " << of_steps / 0x1p-9
+                << " roundings of bf16, of prompts " << of_prompts / 0x1p-9 << "\n";
       // phi of the query and of the key, the value of a key that is folded, the high plane and the
-      // output are rounded to bf16, by a third of the most that this can be on average.
-      RETENTION_CHECK(error <= 1.25 * 0x1p-9);
+      // output are rounded to bf16, by a third of the most that this can be on average; of a prompt
+      // the key, too, with its decay.
+      RETENTION_CHECK(of_steps <= (c.prompt > 0 ? 1.5 : 1.25) * 0x1p-9);
+      // Forward rounds weights as well.
+      RETENTION_CHECK(of_prompts <= 1.75 * 0x1p-9);
     }
   }
 
@@ -193,36 +271,9 @@ class Decoder {
   }
 
   void step(std::vector<int> const& rows_of_slots) {
-    std::vector<size_t> tokens;
-    cu_seqlens_[0] = 0;
-    for (size_t r = 0; r < rows; ++r) {
-      tokens.push_back(c.packed ? 1 + rng_() % static_cast<unsigned>(c.tokens)
-                                : static_cast<size_t>(c.tokens));
-      row_slots_[r] = rows_of_slots[r];
-      cu_seqlens_[r + 1] = cu_seqlens_[r] + static_cast<int>(tokens[r]);
-    }
-    std::vector<std::vector<float>> queries;  // of each row, head and query head: [tokens, d]
-    for (size_t r = 0; r < rows; ++r) {
-      for (size_t h = 0; h < heads; ++h) {
-        Inputs seen = there(rows_of_slots[r]) ? slot(rows_of_slots[r]).heads[h] : empty();
-        for (size_t t = 0; t < tokens[r]; ++t) {
-          append(seen, r, t, h);
-        }
-        for (size_t g = 0; g < group; ++g) {
-          queries.push_back(draw_queries(seen, r, tokens[r], h * group + g));
-        }
-        if (there(rows_of_slots[r])) {
-          slot(rows_of_slots[r]).heads[h] = seen;
-        }
-      }
-    }
-    for (auto* array : {&query_, &key_, &value_}) {
-      array->upload();
-    }
-    log_gate_.upload();
-    row_slots_.upload();
-    cu_seqlens_.upload();
-    check_run(repeated_.run(a_, *workspace_, rng_()), output_);
+    std::vector<size_t> const tokens = draw_lengths(next_, rows_of_slots, 1);
+    auto const queries = draw(next_, rows_of_slots, tokens);
+    check_run(repeated_.run(a_, *workspace_, rng_()), next_.output);
     for (size_t r = 0; r < rows; ++r) {
       if (there(rows_of_slots[r])) {
         Cursor& cursor = slot(rows_of_slots[r]).cursor;
@@ -232,37 +283,99 @@ class Decoder {
       }
     }
     check_cursors();
+    compare(next_, rows_of_slots, tokens, queries);
+  }
+
+  /// Prompts on top of what there is, of which `keep` tokens stay in the rings.
+  void prefill(std::vector<int> const& rows_of_slots, int keep) {
+    std::vector<size_t> const tokens = draw_lengths(prompts_, rows_of_slots, 0);
+    auto const queries = draw(prompts_, rows_of_slots, tokens);
+    b_.keep = keep;
+    check_run(retention::test::run(b_, *prompt_workspace_, rng_()), prompts_.output);
+    for (size_t r = 0; r < rows; ++r) {
+      if (there(rows_of_slots[r])) {
+        Cursor& cursor = slot(rows_of_slots[r]).cursor;
+        int const kept = std::min(static_cast<int>(tokens[r]), keep);
+        cursor.folded += cursor.length + static_cast<int>(tokens[r]) - kept;
+        cursor.length = kept;
+        cursor.seen += static_cast<int>(tokens[r]);
+      }
+    }
+    check_cursors();
+    compare(prompts_, rows_of_slots, tokens, queries);
+  }
+
+  /// How many tokens rows have, which the call is told.
+  std::vector<size_t> draw_lengths(NewTokens& x, std::vector<int> const& rows_of_slots,
+                                   unsigned least) {
+    std::vector<size_t> tokens;
+    x.cu_seqlens[0] = 0;
+    for (size_t r = 0; r < rows; ++r) {
+      unsigned const choices = static_cast<unsigned>(x.most) - least + 1;
+      tokens.push_back(x.packed ? least + rng_() % choices : x.most);
+      x.slots[r] = rows_of_slots[r];
+      x.cu_seqlens[r + 1] = x.cu_seqlens[r] + static_cast<int>(tokens[r]);
+    }
+    return tokens;
+  }
+
+  /// Draws the tokens of rows, which their slots have seen then; returns the queries of each row,
+  /// head and query head: [tokens, d].
+  std::vector<std::vector<float>> draw(NewTokens& x, std::vector<int> const& rows_of_slots,
+                                       std::vector<size_t> const& tokens) {
+    std::vector<std::vector<float>> queries;
+    for (size_t r = 0; r < rows; ++r) {
+      for (size_t h = 0; h < heads; ++h) {
+        Inputs seen = there(rows_of_slots[r]) ? slot(rows_of_slots[r]).heads[h] : empty();
+        for (size_t t = 0; t < tokens[r]; ++t) {
+          append(x, seen, r, t, h);
+        }
+        for (size_t g = 0; g < group; ++g) {
+          queries.push_back(draw_queries(x, seen, r, tokens[r], h * group + g));
+        }
+        if (there(rows_of_slots[r])) {
+          slot(rows_of_slots[r]).heads[h] = seen;
+        }
+      }
+    }
+    x.upload();
+    return queries;
+  }
+
+  void compare(NewTokens& x, std::vector<int> const& rows_of_slots,
+               std::vector<size_t> const& tokens, std::vector<std::vector<float>> const& queries) {
     arrivals_.download();
     for (size_t i = 0; i < rows * (heads + 1); ++i) {
       RETENTION_CHECK_EQUAL(arrivals_[i], 0u);
     }
     for (size_t i = 0; i < queries.size() && !unchecked_; ++i) {
       size_t const r = i / (heads * group), n = i % (heads * group);
-      compare(rows_of_slots[r], r, tokens[r], n, queries[i]);
+      compare(x, rows_of_slots[r], r, tokens[r], n, queries[i]);
     }
   }
 
   /// A new token of a row and head, which also goes to the tensors of the call.
-  void append(Inputs& seen, size_t r, size_t t, size_t h) {
+  void append(NewTokens& x, Inputs& seen, size_t r, size_t t, size_t h) {
     ++seen.tokens;
-    fill(&key_[at(a_.key_strides, r, t, h)], d, seen.key);
-    fill(&value_[at(a_.value_strides, r, t, h)], dv, seen.value);
+    fill(&x.key[x.at(x.key_strides, r, t, h)], d, seen.key);
+    fill(&x.value[x.at(x.value_strides, r, t, h)], dv, seen.value);
     if (c.log_gate != 0.0f) {
       // Once in a while one that ends what came before.
       float const gate = rng_() % 40 == 0 ? -std::numeric_limits<float>::infinity()
                                           : c.log_gate * static_cast<float>(1 + rng_() % 3);
-      log_gate_[at(a_.log_gate_strides, r, t, h)] = gate;
+      x.log_gate[x.at(x.log_gate_strides, r, t, h)] = gate;
       seen.gate.push_back(gate);
     }
   }
 
   /// Each aligned with a recent key: one that hardly sees any reads from a state what is left of
   /// larger numbers.
-  std::vector<float> draw_queries(Inputs const& seen, size_t r, size_t tokens, size_t n) {
+  std::vector<float> draw_queries(NewTokens& x, Inputs const& seen, size_t r, size_t tokens,
+                                  size_t n) {
     std::vector<float> queries;
     size_t const before = static_cast<size_t>(seen.tokens) - tokens;
     for (size_t t = 0; t < tokens; ++t) {
-      std::uint16_t* target = &query_[at(a_.query_strides, r, t, n)];
+      std::uint16_t* target = &x.query[x.at(x.query_strides, r, t, n)];
       size_t const now = before + t;
       size_t const aligned = now - rng_() % std::min<size_t>(now + 1, 24);
       for (size_t i = 0; i < d; ++i) {
@@ -280,7 +393,8 @@ class Decoder {
     }
   }
 
-  void compare(int of_slot, size_t r, size_t tokens, size_t n, std::vector<float> const& queries) {
+  void compare(NewTokens& x, int of_slot, size_t r, size_t tokens, size_t n,
+               std::vector<float> const& queries) {
     Inputs in = there(of_slot) ? slot(of_slot).heads[n / group] : empty();
     size_t const before = there(of_slot) ? static_cast<size_t>(in.tokens) - tokens : 0;
     in.query.assign(before * d, 0.0f);
@@ -288,14 +402,14 @@ class Decoder {
     auto const expected = retention::test::attend(in, {}, 1.0);
     for (size_t t = 0; t < tokens; ++t) {
       for (size_t e = 0; e < dv; ++e) {
-        double const actual = decode(element, output_[at(a_.output_strides, r, t, n) + e]);
+        double const actual = decode(element, x.output[x.at(x.output_strides, r, t, n) + e]);
         if (!there(of_slot)) {
           RETENTION_CHECK(actual == 0.0);
           continue;
         }
         double const o = expected.output[(before + t) * dv + e];
-        error_ += (actual - o) * (actual - o);
-        size_ += o * o;
+        x.sum_of_errors += (actual - o) * (actual - o);
+        x.sum_of_sizes += o * o;
       }
     }
   }
@@ -312,6 +426,30 @@ class Decoder {
         return;
       }
     }
+  }
+
+  void fold_alone(std::vector<int> const& which, int window) {
+    retention::device::DecodeFoldArguments f;
+    f.pool = a_.pool;
+    f.rows = static_cast<int>(which.size());
+    f.slots = list(first_list_, which);
+    f.window = window;
+    f.keep = c.keep;
+    f.arrivals = a_.arrivals;
+    check_run(retention::test::run(f, rng_()), cursors_);
+    for (int const index : which) {
+      if (!there(index)) {
+        continue;
+      }
+      Cursor& cursor = slot(index).cursor;
+      if (window > 0) {
+        fold(cursor);
+      } else if (int const tokens = cursor.length - c.keep; tokens > 0) {
+        cursor.length -= tokens;
+        cursor.folded += tokens;
+      }
+    }
+    check_cursors();
   }
 
   void roll_back(std::vector<int> const& which, std::vector<int> const& tokens) {
@@ -396,20 +534,13 @@ class Decoder {
   Slot& slot(int index) { return slots_[static_cast<size_t>(index)]; }
   Inputs empty() const { return {0, static_cast<int>(d), static_cast<int>(dv), {}, {}, {}, {}}; }
 
-  /// Where a token of a row is.
-  size_t at(Strides const& s, size_t r, size_t t, size_t head) {
-    size_t const first =
-        c.packed ? static_cast<size_t>(cu_seqlens_[r]) : r * static_cast<size_t>(c.tokens);
-    return (first + t) * static_cast<size_t>(s.token) + head * static_cast<size_t>(s.head);
-  }
-
   Configuration const configuration;
   Case const c;
   retention::ElementType const element;
   size_t const d, dv, D;
   size_t const heads = static_cast<size_t>(c.heads), group = static_cast<size_t>(c.group);
   size_t const rows = static_cast<size_t>(c.rows);
-  size_t const tokens_ = rows * static_cast<size_t>(c.tokens);                // of all rows
+  int const prompt = std::max(c.prompt, 1);
   size_t const ring = static_cast<size_t>(c.window - 1 + c.keep + c.tokens);  // the least
   size_t const gap = c.strided ? 24 : 0;                                      // between slots
   bool const unchecked_;
@@ -424,22 +555,17 @@ class Decoder {
   Array<std::uint16_t> values_{"values", kSlots * (heads * ring * dv + gap)};
   Array<float> log_gates_{"log_gates", kSlots * (heads * ring + gap)};
   Array<Cursor> cursors_{"cursors", 2 * kSlots};
-  Array<std::uint16_t> query_{"query", tokens_ * heads * group * d};
-  Array<std::uint16_t> key_{"key", tokens_ * heads * d};
-  Array<std::uint16_t> value_{"value", tokens_ * heads * dv};
-  Array<float> log_gate_{"log_gate", tokens_ * heads};
-  Array<std::uint16_t> output_{"output", tokens_ * heads * group * dv};
-  Array<int> row_slots_{"slots", rows};
-  Array<int> cu_seqlens_{"cu_seqlens", rows + 1};
+  NewTokens next_{configuration, c, c.tokens};
+  NewTokens prompts_{configuration, c, prompt};
   Array<int> first_list_{"first list", kSlots + 1};
   Array<int> second_list_{"second list", kSlots + 1};
   Array<unsigned> arrivals_{"arrivals", rows * (heads + 1)};
 
   DecodeStepArguments a_;
-  std::unique_ptr<retention::test::Memory> workspace_;
+  retention::device::DecodePrefillArguments b_;
+  std::unique_ptr<retention::test::Memory> workspace_, prompt_workspace_;
   retention::test::Repeated repeated_;
   Slot slots_[kSlots];
-  double error_ = 0.0, size_ = 0.0;  // sums of squares
 };
 
 /// How a step of one token is cut on a device with 132 multiprocessors.
@@ -478,13 +604,14 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   std::uint64_t seed = 0;
   auto const run = [&](Case const& c) { Decoder(configuration, c, seed++, unchecked).run(); };
   // name, steps, tokens, heads, group, slice_pairs, window, keep, gate, packed, planes, strided,
-  // null slot, rows
+  // null slot, rows, tokens of a prompt, chunk
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 70000;
   if (!retention::test::kOnDevice && large) {
     run({"two tokens", 3, 2, 1, 2, 0, 2, 0, -0.02f, false, true, true, -1, 4});
     run({"packed, bf16 states", 3, 3, 1, 1, 0, 3, 0, -0.02f, true, false, false, -1, 2});
+    run({"prompts", 2, 1, 1, 1, 0, 2, 0, -0.02f, true, true, true, -1, 2, 140});
     return;
   }
   run({"one token", 12, 1, 2, 1, 0, 5});
@@ -493,8 +620,13 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"a large group", 4, 2, 1, 64, 4, 2});
   run({"many tokens", 5, 16, 2, 1, 0, 16, 2, 0.0f});
   run({"packed, many tokens", 5, 16, 1, 2, 5, 20, 0, -0.05f, true});
+  run({"prompts", 10, 1, 2, 1, 0, 8, 0, -0.02f, false, true, true, -1, 3, 150});
+  run({"packed prompts", 8, 2, 1, 3, 0, 8, 3, -0.02f, true, true, false, 0, 3, 200});
+  run({"packed prompts, bf16 states", 8, 1, 1, 1, 0, 6, 0, 0.0f, true, false, true, -1, 4, 90});
+  run({"prompts in one chunk", 8, 2, 1, 2, 0, 4, 2, -0.02f, true, true, false, -1, 3, 40, 0});
   if (retention::test::kOnDevice && !unchecked) {
     run({"long", 300, 3, 2, 4, 0, 64, 2, -0.02f, true});
+    run({"long prompts", 9, 2, 2, 4, 0, 64, 2, -0.002f, true, true, false, -1, 3, 5000, 0});
     run({"long, bf16 states", 200, 1, 2, 2, 0, 32, 0, -0.02f, true, false});
   }
 }

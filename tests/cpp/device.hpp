@@ -76,6 +76,9 @@ inline auto plan(device::BackwardArguments const& arguments) {
 inline auto plan(device::DecodeStepArguments const& arguments) {
   return device::DecodeStepPlan::make(arguments, kMultiprocessors);
 }
+inline auto plan(device::DecodePrefillArguments const& arguments) {
+  return device::DecodePrefillPlan::make(arguments, kMultiprocessors);
+}
 
 template <class Arguments>
 std::size_t workspace_bytes(Arguments const& arguments) {
@@ -92,10 +95,15 @@ device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t 
   return Kernels::run(plan(arguments), workspace.data(), EmulatorLauncher{seed});
 }
 
-/// A call on slots in a list, which takes no workspace.
+/// A call on slots that takes no workspace.
 template <class Arguments>
 device::Status run(Arguments const& arguments, std::uint64_t seed) {
-  return DecodeKernels::run(arguments, EmulatorLauncher{seed});
+  if constexpr (std::is_same_v<Arguments, device::DecodeFoldArguments>) {
+    return DecodeKernels::run(device::DecodeFoldPlan::make(arguments, kMultiprocessors),
+                              EmulatorLauncher{seed});
+  } else {
+    return DecodeKernels::run(arguments, EmulatorLauncher{seed});
+  }
 }
 
 /// A call that is made again and again with the same arguments; on a device by a graph.
@@ -200,7 +208,7 @@ device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t)
   return finished(device::run(arguments, workspace.data(), nullptr));
 }
 
-/// A call on slots in a list, which takes no workspace.
+/// A call on slots that takes no workspace.
 template <class Arguments>
 device::Status run(Arguments const& arguments, std::uint64_t) {
   return finished(device::run(arguments, nullptr));

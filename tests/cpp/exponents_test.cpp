@@ -180,8 +180,9 @@ void run(Case const& c, std::uint64_t seed) {
   first.key_stride = key_stride;
   first.value_stride = value_stride;
   first.gate_stride = gate_stride;
-  first.initial_state = has_initial ? initial_state.data() : nullptr;
-  first.initial_key_sum = has_initial ? initial_sum.data() : nullptr;
+  if (has_initial) {
+    first.initial = {initial_state.data(), initial_sum.data(), {}};
+  }
   first.ranges = ranges.data();
   first.initial_ranges = initial_ranges.data();
   first.sequences = where;
@@ -205,13 +206,10 @@ void run(Case const& c, std::uint64_t seed) {
   if (has_initial) {
     // By themselves, as for other states.
     GlobalArray<StateRange> alone("state ranges", initial_ranges.size());
-    StateRanges::Params const states{initial_state.data(),
-                                     initial_sum.data(),
+    StateRanges::Params const states{{initial_state.data(), initial_sum.data(), {}},
                                      alone.data(),
                                      static_cast<int>(sequences),
-                                     c.heads,
-                                     static_cast<int>(D),
-                                     static_cast<int>(dv)};
+                                     {c.heads, static_cast<int>(D), static_cast<int>(dv)}};
     if (!launch<StateRanges>(states, seed)) {
       return;
     }

@@ -306,8 +306,7 @@ void run(Case const& c, std::uint64_t seed) {
     carry.gate_stride = gate_stride;
     carry.state_exponents = params.exponents.state;
     carry.key_sum_exponents = params.exponents.key_sum;
-    carry.sequence_state = joined_state.data();
-    carry.sequence_key_sum = joined_sum.data();
+    carry.ends = {joined_state.data(), joined_sum.data(), {}};
     carry.sequences = params.sequences;
     carry.heads = c.heads;
     carry.segment_tokens = params.segment_tokens;

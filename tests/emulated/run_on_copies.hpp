@@ -76,22 +76,18 @@ class Copies {
   }
 
   void take(device::DecodeStepArguments& a) {
-    bool const packed = a.cu_seqlens != nullptr;
-    std::int64_t const batch = packed ? 1 : a.rows;
-    std::int64_t const tokens = packed ? a.cu_seqlens[a.rows] : a.tokens;
-    auto const elements = [&](int heads, int width, device::Strides const& s) {
-      return (batch - 1) * s.batch + (tokens - 1) * s.token + (heads - 1) * s.head + width;
-    };
-    device::DecodePool const& p = a.pool;
-    operand(a.query, "query", elements(a.query_heads, p.head_dim, a.query_strides), 2);
-    operand(a.key, "key", elements(p.heads, p.head_dim, a.key_strides), 2);
-    operand(a.value, "value", elements(p.heads, p.value_dim, a.value_strides), 2);
-    operand(a.log_gate, "log_gate", elements(p.heads, 1, a.log_gate_strides), 4);
-    in_place(a.output, "output", 1, 1, {}, elements(a.query_heads, p.value_dim, a.output_strides),
-             2);
+    take_tokens(a, a.cu_seqlens != nullptr ? a.cu_seqlens[a.rows] : a.tokens);
+    in_place(a.arrivals, "arrivals", 1, 1, {}, std::int64_t{a.rows} * (a.pool.heads + 1), 4);
+    take(a.pool);
+  }
+  void take(device::DecodePrefillArguments& a) {
+    take_tokens(a, a.tokens);
+    in_place(a.arrivals, "arrivals", 1, 1, {}, 1, 4);
+    take(a.pool);
+  }
+  void take(device::DecodeFoldArguments& a) {
     operand(a.slots, "slots", a.rows, 4);
-    operand(a.cu_seqlens, "cu_seqlens", a.rows + std::int64_t{1}, 4);
-    in_place(a.arrivals, "arrivals", 1, 1, {}, std::int64_t{a.rows} * (p.heads + 1), 4);
+    in_place(a.arrivals, "arrivals", 1, 1, {}, 1, 4);
     take(a.pool);
   }
   void take(device::DecodeCopyArguments& a) {
@@ -108,6 +104,24 @@ class Copies {
     operand(a.slots, "slots", a.count, 4);
     operand(a.tokens, "tokens", a.count, 4);
     take(a.pool);
+  }
+
+  /// Of a call with new tokens, so many of each row, or of all where they are packed.
+  template <class Arguments>
+  void take_tokens(Arguments& a, std::int64_t tokens) {
+    std::int64_t const batch = a.cu_seqlens != nullptr ? 1 : a.rows;
+    auto const elements = [&](int heads, int width, device::Strides const& s) {
+      return (batch - 1) * s.batch + (tokens - 1) * s.token + (heads - 1) * s.head + width;
+    };
+    device::DecodePool const& p = a.pool;
+    operand(a.query, "query", elements(a.query_heads, p.head_dim, a.query_strides), 2);
+    operand(a.key, "key", elements(p.heads, p.head_dim, a.key_strides), 2);
+    operand(a.value, "value", elements(p.heads, p.value_dim, a.value_strides), 2);
+    operand(a.log_gate, "log_gate", elements(p.heads, 1, a.log_gate_strides), 4);
+    in_place(a.output, "output", 1, 1, {}, elements(a.query_heads, p.value_dim, a.output_strides),
+             2);
+    operand(a.slots, "slots", a.rows, 4);
+    operand(a.cu_seqlens, "cu_seqlens", a.rows + std::int64_t{1}, 4);
   }
 
   template <class T>
@@ -218,12 +232,26 @@ device::Status run_on_copies(device::BackwardPlan const& plan, void* workspace,
   return status;
 }
 
-template <class Kernels>
-device::Status run_on_copies(device::DecodeStepPlan plan, void* workspace, CUstream_st* stream) {
+/// A call of decoding by a plan with a workspace.
+template <class Kernels, class Plan>
+device::Status run_on_copies(Plan const& plan, void* workspace, CUstream_st* stream) {
+  auto arguments = plan.arguments;
   Copies copies;
-  copies.take(plan.arguments);
+  copies.take(arguments);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
-  device::Status const status = Kernels::run(plan, workspace, launcher(stream));
+  device::Status const status =
+      Kernels::run(Plan::make(arguments, device::multiprocessors()), workspace, launcher(stream));
+  copies.give_back();
+  return status;
+}
+
+template <class Kernels>
+device::Status run_on_copies(device::DecodeFoldPlan const& plan, CUstream_st* stream) {
+  device::DecodeFoldArguments arguments = plan.arguments;
+  Copies copies;
+  copies.take(arguments);
+  device::Status const status = Kernels::run(
+      device::DecodeFoldPlan::make(arguments, device::multiprocessors()), launcher(stream));
   copies.give_back();
   return status;
 }

@@ -100,10 +100,10 @@ def test_which_path_runs_where(device, paths):
     cache.rollback(slots, 1)
     cache.copy(slots, slots.flip(0))
     cache.reset(slots)
+    torch.ops.retention.decode_fold(*cache.pool, slots, config.window, 0, 2)
     assert paths() == [
-        ("decode_reset", "kernels"),
-        ("decode_prefill", "PyTorch path (no kernel for this operator)"),
-        *((f"decode_{name}", "kernels") for name in ("step", "rollback", "copy", "reset")),
+        (f"decode_{name}", "kernels")
+        for name in ("reset", "prefill", "step", "rollback", "copy", "reset", "fold")
     ]
 
 
@@ -147,8 +147,12 @@ def test_a_list_of_no_slots_and_one_of_too_many(device, paths):
     for count in (0, 8193):
         slots = torch.full((count,), -1, dtype=torch.int32, device=device)
         cache.copy(slots, slots)
+        cache.reset(slots)
     assert paths() == [
-        ("decode_copy", f"PyTorch path ({count} slots: expected 1 to 8192)") for count in (0, 8193)
+        ("decode_copy", "PyTorch path (count: got 0, expected at least 1)"),
+        ("decode_reset", "PyTorch path (count: got 0, expected at least 1)"),
+        ("decode_copy", "PyTorch path (count: got 8193, expected at most 8192)"),
+        ("decode_reset", "kernels"),
     ]
 
 
@@ -184,14 +188,21 @@ def test_rows_as_they_lie_and_rows_that_are_copied(device, paths):
         {**parts, "log_G": None},
         *(
             {name: x if x is None else change(x) for name, x in tokens.items()}
-            for change in (off_by_one, every_second, lambda x: x.mT.contiguous().mT)
+            for change in (
+                *(off_by_one, every_second, lambda x: x.mT.contiguous().mT),
+                lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+            )
         ),
     ):
         cache = config.cache()
         slots = every_second(config.indices(3, -1, 0))
-        outs.append(cache.step(**view, slots=slots))
+        outs.append(
+            torch.stack(
+                (cache.prefill(**view, slots=slots, keep=1), cache.step(**view, slots=slots))
+            )
+        )
         assert outs[-1].is_contiguous()
-    assert set(paths()) == {("decode_reset", "kernels"), ("decode_step", "kernels")}
+    assert {path for _, path in paths()} == {"kernels"}
     for out in outs[1:]:
         assert torch.equal(out, outs[0])
 

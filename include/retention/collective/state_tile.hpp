@@ -13,8 +13,8 @@ namespace retention::collective {
 /// With `Multiplicity`, what is in memory is the state times the multiplicity of its rows, 1 in a
 /// diagonal block pair, else 2; the accumulators are without it.
 ///
-/// `state` points at a state of [D, ValueDim] in memory, at the first of the warp's columns, and
-/// `key_sum` at its sum of keys, [D].
+/// A state in memory, [D, ValueDim] from the first of the warp's columns on, is one of those of
+/// kernel/sequence_states.hpp, or for `store_rounded` a pointer.
 template <class Mainloop, int ValueDim, bool Multiplicity>
 struct StateTile {
   using Element = typename Mainloop::Element;
@@ -51,53 +51,55 @@ struct StateTile {
     }
   }
 
-  /// Accumulators = factor times what is in memory.
-  CUTE_DEVICE static void load(float const* state, float const* key_sum, float state_factor,
+  /// Accumulators = factor times what is in memory; the sum of keys where the warp stores it.
+  template <class State>
+  CUTE_DEVICE static void load(State const& state, bool first_columns, float state_factor,
                                float sum_factor, Mainloop const& mainloop,
                                Accumulators& accumulators) {
+    bool const loads_sum = has_key_sum(mainloop, first_columns);
     int const group = mainloop.lane / 4;
-    float const* first = state + 2 * (mainloop.lane % 4);
+    int const column = 2 * (mainloop.lane % 4);
     cute::Tensor target = Mainloop::state_tensor(accumulators);
     for_each(
         mainloop, accumulators,
         [&](int i, int x, int row, int stride, float multiplicity) {
-          float const* source = first + (row + group * stride) * ValueDim;
           float const factor = multiplicity == 1.0f ? state_factor : 0.5f * state_factor;
 #pragma unroll
           for (int n = 0; n < kValueTile / 8; ++n) {
-            float2 const loaded = *reinterpret_cast<float2 const*>(source + 8 * n);
+            float2 const loaded = state.load((row + group * stride) * ValueDim + column + 8 * n);
             target(cute::make_coord(0, i), x, n) = factor * loaded.x;
             target(cute::make_coord(1, i), x, n) = factor * loaded.y;
           }
         },
         [&](int row, float& sum, float multiplicity) {
-          sum = (multiplicity == 1.0f ? sum_factor : 0.5f * sum_factor) * key_sum[row];
+          float const factor = multiplicity == 1.0f ? sum_factor : 0.5f * sum_factor;
+          sum = loads_sum ? factor * state.load_sum(row) : 0.0f;
         });
   }
 
   /// Memory = factor times the accumulators; `first_columns`: whether the warp's columns are the
   /// state's first, whose owner stores the sum of keys.
-  CUTE_DEVICE static void store(float* state, float* key_sum, bool first_columns,
-                                float state_factor, float sum_factor, Mainloop const& mainloop,
+  template <class State>
+  CUTE_DEVICE static void store(State const& state, bool first_columns, float state_factor,
+                                float sum_factor, Mainloop const& mainloop,
                                 Accumulators& accumulators) {
     int const group = mainloop.lane / 4;
-    float* first = state + 2 * (mainloop.lane % 4);
+    int const column = 2 * (mainloop.lane % 4);
     bool const stores_sum = has_key_sum(mainloop, first_columns);
     for_each(
         mainloop, accumulators,
         [&](int i, int x, int row, int stride, float multiplicity) {
-          float* target = first + (row + group * stride) * ValueDim;
           float const factor = state_factor * multiplicity;
 #pragma unroll
           for (int n = 0; n < kValueTile / 8; ++n) {
             float2 const sum = pair(accumulators, i, x, n);
-            *reinterpret_cast<float2*>(target + 8 * n) =
-                make_float2(factor * sum.x, factor * sum.y);
+            state.store((row + group * stride) * ValueDim + column + 8 * n,
+                        make_float2(factor * sum.x, factor * sum.y));
           }
         },
         [&](int row, float sum, float multiplicity) {
           if (stores_sum) {
-            key_sum[row] = sum_factor * multiplicity * sum;
+            state.store_sum(row, sum_factor * multiplicity * sum);
           }
         });
   }
@@ -184,7 +186,7 @@ struct StateTile {
     return make_float2(state(cute::make_coord(0, i), x, n), state(cute::make_coord(1, i), x, n));
   }
 
-  // The unit's sum of keys is whole in each of the warps that share it; one of them stores it.
+  // The unit's sum of keys is summed by each of the warps that share it; one of them stores it.
   CUTE_DEVICE static bool has_key_sum(Mainloop const& mainloop, bool first_columns) {
     return first_columns && mainloop.first_outer == 0;
   }

@@ -189,13 +189,10 @@ struct BackwardKernels {
 
     kernel::StateRanges::Params final_ranges() const {
       kernel::StateRanges::Params p{};
-      p.state = arguments.d_final_state;
-      p.key_sum = arguments.d_final_key_sum;
+      p.states = PlannedCall::states_at(arguments.d_final_state, arguments.d_final_key_sum);
       p.ranges = in<kernel::StateRange>(plan.final_ranges);
       p.count = a.sequences;
-      p.heads = a.heads;
-      p.state_dim = kStateDim;
-      p.value_dim = ValueDim;
+      p.shape = {a.heads, kStateDim, ValueDim};
       return p;
     }
 
@@ -286,8 +283,7 @@ struct BackwardKernels {
       p.gate_stride = forward.gate_stride;
       p.state_exponents = exponents.state;
       p.key_sum_exponents = exponents.key_sum;
-      p.sequence_state = arguments.d_initial_state;
-      p.sequence_key_sum = arguments.d_initial_key_sum;
+      p.ends = PlannedCall::states_at(arguments.d_initial_state, arguments.d_initial_key_sum);
       p.sequences =
           forward.listed(arguments.d_initial_state != nullptr ? kAllSequences : kCutSequences);
       p.heads = a.heads;

@@ -3,8 +3,9 @@
 //
 // A slot has, per key head, a state and a ring of the recent tokens, which are not in the state
 // yet. A step reads both, and writes new tokens into the ring alone; a fold moves a window of the
-// oldest ones into the state. What there is to do is seen on the device, from the cursors of the
-// slots: a call that was captured into a CUDA graph can be replayed for ever.
+// oldest ones into the state, and a prefill puts prompts there. What there is to do is seen on the
+// device, from the cursors of the slots: a call that was captured into a CUDA graph can be replayed
+// for ever.
 
 #pragma once
 
@@ -99,6 +100,47 @@ struct DecodeStepArguments {
   int slice_pairs = 0;
 };
 
+/// Prompts, or pieces of them, on top of what slots hold: the forward pass, with states in the
+/// slots before and after it. What is in the rings is folded first; of the new tokens all but the
+/// last `keep` of every row go into the state, and these into the ring. Rows of padding get zeros.
+struct DecodePrefillArguments {
+  DecodePool pool;
+  int rows = 0;         // b
+  int tokens = 0;       // t, of every row; with cu_seqlens those of all rows
+  int query_heads = 0;  // hq, a multiple of h
+
+  // [b, t, h, d], row after row without anything between them: their batch strides are t times the
+  // strides of tokens. With cu_seqlens [1, t, h, d]. All but log_gate 16-byte aligned, as their
+  // rows.
+  void const* query = nullptr;  // [b, t, hq, d]
+  Strides query_strides;
+  void const* key = nullptr;  // [b, t, h, d]
+  Strides key_strides;
+  void const* value = nullptr;  // [b, t, h, dv]
+  Strides value_strides;
+  float const* log_gate = nullptr;  // [b, t, h], down to -inf; null where the pool has none
+  Strides log_gate_strides;
+  void* output = nullptr;  // [b, t, hq, dv]
+  Strides output_strides;
+  int const* slots = nullptr;  // [b], each slot at most once
+  /// [b + 1]: row i has tokens [i] to [i + 1] - 1. Others are not read, and their results are 0.
+  int const* cu_seqlens = nullptr;
+  int keep = 0;                  // at most the ring
+  unsigned* arrivals = nullptr;  // [1], as that of a step, with which it can be shared
+  int chunk_size = 0;            // as in ForwardArguments
+};
+
+/// Tokens of rings go into the states. A step does so by itself.
+struct DecodeFoldArguments {
+  DecodePool pool;
+  int rows = 0;
+  int const* slots = nullptr;  // [rows], each slot at most once
+  /// As in a step; 0: all tokens but the `keep` newest, whatever the phase, in a ring of any size.
+  int window = 0;
+  int keep = 0;
+  unsigned* arrivals = nullptr;  // [1], as that of a step
+};
+
 /// Slots become others, as if all were read before any is written: copies may go in circles.
 struct DecodeCopyArguments {
   DecodePool pool;
@@ -127,20 +169,26 @@ struct DecodeRollbackArguments {
 /// Whether `run` takes these arguments on the current device, and if not, which one and what would
 /// do. Without a device it says what it would say with an H100.
 RETENTION_API Status can_implement(DecodeStepArguments const& arguments);
+RETENTION_API Status can_implement(DecodePrefillArguments const& arguments);
+RETENTION_API Status can_implement(DecodeFoldArguments const& arguments);
 RETENTION_API Status can_implement(DecodeCopyArguments const& arguments);
 RETENTION_API Status can_implement(DecodeResetArguments const& arguments);
 RETENTION_API Status can_implement(DecodeRollbackArguments const& arguments);
 
-/// Bytes of device memory that a step needs at `workspace`, 0 for none and for sizes that make no
-/// sense. It depends on sizes and the current device's number of multiprocessors, that of an H100
-/// where there is none.
+/// Bytes of device memory that a step or a prefill needs at `workspace`, 0 for none and for sizes
+/// that make no sense. It depends on sizes and the current device's number of multiprocessors, that
+/// of an H100 where there is none; of pointers it matters which are null.
 RETENTION_API std::size_t workspace_size(DecodeStepArguments const& arguments);
+RETENTION_API std::size_t workspace_size(DecodePrefillArguments const& arguments);
 
 /// Enqueues the work on `stream` of the current device, with no allocation and no synchronisation,
 /// so that it can be captured into a CUDA graph. `workspace` is 256-byte aligned, not shared with
 /// work in flight. Results are the same bits in every run.
 RETENTION_API Status run(DecodeStepArguments const& arguments, void* workspace,
                          CUstream_st* stream);
+RETENTION_API Status run(DecodePrefillArguments const& arguments, void* workspace,
+                         CUstream_st* stream);
+RETENTION_API Status run(DecodeFoldArguments const& arguments, CUstream_st* stream);
 RETENTION_API Status run(DecodeCopyArguments const& arguments, CUstream_st* stream);
 RETENTION_API Status run(DecodeResetArguments const& arguments, CUstream_st* stream);
 RETENTION_API Status run(DecodeRollbackArguments const& arguments, CUstream_st* stream);

@@ -1,14 +1,29 @@
 // Decoding in one configuration: what a call's kernels are, and their parameters.
 //
+// A step:
+//
 //     fold   where windows are folded at all: those rings that are full
 //     step   new tokens join the rings, and their queries read states and rings
+//
+// A prefill:
+//
+//     fold     all that is in the rings
+//     parts    which tokens of a row are its body, and which its tail
+//     forward  over the bodies, from the states of slots to those after them
+//     count    the bodies are in the states
+//     forward  where tokens are kept: over the tails
+//     append   the tails to the rings
+//     count    the tails are in the rings
+//     zeros    for rows of padding, and for tokens that no row has
 
 #pragma once
 
 #include "retention/device/decode_plan.hpp"
+#include "retention/device/forward_kernels.hpp"
 #include "retention/kernel/decode_copy.hpp"
 #include "retention/kernel/decode_cursors.hpp"
 #include "retention/kernel/decode_fold.hpp"
+#include "retention/kernel/decode_prefill.hpp"
 #include "retention/kernel/decode_step.hpp"
 
 namespace retention::device {
@@ -16,6 +31,7 @@ namespace retention::device {
 template <class Element, int HeadDim, int ValueDim>
 struct DecodeKernels {
   using Fold = kernel::DecodeFold<Element, HeadDim, ValueDim>;
+  using Forward = ForwardKernels<Element, HeadDim, ValueDim>;
   template <int MmaRows>
   using Step = kernel::DecodeStep<Element, HeadDim, ValueDim, MmaRows>;
 
@@ -24,23 +40,21 @@ struct DecodeKernels {
       cute::max(sizeof(typename Fold::SharedStorage), sizeof(typename Step<1>::SharedStorage),
                 sizeof(typename Step<2>::SharedStorage), sizeof(typename Step<4>::SharedStorage),
                 sizeof(kernel::DecodeCopy::SharedStorage));
-  static_assert(Fold::kTileRows == DecodeStepPlan::kPairRows &&
-                    Fold::kMaxWindow == kMaxDecodeWindow &&
-                    Step<1>::kMaxTokens == kMaxDecodeTokens &&
+  static_assert(Fold::kMaxWindow == kMaxDecodeWindow && Step<1>::kMaxTokens == kMaxDecodeTokens &&
                     kernel::DecodeCopy::kMaxSlots == kMaxDecodeCopies,
                 "what the host side accepts");
   template <int MmaRows>
   static constexpr bool kPlanned =
       Step<MmaRows>::kMinBlocks == DecodeStepPlan::resident_blocks(HeadDim, ValueDim, MmaRows);
   static_assert(kPlanned<1> && kPlanned<2> && kPlanned<4> &&
-                    Fold::kMinBlocks == DecodeStepPlan::resident_fold_blocks(HeadDim, ValueDim),
+                    Fold::kMinBlocks == DecodeFoldPlan::resident_blocks(HeadDim, ValueDim),
                 "as many blocks as the plan fills");
 
   /// Launchers as in ForwardKernels::run.
   template <class Launcher>
   static Status run(DecodeStepPlan const& plan, void* workspace, Launcher const& launcher) {
     if (plan.arguments.window > 0) {
-      if (Status status = launcher.template launch<Fold>(fold(plan)); !status) {
+      if (Status status = run(plan.fold, launcher); !status) {
         return status;
       }
     }
@@ -53,6 +67,50 @@ struct DecodeKernels {
       default:
         return launcher.template launch<Step<4>>(params);
     }
+  }
+
+  template <class Launcher>
+  static Status run(DecodeFoldPlan const& plan, Launcher const& launcher) {
+    Status status;
+    for (int i = 0; i < plan.launches && status; ++i) {
+      status = launcher.template launch<Fold>(fold(plan));
+    }
+    return status;
+  }
+
+  template <class Launcher>
+  static Status run(DecodePrefillPlan const& plan, void* workspace, Launcher const& launcher) {
+    DecodePrefillArguments const& a = plan.arguments;
+    kernel::PrefillParts const parts = parts_of(plan, workspace);
+    kernel::FindPrefillParts::Params const rows = rows_of(plan, workspace);
+    kernel::MoveCursors<kernel::CountFolded>::Params const folded{rows.cursors, a.slots,
+                                                                  parts.folded, a.rows};
+    Status status = run(plan.fold, launcher);
+    if (status) {
+      status = launcher.template launch<kernel::FindPrefillParts>(rows);
+    }
+    if (status) {
+      status = run_part(plan, plan.body, parts.starts, parts.middles, workspace, launcher);
+    }
+    if (status) {
+      status = launcher.template launch<kernel::CountFolded>(folded);
+    }
+    if (status && a.keep > 0) {
+      status = run_tails(plan, workspace, launcher);
+    }
+    if (status) {
+      status = launcher.template launch<kernel::PaddingRows>(padding(plan, workspace));
+    }
+    if (status && a.cu_seqlens != nullptr) {
+      kernel::UnownedRows::Params const unowned{
+          a.cu_seqlens,
+          a.rows,
+          plan.total,
+          {PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides, a.query_heads,
+                                ValueDim)}};
+      status = launcher.template launch<kernel::UnownedRows>(unowned);
+    }
+    return status;
   }
 
   template <class Launcher>
@@ -96,8 +154,73 @@ struct DecodeKernels {
             p.ring};
   }
 
-  static typename Fold::Params fold(DecodeStepPlan const& plan) {
-    DecodeStepArguments const& a = plan.arguments;
+  static kernel::PrefillParts parts_of(DecodePrefillPlan const& plan, void* workspace) {
+    auto const at = [&](int part) { return plan.parts[part].template in<int>(workspace); };
+    return {at(0), at(1), at(2), at(3), at(4)};
+  }
+
+  static kernel::FindPrefillParts::Params rows_of(DecodePrefillPlan const& plan, void* workspace) {
+    DecodePrefillArguments const& a = plan.arguments;
+    return {a.cu_seqlens, a.slots, pool_of(a.pool).cursors,  a.rows,
+            plan.total,   a.keep,  parts_of(plan, workspace)};
+  }
+
+  static kernel::PaddingRows::Params padding(DecodePrefillPlan const& plan, void* workspace) {
+    DecodePrefillArguments const& a = plan.arguments;
+    auto const output = PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides,
+                                             a.query_heads, ValueDim);
+    return {rows_of(plan, workspace), output.data,  output.token_stride,
+            output.head_stride,       output.heads, output.words};
+  }
+
+  /// Forward over a part of every row.
+  template <class Launcher>
+  static Status run_part(DecodePrefillPlan const& plan, ForwardPlan forward, int const* starts,
+                         int const* ends, void* workspace, Launcher const& launcher) {
+    kernel::DecodePool<Element> const pool = pool_of(plan.arguments.pool);
+    forward.arguments.cu_seqlens = starts;
+    forward.arguments.normalizer = plan.normalizer.template in<float>(workspace);
+    PooledCall const pooled{{pool.high, pool.low, pool.key_sum, pool.cursors, plan.arguments.slots},
+                            ends};
+    return Forward::run_sequences(forward, plan.forward.template in<void>(workspace), launcher,
+                                  pooled);
+  }
+
+  template <class Launcher>
+  static Status run_tails(DecodePrefillPlan const& plan, void* workspace,
+                          Launcher const& launcher) {
+    using Append = kernel::AppendTails<Element>;
+    DecodePrefillArguments const& a = plan.arguments;
+    kernel::PrefillParts const parts = parts_of(plan, workspace);
+    kernel::DecodePool<Element> const pool = pool_of(a.pool);
+    auto const stride = [](Strides const& s) { return PlannedCall::stride(s); };
+    typename Append::Params const tails{static_cast<Element const*>(a.key),
+                                        static_cast<Element const*>(a.value),
+                                        a.log_gate,
+                                        stride(a.key_strides),
+                                        stride(a.value_strides),
+                                        stride(a.log_gate_strides),
+                                        parts,
+                                        a.slots,
+                                        a.rows,
+                                        a.pool.heads,
+                                        HeadDim,
+                                        ValueDim,
+                                        pool};
+    kernel::MoveCursors<kernel::CountAppended>::Params const appended{pool.cursors, a.slots,
+                                                                      parts.kept, a.rows};
+    Status status = run_part(plan, plan.tail, parts.middles, parts.ends, workspace, launcher);
+    if (status) {
+      status = launcher.template launch<Append>(tails);
+    }
+    if (status) {
+      status = launcher.template launch<kernel::CountAppended>(appended);
+    }
+    return status;
+  }
+
+  static typename Fold::Params fold(DecodeFoldPlan const& plan) {
+    DecodeFoldArguments const& a = plan.arguments;
     typename Fold::Params p{};
     p.slots = a.slots;
     p.rows = a.rows;
@@ -105,15 +228,13 @@ struct DecodeKernels {
     p.pool = pool_of(a.pool);
     p.window = a.window;
     p.keep = a.keep;
-    p.blocks = plan.fold_blocks;
+    p.blocks = plan.blocks;
     p.arrivals = a.arrivals;
     return p;
   }
 
   static kernel::DecodeStepParams<Element> step(DecodeStepPlan const& plan, void* workspace) {
-    auto const stride = [](Strides const& s) {
-      return kernel::TokenStride{s.batch, s.token, s.head};
-    };
+    auto const stride = [](Strides const& s) { return PlannedCall::stride(s); };
     DecodeStepArguments const& a = plan.arguments;
     kernel::DecodeStepParams<Element> p{};
     p.query = static_cast<Element const*>(a.query);

@@ -1,4 +1,4 @@
-// How a step of decoding is carried out: how states are cut into slices, so that the device is
+// How the calls of decoding are carried out: how states are cut into slices, so that the device is
 // filled, and what that takes of the workspace. Plain arithmetic, the same with and without a
 // device.
 
@@ -30,14 +30,46 @@ struct StateSlices {
   }
 };
 
-struct DecodeStepPlan {
-  static constexpr int kPairRows = 64;  // of the state
+/// Block pairs of a state.
+inline int pairs_of(DecodePool const& pool) {
+  constexpr int kPairRows = 64;
+  return static_cast<int>(state_dim(pool.head_dim, pool.degree) / kPairRows);
+}
 
+struct DecodeFoldPlan {
+  static constexpr int kLeastPairs = 2;  // that are worth a block of threads
+
+  DecodeFoldArguments arguments;
+  int blocks = 1;
+  int launches = 1;  // of which each folds as much as one can
+
+  static DecodeFoldPlan make(DecodeFoldArguments const& arguments, int multiprocessors) {
+    DecodeFoldPlan plan;
+    plan.arguments = arguments;
+    DecodePool const& pool = arguments.pool;
+    // Which heads fold, and so how much there is to do, only the device knows.
+    std::int64_t const resident =
+        std::int64_t{resident_blocks(pool.head_dim, pool.value_dim)} * multiprocessors;
+    std::int64_t const most = std::int64_t{arguments.rows} * pool.heads * pairs_of(pool);
+    plan.blocks =
+        static_cast<int>(std::min<std::int64_t>(resident, (most + kLeastPairs - 1) / kLeastPairs));
+    plan.launches =
+        arguments.window > 0 ? 1 : (pool.ring + kMaxDecodeWindow - 1) / kMaxDecodeWindow;
+    return plan;
+  }
+
+  /// Blocks that a multiprocessor runs at one time, by their shared memory.
+  static constexpr int resident_blocks(int head_dim, int value_dim) {
+    return std::max(head_dim, value_dim) > 64 ? 2 : 3;
+  }
+};
+
+struct DecodeStepPlan {
   DecodeStepArguments arguments;
-  int mma_rows = 1;    // 16 queries each, that a block has at one time: 1, 2 or 4
-  StateSlices slices;  // that blocks of the step read, each with a share of the ring
-  int fold_blocks = 1;
-  Region partial;  // [b, h, slices, t * hq / h, dv + 4] floats, where there are several
+  int mma_rows = 1;     // 16 queries each, that a block has at one time: 1, 2 or 4
+  StateSlices slices;   // that blocks of the step read, each with a share of the ring
+  DecodeFoldPlan fold;  // first, where there is a window
+  Region partial;       // [b, h, slices, t * hq / h, dv + 4] floats, where there are several
   std::size_t workspace_bytes = 0;
 
   /// For arguments that can be implemented.
@@ -45,7 +77,7 @@ struct DecodeStepPlan {
     DecodeStepPlan plan;
     plan.arguments = arguments;
     DecodePool const& pool = arguments.pool;
-    int const pairs = static_cast<int>(state_dim(pool.head_dim, pool.degree) / kPairRows);
+    int const pairs = pairs_of(pool);
     std::int64_t const heads = std::int64_t{arguments.rows} * pool.heads;
     int const queries = arguments.tokens * (arguments.query_heads / pool.heads);
     plan.mma_rows = queries <= 16 ? 1 : queries <= 32 ? 2 : 4;
@@ -55,11 +87,9 @@ struct DecodeStepPlan {
     plan.slices = arguments.slice_pairs == 0
                       ? choose_slices(pairs, heads, blocks)
                       : StateSlices::of(pairs, std::max(arguments.slice_pairs, kLeastPairs));
-    // Which heads fold, and so how much there is to do, only the device knows.
-    std::int64_t const fold_blocks =
-        std::int64_t{resident_fold_blocks(pool.head_dim, pool.value_dim)} * multiprocessors;
-    plan.fold_blocks = static_cast<int>(
-        std::min<std::int64_t>(fold_blocks, (heads * pairs + kLeastPairs - 1) / kLeastPairs));
+    plan.fold = DecodeFoldPlan::make({pool, arguments.rows, arguments.slots, arguments.window,
+                                      arguments.keep, arguments.arrivals},
+                                     multiprocessors);
     Regions regions;
     if (plan.slices.count > 1) {
       plan.partial =
@@ -76,11 +106,6 @@ struct DecodeStepPlan {
     return value_dim > 64 || head_dim * mma_rows > 256 ? 2 : few_registers ? 4 : 3;
   }
 
-  /// Those of a fold, by their shared memory.
-  static constexpr int resident_fold_blocks(int head_dim, int value_dim) {
-    return std::max(head_dim, value_dim) > 64 ? 2 : 3;
-  }
-
  private:
   static constexpr int kLeastPairs = 2;  // in less, a loop would end before it has got going
 
@@ -90,6 +115,65 @@ struct DecodeStepPlan {
     std::int64_t const slices = std::max<std::int64_t>(blocks / heads, 1);
     auto const in_slice = static_cast<int>((pairs + slices - 1) / slices);
     return StateSlices::of(pairs, std::max(in_slice, kLeastPairs));
+  }
+};
+
+/// A prefill: rings are folded, then forward runs over the bodies of all rows and, where tokens are
+/// kept, over their tails.
+struct DecodePrefillPlan {
+  DecodePrefillArguments arguments;
+  int total = 0;  // tokens of all rows
+  DecodeFoldPlan fold;
+  ForwardPlan body;  // with states from slots and to them; its workspace is the tail's too
+  ForwardPlan tail;  // with states from slots; of keep > 0
+  Region parts[5];   // of kernel::PrefillParts
+  Region normalizer;
+  Region forward;
+  std::size_t workspace_bytes = 0;
+
+  static DecodePrefillPlan make(DecodePrefillArguments const& a, int multiprocessors) {
+    DecodePrefillPlan plan;
+    plan.arguments = a;
+    plan.total = a.cu_seqlens != nullptr ? a.tokens : a.rows * a.tokens;
+    plan.fold = DecodeFoldPlan::make({a.pool, a.rows, a.slots, 0, 0, a.arrivals}, multiprocessors);
+    ForwardArguments const forward = forward_of(a);
+    plan.body = ForwardPlan::make(forward, multiprocessors, true, true, true);
+    plan.tail = ForwardPlan::make(forward, multiprocessors, true, true, false);
+    Regions regions;
+    for (Region& part : plan.parts) {
+      part = regions.take(a.rows, sizeof(int));
+    }
+    plan.normalizer = regions.take(std::int64_t{plan.total} * a.query_heads, sizeof(float));
+    plan.forward = regions.take(
+        1, std::max(plan.body.workspace_bytes, a.keep > 0 ? plan.tail.workspace_bytes : 0));
+    plan.workspace_bytes = regions.bytes();
+    return plan;
+  }
+
+  /// The call of forward: packed, of sequences that `parts` tell.
+  static ForwardArguments forward_of(DecodePrefillArguments const& a) {
+    ForwardArguments f;
+    f.element = a.pool.element;
+    f.degree = a.pool.degree;
+    f.head_dim = a.pool.head_dim;
+    f.value_dim = a.pool.value_dim;
+    f.sequences = a.rows;
+    f.tokens = a.cu_seqlens != nullptr ? a.tokens : a.rows * a.tokens;
+    f.heads = a.pool.heads;
+    f.query_heads = a.query_heads;
+    f.query = a.query;
+    f.query_strides = a.query_strides;
+    f.key = a.key;
+    f.key_strides = a.key_strides;
+    f.value = a.value;
+    f.value_strides = a.value_strides;
+    f.log_gate = a.log_gate;
+    f.log_gate_strides = a.log_gate_strides;
+    f.cu_seqlens = a.cu_seqlens != nullptr ? a.cu_seqlens : a.slots;  // any: it is packed
+    f.output = a.output;
+    f.output_strides = a.output_strides;
+    f.chunk_size = a.chunk_size;
+    return f;
   }
 };
 

@@ -19,9 +19,17 @@
 #include "retention/kernel/gates.hpp"
 #include "retention/kernel/output.hpp"
 #include "retention/kernel/sequence_lists.hpp"
+#include "retention/kernel/sequence_states.hpp"
 #include "retention/kernel/unowned_rows.hpp"
 
 namespace retention::device {
+
+/// A call on sequences whose states are in the slots of a pool: packed ones, which need not follow
+/// one another, since each has an end of its own. None given: no such call.
+struct PooledCall {
+  kernel::PooledStates states;
+  int const* ends;  // [n]
+};
 
 /// What the kernels of a call share, forward and backward.
 struct PlannedCall {
@@ -43,6 +51,11 @@ struct PlannedCall {
         exponents{plan.key_exponents.in<int>(workspace), plan.score_exponents.in<int>(workspace),
                   plan.state_exponents.in<int>(workspace),
                   plan.key_sum_exponents.in<int>(workspace)} {}
+
+  /// Those that are not there: null pointers. A state that is read is not written.
+  static kernel::SequenceStates states_at(float const* state, float const* key_sum) {
+    return {const_cast<float*>(state), const_cast<float*>(key_sum), {}};
+  }
 
   /// Those of a list; rows of a batch are all of them.
   kernel::Sequences listed(SequenceListKind kind) const {
@@ -114,22 +127,29 @@ struct ForwardKernels {
   /// Status: CudaLauncher, or one of the caller's own.
   template <class Launcher>
   static Status run(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
-    if (Status status = run_states(plan, workspace, launcher); !status) {
+    if (Status status = run_sequences(plan, workspace, launcher); !status) {
       return status;
     }
-    Call const call(plan, workspace);
-    if (Status status = launch_items<Output>(launcher, call.output()); !status) {
+    return plan.arguments.cu_seqlens == nullptr ? Status{}
+                                                : launcher.template launch<kernel::UnownedRows>(
+                                                      Call(plan, workspace, {}).unowned_rows());
+  }
+
+  /// All of it but what happens to tokens of no sequence.
+  template <class Launcher>
+  static Status run_sequences(ForwardPlan const& plan, void* workspace, Launcher const& launcher,
+                              PooledCall const& pooled = {}) {
+    if (Status status = run_states(plan, workspace, launcher, pooled); !status) {
       return status;
     }
-    return plan.arguments.cu_seqlens == nullptr
-               ? Status{}
-               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
+    return launch_items<Output>(launcher, Call(plan, workspace, pooled).output());
   }
 
   /// All that comes before the output, which backward computes again.
   template <class Launcher>
-  static Status run_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
-    Call const call(plan, workspace);
+  static Status run_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher,
+                           PooledCall const& pooled = {}) {
+    Call const call(plan, workspace, pooled);
     if (plan.arguments.cu_seqlens != nullptr) {
       if (Status status = launcher.template launch<kernel::SequenceLists>(call.lists()); !status) {
         return status;
@@ -166,13 +186,25 @@ struct ForwardKernels {
   struct Call : PlannedCall {
     ForwardPlan const& plan;
     void* workspace;
+    PooledCall const& pooled;
 
-    Call(ForwardPlan const& plan_, void* workspace_)
-        : PlannedCall(plan_, workspace_), plan(plan_), workspace(workspace_) {}
+    Call(ForwardPlan const& plan_, void* workspace_, PooledCall const& pooled_)
+        : PlannedCall(plan_, workspace_), plan(plan_), workspace(workspace_), pooled(pooled_) {}
+
+    kernel::SequenceStates initial() const {
+      return pooled.states.given() ? kernel::SequenceStates{nullptr, nullptr, pooled.states}
+                                   : states_at(a.initial_state, a.initial_key_sum);
+    }
+    kernel::SequenceStates ends() const {
+      return pooled.states.given() && plan.final_states
+                 ? kernel::SequenceStates{nullptr, nullptr, pooled.states}
+                 : states_at(a.final_state, a.final_key_sum);
+    }
 
     kernel::SequenceLists::Params lists() const {
       kernel::SequenceLists::Params p{};
-      p.cu_seqlens = a.cu_seqlens;
+      p.starts = a.cu_seqlens;
+      p.ends = pooled.ends != nullptr ? pooled.ends : a.cu_seqlens + 1;
       p.count = a.sequences;
       p.length = a.tokens;
       for (int i = 0; i < kSequenceLists; ++i) {
@@ -201,8 +233,7 @@ struct ForwardKernels {
       p.key_stride = stride(a.key_strides);
       p.value_stride = stride(a.value_strides);
       p.gate_stride = gate_stride;
-      p.initial_state = a.initial_state;
-      p.initial_key_sum = a.initial_key_sum;
+      p.initial = initial();
       p.ranges = plan.chunk_ranges.template in<kernel::ChunkRange>(workspace);
       p.initial_ranges = plan.initial_ranges.template in<kernel::StateRange>(workspace);
       p.sequences = sequences;
@@ -235,19 +266,17 @@ struct ForwardKernels {
       p.key_stride = stride(a.key_strides);
       p.value_stride = stride(a.value_strides);
       p.gate_stride = gate_stride;
-      p.initial_state = a.initial_state;
-      p.initial_key_sum = a.initial_key_sum;
+      p.initial = initial();
       p.states = plan.states.template in<Element>(workspace);
       p.key_sums = plan.key_sums.template in<Element>(workspace);
-      p.final_state =
-          plan.segmented ? plan.segment_state.template in<float>(workspace) : a.final_state;
-      p.final_key_sum =
-          plan.segmented ? plan.segment_key_sum.template in<float>(workspace) : a.final_key_sum;
-      p.sequence_ends = a.final_state != nullptr;
+      p.ends = plan.segmented ? states_at(plan.segment_state.template in<float>(workspace),
+                                          plan.segment_key_sum.template in<float>(workspace))
+                              : ends();
+      p.sequence_ends = plan.final_states;
       p.exponents = exponents;
-      p.sequences = listed(a.final_state != nullptr     ? kAllSequences
-                           : a.initial_state != nullptr ? kPresentSequences
-                                                        : kChunkedSequences);
+      p.sequences = listed(plan.final_states     ? kAllSequences
+                           : plan.initial_states ? kPresentSequences
+                                                 : kChunkedSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -257,16 +286,15 @@ struct ForwardKernels {
       typename Carry::Params p{};
       p.states = plan.states.template in<Element>(workspace);
       p.key_sums = plan.key_sums.template in<Element>(workspace);
-      p.slots = kernel::state_slots(a.initial_state != nullptr);
+      p.slots = kernel::state_slots(plan.initial_states);
       p.segment_state = plan.segment_state.template in<float>(workspace);
       p.segment_key_sum = plan.segment_key_sum.template in<float>(workspace);
       p.gate = gate;
       p.gate_stride = gate_stride;
       p.state_exponents = exponents.state;
       p.key_sum_exponents = exponents.key_sum;
-      p.sequence_state = a.final_state;
-      p.sequence_key_sum = a.final_key_sum;
-      p.sequences = listed(a.final_state != nullptr ? kAllSequences : kCutSequences);
+      p.ends = ends();
+      p.sequences = listed(plan.final_states ? kAllSequences : kCutSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
       return p;
@@ -293,7 +321,7 @@ struct ForwardKernels {
       p.sequences = sequences;
       p.heads = a.heads;
       p.group = a.query_heads / a.heads;
-      p.initial_states = a.initial_state != nullptr;
+      p.initial_states = plan.initial_states;
       return p;
     }
 

@@ -66,9 +66,11 @@ struct ForwardPlan {
 
   // With chunk_size, whole_until and segment_tokens filled in.
   ForwardArguments arguments;
-  bool reads_states = false;  // whether queries read a state
-  bool makes_states = false;  // whether states are computed, to be read or as the final one
-  bool segmented = false;     // whether a sequence is cut and a carry follows
+  bool initial_states = false;  // whether sequences begin with states
+  bool final_states = false;    // whether the states that they end with are wanted
+  bool reads_states = false;    // whether queries read a state
+  bool makes_states = false;    // whether states are computed, to be read or as the final one
+  bool segmented = false;       // whether a sequence is cut and a carry follows
   // See kernel/sequence.hpp.
   std::int64_t slots = 0;          // of chunks
   std::int64_t state_slots = 0;    // of states before them
@@ -93,18 +95,27 @@ struct ForwardPlan {
 
   /// For arguments that can be implemented. Without states, it is what comes before them in the
   /// same call, for backward: chunks and segments are those of the call.
-  static ForwardPlan make(ForwardArguments arguments, int multiprocessors,
+  static ForwardPlan make(ForwardArguments const& arguments, int multiprocessors,
                           bool with_states = true) {
+    return make(arguments, multiprocessors, with_states, arguments.initial_state != nullptr,
+                arguments.final_state != nullptr);
+  }
+
+  /// Where sequences' states are somewhere else than the arguments say.
+  static ForwardPlan make(ForwardArguments const& arguments, int multiprocessors, bool with_states,
+                          bool initial_states, bool final_states) {
     ForwardPlan plan;
     ForwardArguments& a = plan.arguments = arguments;
+    plan.initial_states = initial_states;
+    plan.final_states = final_states;
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     bool const packed = a.cu_seqlens != nullptr;
     std::int64_t const rows = packed ? 1 : a.sequences;
     choose_chunk(a);
     plan.slots = slots_of(a, a.chunk_size, true);
-    plan.state_slots = slots_of(a, a.chunk_size, a.initial_state != nullptr);
-    plan.reads_states = a.chunk_size < a.tokens || a.initial_state != nullptr;
-    plan.makes_states = plan.reads_states || a.final_state != nullptr;
+    plan.state_slots = slots_of(a, a.chunk_size, initial_states);
+    plan.reads_states = a.chunk_size < a.tokens || initial_states;
+    plan.makes_states = plan.reads_states || final_states;
 
     int const one_segment = round_up(a.tokens + 1, a.chunk_size);
     if (a.chunk_size > a.tokens) {
@@ -117,7 +128,7 @@ struct ForwardPlan {
       plan.reads_states = plan.makes_states = false;
     }
     plan.segmented = plan.makes_states && a.segment_tokens < a.tokens;
-    plan.segment_slots = slots_of(a, a.segment_tokens, a.final_state != nullptr);
+    plan.segment_slots = slots_of(a, a.segment_tokens, final_states);
 
     std::int64_t const heads = a.heads;
     Regions regions;
@@ -140,7 +151,7 @@ struct ForwardPlan {
       plan.score_exponents = regions.take(a.sequences * heads, sizeof(int));
       plan.state_exponents = regions.take(plan.slots * heads, sizeof(int));
       plan.key_sum_exponents = regions.take(plan.slots * heads, sizeof(int));
-      if (a.initial_state != nullptr) {
+      if (initial_states) {
         plan.initial_ranges = regions.take(a.sequences * heads * kStateParts, 2 * sizeof(float));
       }
     }

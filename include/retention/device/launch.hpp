@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <string>
+#include <type_traits>
 
 #include "retention/device/status.hpp"
 
@@ -24,6 +25,13 @@ inline Status to_status(cudaError_t error, char const* what) {
                               : Status{std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
+/// Whether a kernel knows of programmatic dependent launch, see detail/dependent_launch.hpp.
+template <class Kernel, class = void>
+inline constexpr bool kStartsEarly = false;
+template <class Kernel>
+inline constexpr bool kStartsEarly<Kernel, std::void_t<decltype(Kernel::kStartsEarly)>> =
+    Kernel::kStartsEarly;
+
 /// Enqueues kernels on a stream of the current device.
 struct CudaLauncher {
   cudaStream_t stream;
@@ -38,15 +46,57 @@ struct CudaLauncher {
         return status;
       }
     }
-    kernel<<<Kernel::grid(params), Kernel::kThreads, kSharedBytes, stream>>>(params);
-    return to_status(cudaGetLastError(), "launch of a kernel");
+    cudaLaunchConfig_t config{};
+    config.gridDim = Kernel::grid(params);
+    config.blockDim = Kernel::kThreads;
+    config.dynamicSmemBytes = kSharedBytes;
+    config.stream = stream;
+    cudaLaunchAttribute attribute{};
+    if constexpr (kStartsEarly<Kernel>) {
+      bool waits = false;
+      if (Status status = knows_how_to_wait<Kernel>(kernel, waits); !status) {
+        return status;
+      }
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      config.attrs = &attribute;
+      config.numAttrs = waits ? 1 : 0;
+    }
+    return to_status(cudaLaunchKernelEx(&config, kernel, params), "launch of a kernel");
   }
 
  private:
+  // What is found out about a kernel once a device, for every launch would wait for it.
+  static constexpr int kDevices = 64;
+
+  // Code for older devices runs on new ones, too, and does not wait for anything.
+  template <class Kernel, class Function>
+  static Status knows_how_to_wait(Function* kernel, bool& result) {
+    constexpr int kHopper = 90;
+    enum : char { kUnknown, kWaits, kDoesNot };
+    static std::atomic<char> known[kDevices] = {};
+    int device = 0;
+    if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {
+      return status;
+    }
+    char answer = device < kDevices ? known[device].load(std::memory_order_relaxed) : kDoesNot;
+    if (answer == kUnknown) {
+      cudaFuncAttributes attributes{};
+      if (Status status =
+              to_status(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
+          !status) {
+        return status;
+      }
+      answer = attributes.ptxVersion >= kHopper ? kWaits : kDoesNot;
+      known[device].store(answer, std::memory_order_relaxed);
+    }
+    result = answer == kWaits;
+    return {};
+  }
+
   // Once a device: the call costs as much as a launch.
   template <class Kernel, class Function>
   static Status allow_shared_bytes(Function* kernel, std::size_t bytes) {
-    constexpr int kDevices = 64;
     static std::atomic<bool> allowed[kDevices] = {};
     int device = 0;
     if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {

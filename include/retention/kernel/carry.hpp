@@ -17,6 +17,7 @@
 #include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/sequence.hpp"
+#include "retention/kernel/sequence_states.hpp"
 #include "retention/symmetric_power.hpp"
 
 namespace retention::kernel {
@@ -63,18 +64,18 @@ struct Carry {
     Element* states;    // [slots, h, D, dv] of each chunk, updated; null to skip
     Element* key_sums;  // [slots, h, D], updated; with states
     Slots slots;        // of states
-    // What each segment alone ends with; of the last of a walk with sequence_state only. A segment
-    // has a slot as a chunk has (`Sequences::segments`).
+    // What each segment alone ends with; of the last of a walk with `ends` only. A segment has a
+    // slot as a chunk has (`Sequences::segments`).
     float const* segment_state;          // [slots of segments, h, D, dv]
     float const* segment_key_sum;        // [slots of segments, h, D]
     detail::CumulativeGate const* gate;  // [b, t, h] since the chunk's start; null for none
     TokenStride gate_stride;
     int const* state_exponents;    // [slots, h] of states, fp16 only; null for zeros
     int const* key_sum_exponents;  // [slots, h] of key_sums
-    // What the sequence ends with: its final state, or the gradient of its initial one.
-    float* sequence_state;    // [count, h, D, dv]; null to skip
-    float* sequence_key_sum;  // [count, h, D]; with sequence_state
-    Sequences sequences;      // those listed are joined
+    // What sequences end with: [count, h, ..] final states, or gradients of the initial ones; not
+    // given to skip.
+    SequenceStates ends;
+    Sequences sequences;  // those listed are joined
     int heads;
     int segment_tokens;  // a multiple of the chunk size
   };
@@ -99,7 +100,7 @@ struct Carry {
     Sequence const in_segments = cut.get(place);
     int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
     int const segment_chunks = cute::ceil_div(in_segments.chunk_size, sequence.chunk_size);
-    if (chunks <= segment_chunks && params.sequence_state == nullptr) {
+    if (chunks <= segment_chunks && !params.ends.given()) {
       return;  // one segment, and nobody asks for its end
     }
 
@@ -109,13 +110,12 @@ struct Carry {
     bool const owns = element < size;  // others help with the factors
     Element* const target = is_state ? params.states : params.key_sums;
     float const* const ends = is_state ? params.segment_state : params.segment_key_sum;
-    float* const result = is_state ? params.sequence_state : params.sequence_key_sum;
     int const* const exponents = is_state ? params.state_exponents : params.key_sum_exponents;
 
     std::int64_t const first_end = cut.slot(in_segments, 0,
-                                            params.sequence_state != nullptr ? Slots::kAll
-                                            : kBackward                      ? Slots::kButFirst
-                                                                             : Slots::kButLast) *
+                                            params.ends.given() ? Slots::kAll
+                                            : kBackward         ? Slots::kButFirst
+                                                                : Slots::kButLast) *
                                        params.heads +
                                    head;
     int const segments = cute::max(cute::ceil_div(chunks, segment_chunks), 1);
@@ -145,7 +145,7 @@ struct Carry {
               (kBackward ? -1 : 1) * params.heads * size);
         }
       }
-      if (owns && (result != nullptr || walked + 1 < segments)) {
+      if (owns && (params.ends.given() || walked + 1 < segments)) {
         float own[kPiece];
         load_end(segment, own);
         float const decay = detail::exp2(log_decay);
@@ -155,15 +155,33 @@ struct Carry {
         }
       }
     }
-    if (result != nullptr && owns) {
-      std::int64_t const item = static_cast<std::int64_t>(sequence.index) * params.heads + head;
-      float4* const out = reinterpret_cast<float4*>(result + item * size + element);
-      out[0] = {carry[0], carry[1], carry[2], carry[3]};
-      out[1] = {carry[4], carry[5], carry[6], carry[7]};
+    if (params.ends.given() && owns) {
+      store_end(params, carry);
     }
   }
 
  private:
+  // Where it goes is found again, since registers are short.
+  CUTE_DEVICE static void store_end(Params const& params, float const (&carry)[kPiece]) {
+    int const index = detail::recomputed(static_cast<int>(blockIdx.x));
+    int const block = index % kBlocks;
+    int const sequence = params.sequences.get(index / kBlocks).index;
+    int const element = kPiece * (kThreads * (block < kStateBlocks ? block : block - kStateBlocks) +
+                                  detail::recomputed(static_cast<int>(threadIdx.x)));
+    params.ends.write({params.heads, kStateDim, Traits::kValueDim}, sequence, sequence,
+                      static_cast<int>(blockIdx.y), [&](auto const& end) {
+#pragma unroll
+                        for (int i = 0; i < kPiece; i += 2) {
+                          if (block < kStateBlocks) {
+                            end.store(element + i, make_float2(carry[i], carry[i + 1]));
+                          } else {
+                            end.store_sum(element + i, carry[i]);
+                            end.store_sum(element + i + 1, carry[i + 1]);
+                          }
+                        }
+                      });
+  }
+
   CUTE_DEVICE static void load(float const* source, float (&x)[kPiece]) {
 #pragma unroll
     for (int i = 0; i < kPiece; i += 4) {

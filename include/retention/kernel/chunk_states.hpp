@@ -22,6 +22,7 @@
 #include "retention/collective/tile.hpp"
 #include "retention/detail/cumulative_gate.hpp"
 #include "retention/kernel/sequence.hpp"
+#include "retention/kernel/sequence_states.hpp"
 
 namespace retention::kernel {
 
@@ -61,8 +62,10 @@ struct ChunkStates {
     detail::CumulativeGate gate[kStages][kTileTokens];
     detail::CumulativeGate end_gate[kTileTokens];  // each thread's own: here it takes no registers
     // What the main loop need not have in registers.
-    std::int64_t without;       // slots of chunks ahead of those of states, times heads
-    std::int64_t segment_head;  // of the state after the segment
+    std::int64_t without;  // slots of chunks ahead of those of states, times heads
+    std::int64_t segment;  // slot of the state after the segment; -1: not wanted
+    detail::CumulativeGate const* first_gate;
+    int sequence;
   };
   static_assert(offsetof(SharedStorage, mainloop) == 0, "tiles of wgmma");
 
@@ -75,16 +78,15 @@ struct ChunkStates {
     TokenStride gate_stride;
 
     // Each sequence is cut into segments, which know nothing of each other: all but the first start
-    // from a state of zero, and `states` and `final_state` are of the segment alone. A segment has
-    // a number and a slot as a chunk has (`Sequences::segments`).
-    float const* initial_state;    // [count, h, D, dv] of each sequence; null for zero
-    float const* initial_key_sum;  // [count, h, D]; with initial_state
+    // from a state of zero, and `states` and `ends` are of the segment alone. A segment has a
+    // number and a slot as a chunk has (`Sequences::segments`).
+    SequenceStates initial;  // [count, h, ..], of each sequence; not given for zero
     // Before each chunk; not before a sequence's first, where it is zero. Null to skip.
-    Element* states;       // [slots, h, D, dv], by `state_slots`
-    Element* key_sums;     // [slots, h, D]; with states
-    float* final_state;    // [slots of segments, h, D, dv]; null to skip
-    float* final_key_sum;  // [slots of segments, h, D]; with final_state
-    bool sequence_ends;    // whether final_state is wanted of last segments, and has slots for them
+    Element* states;    // [slots, h, D, dv], by `state_slots`
+    Element* key_sums;  // [slots, h, D]; with states
+    // [slots of segments, h, ..], or in a pool, of sequences of one segment; not given to skip.
+    SequenceStates ends;
+    bool sequence_ends;  // whether they are wanted of last segments, and have slots for them
 
     Exponents exponents;  // for fp16
     Sequences sequences;  // those listed get their states
@@ -128,8 +130,8 @@ struct ChunkStates {
     }
     int const first_token = static_cast<int>(first);
     int const tokens = cute::min(in_segments.chunk_size, sequence.length - first_token);
-    bool const ends = params.final_state != nullptr &&
-                      (first_token + tokens < sequence.length || params.sequence_ends);
+    bool const ends =
+        params.ends.given() && (first_token + tokens < sequence.length || params.sequence_ends);
     // The last chunk counts for nothing but the state after it.
     int const used = ends ? tokens : cute::max(tokens - 1, 0) / chunk_size * chunk_size;
 
@@ -185,14 +187,16 @@ struct ChunkStates {
     }
 
     typename Mainloop::Accumulators accumulators;
-    if (params.initial_state != nullptr && segment.index == 0) {
-      std::int64_t const sequence_head =
-          static_cast<std::int64_t>(sequence.index) * params.heads + head;
+    bool loaded = false;
+    if (params.initial.given() && segment.index == 0) {
       float const factor = detail::power_of_two(scale);
-      StateTile::load(params.initial_state + sequence_head * kStateDim * kValueDim + value_offset,
-                      params.initial_key_sum + sequence_head * kStateDim, factor, factor, mainloop,
-                      accumulators);
-    } else {
+      loaded = params.initial.read(shape(params), sequence.index, sequence.index, head,
+                                   [&](auto const& state) {
+                                     StateTile::load(state.from(value_offset), value_offset == 0,
+                                                     factor, factor, mainloop, accumulators);
+                                   });
+    }
+    if (!loaded) {
       StateTile::clear(accumulators);
     }
 
@@ -200,18 +204,20 @@ struct ChunkStates {
     std::int64_t slot_head = (sequence.first_slot + first_token / chunk_size) * params.heads + head;
     if (thread == 0) {
       storage.without =
-          params.sequences.without_slots(sequence, state_slots(params.initial_state != nullptr)) *
+          params.sequences.without_slots(sequence, state_slots(params.initial.given())) *
           static_cast<std::int64_t>(params.heads);
       Slots const slots = params.sequence_ends ? Slots::kAll : Slots::kButLast;
-      storage.segment_head = segments.slot(in_segments, segment.index, slots) * params.heads + head;
+      storage.segment = ends ? segments.slot(in_segments, segment.index, slots) : -1;
+      storage.sequence = sequence.index;
+      storage.first_gate = gate;
     }
     // Cumulative gate of the chunk from `begin` on.
-    auto gate_of_chunk = [&](int begin) {
+    auto gate_of_chunk = [&](detail::CumulativeGate const* gates, int begin) {
       int const last = cute::min(begin + chunk_size, tokens) - 1;
-      return gate != nullptr && begin < tokens ? gate[last * params.gate_stride.token]
-                                               : detail::CumulativeGate{0.0f, 0.0f};
+      return params.gate != nullptr && begin < tokens ? gates[last * params.gate_stride.token]
+                                                      : detail::CumulativeGate{0.0f, 0.0f};
     };
-    detail::CumulativeGate next_end_gate = gate_of_chunk(0);
+    detail::CumulativeGate next_end_gate = gate_of_chunk(gate, 0);
     // Turns the cumulative gates of a tile, which the thread itself has copied, into weights.
     auto weigh = [&](int stage, bool starts_chunk) {
       if (weighs) {
@@ -232,9 +238,9 @@ struct ChunkStates {
       if (weighs) {
         storage.end_gate[thread] = next_end_gate;
       }
-      next_end_gate = gate_of_chunk(done + chunk_size);  // needed a chunk from now
+      next_end_gate = gate_of_chunk(storage.first_gate, done + chunk_size);  // a chunk ahead
       if (params.states != nullptr && stores &&
-          (params.initial_state != nullptr || first_token > 0 || done > 0)) {
+          (params.initial.given() || first_token > 0 || done > 0)) {
         store_rounded(params, slot_head, slot_head - storage.without, value_offset, scale, mainloop,
                       storage.rows[thread / 32], accumulators);
       }
@@ -242,7 +248,7 @@ struct ChunkStates {
         break;
       }
       slot_head += params.heads;
-      if (gate != nullptr) {
+      if (params.gate != nullptr) {
         float const decay = detail::exp2(chunk_gate);
         StateTile::multiply(decay, decay, accumulators);
       }
@@ -275,16 +281,24 @@ struct ChunkStates {
       }
     }
     cute::cp_async_wait<0>();
-    if (ends && stores) {
-      std::int64_t const segment_head = storage.segment_head;
+    if (stores && storage.segment >= 0) {
+      // What the main loop need not have in registers is found again.
+      int const offset =
+          detail::recomputed(static_cast<int>(blockIdx.x)) % kSlices / kRowSlices * kValueTile;
       float const factor = detail::power_of_two(-scale);
-      StateTile::store(params.final_state + segment_head * kStateDim * kValueDim + value_offset,
-                       params.final_key_sum + segment_head * kStateDim, value_offset == 0, factor,
-                       factor, mainloop, accumulators);
+      params.ends.write(shape(params), storage.segment, storage.sequence,
+                        static_cast<int>(blockIdx.y), [&](auto const& state) {
+                          StateTile::store(state.from(offset), offset == 0, factor, factor,
+                                           mainloop, accumulators);
+                        });
     }
   }
 
  private:
+  CUTE_DEVICE static StateShape shape(Params const& params) {
+    return {params.heads, kStateDim, kValueDim};
+  }
+
   /// f, where accumulators hold 2^f S and 2^f z. One factor of phi is multiplied by 2^f. With all
   /// |k| < 2^x it is below 2^(15 - max(x, 0)) then, and its product with another k below 2^15.
   CUTE_DEVICE static int key_scale(Params const& params, int sequence, int head) {

@@ -1,4 +1,5 @@
-// What moves cursors and nothing else: slots that become empty, and tokens that are taken back.
+// What moves cursors and nothing else: slots that become empty, tokens that are taken back, and
+// those of a prefill, when they are where they belong.
 
 #pragma once
 
@@ -49,6 +50,22 @@ struct DecodeRollback : MoveCursors<DecodeRollback> {
     int const tokens = cute::max(0, cute::min(given, cursor.length));
     cursor.length -= tokens;
     cursor.seen -= tokens;
+  }
+};
+
+/// Tokens have gone straight into the states of these slots.
+struct CountFolded : MoveCursors<CountFolded> {
+  CUTE_DEVICE static void move(Cursor& cursor, int tokens) {
+    cursor.folded += tokens;
+    cursor.seen += tokens;
+  }
+};
+
+/// Tokens have been put behind those in the rings of these slots.
+struct CountAppended : MoveCursors<CountAppended> {
+  CUTE_DEVICE static void move(Cursor& cursor, int tokens) {
+    cursor.length += tokens;
+    cursor.seen += tokens;
   }
 };
 

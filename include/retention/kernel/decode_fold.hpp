@@ -19,9 +19,11 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
+#include "retention/detail/dependent_launch.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/decode_arrival.hpp"
 #include "retention/kernel/decode_pool.hpp"
+#include "retention/kernel/state_planes.hpp"
 #include "retention/symmetric_power.hpp"
 
 namespace retention::kernel {
@@ -34,7 +36,7 @@ struct DecodeFoldParams {
   int rows;
   int heads;
   DecodePool<Element> pool;
-  int window;          // at most DecodeFold::kMaxWindow
+  int window;          // at most DecodeFold::kMaxWindow; 0: no windows
   int keep;            // tokens that stay in the ring
   int blocks;          // that share the work
   unsigned* arrivals;  // [1], zero before and after
@@ -58,6 +60,7 @@ struct DecodeFold {
   static constexpr int kThreadRows = 4;           // that a thread looks at, at one time
   static constexpr int kListedRows = kThreadRows * kThreads;
   static constexpr int kLeastPairs = 2;  // that are worth a block
+  static constexpr bool kStartsEarly = true;
 
   using ValueLayout = collective::StagedTileLayout<kTileTokens, ValueDim, 1>;
 
@@ -76,8 +79,12 @@ struct DecodeFold {
     return dim3(static_cast<unsigned>(params.blocks));
   }
 
-  /// Tokens to fold: up to the end of the slot's window, if there are as many; else 0.
+  /// Tokens to fold: up to the end of the slot's window, if there are as many; else 0. Without
+  /// windows, all that need not stay, as many as one fold can take.
   CUTE_HOST_DEVICE static int tokens_to_fold(Cursor const& cursor, int window, int keep) {
+    if (window == 0) {
+      return cute::max(cute::min(cursor.length - keep, int{kMaxWindow}), 0);
+    }
     auto const beyond = static_cast<int>((cursor.folded - cursor.phase) % window);
     int const missing = beyond > 0 ? window - beyond : beyond < 0 ? -beyond : window;
     return cursor.length - keep >= missing ? missing : 0;
@@ -86,6 +93,8 @@ struct DecodeFold {
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     auto& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = static_cast<int>(threadIdx.x);
+    detail::let_next_kernel_start();
+    detail::wait_for_earlier_kernels();
     bool any = false;
     for (int first = 0; first < params.rows; first += kListedRows) {
       int const rows = list_rows(params, shared, first, thread);
@@ -364,51 +373,8 @@ struct DecodeFold {
     }
   }
 
-  // ---- A state's two planes ---------------------------------------------------------------------
-
-  static constexpr std::uint32_t kInfinity = 0x7f800000;
-
-  CUTE_DEVICE static float join(std::uint16_t high, std::int16_t low) {
-    std::uint32_t const bits =
-        (static_cast<std::uint32_t>(high) << 16) + static_cast<std::uint32_t>(std::int32_t{low});
-    return __uint_as_float(bits);
-  }
-
-  struct Planes {
-    std::uint16_t high;
-    std::int16_t low;
-  };
-
-  /// The bits rounded to their upper half, and what that left.
-  CUTE_DEVICE static Planes split(float x) {
-    std::uint32_t const bits = __float_as_uint(x);
-    if ((bits & 0x7fffffff) > kInfinity) {
-      return {0x7fc0, 0};  // rounding would make a number of some
-    }
-    std::uint32_t const high = (bits + 0x8000) >> 16;
-    return {static_cast<std::uint16_t>(high), static_cast<std::int16_t>(bits - (high << 16))};
-  }
-
-  /// Rounded up with the probability of what is cut off, by `random`, 16 bits.
-  CUTE_DEVICE static std::uint16_t round_at_random(float x, std::uint32_t random) {
-    std::uint32_t const bits = __float_as_uint(x);
-    if ((bits & 0x7fffffff) >= kInfinity) {
-      return split(x).high;
-    }
-    return static_cast<std::uint16_t>((bits + random) >> 16);
-  }
-
-  /// 32 bits for two elements of a state, by its slot, its place and the fold: runs repeat.
-  CUTE_DEVICE static std::uint32_t random_bits(std::uint32_t slot, std::uint64_t place,
-                                               std::int64_t folded) {
-    std::uint64_t x = place * 0x9e3779b97f4a7c15u ^ static_cast<std::uint64_t>(folded) << 20 ^
-                      static_cast<std::uint64_t>(slot) << 44;
-    // The finaliser of SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number
-    // Generators, 2014).
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return static_cast<std::uint32_t>(x >> 32);
-  }
+  // ---- The state
+  // ---------------------------------------------------------------------------------
 
   // Eight neighbouring elements a lane, of columns 32 c + 8 t on, in the sums of four mma.
   CUTE_DEVICE static void load_state(Params const& params, int slot, int head, Cursor const& cursor,
@@ -431,13 +397,10 @@ struct DecodeFold {
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            // Of a bf16 state the rest is 0.
-            float const x = join(static_cast<std::uint16_t>(high[i] >> 16 * s),
-                                 static_cast<std::int16_t>(low[i] >> 16 * s));
-            sums[4 * c + i][2 * upper + s] = there ? decay * x : 0.0f;
-          }
+          // Of a bf16 state the rest is 0.
+          float2 const x = join_planes({high[i], low[i]});
+          sums[4 * c + i][2 * upper] = there ? decay * x.x : 0.0f;
+          sums[4 * c + i][2 * upper + 1] = there ? decay * x.y : 0.0f;
         }
       }
     }
@@ -456,25 +419,15 @@ struct DecodeFold {
         alignas(16) std::uint32_t low[4] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          float const(&pair)[4] = sums[4 * c + i];
-          std::uint32_t random = 0;
-          if (!has_low) {
+          float2 const x = make_float2(sums[4 * c + i][2 * upper], sums[4 * c + i][2 * upper + 1]);
+          if (has_low) {
+            PlanePair const pair = split_planes(x);
+            high[i] = pair.high;
+            low[i] = pair.low;
+          } else {
             auto const place = static_cast<std::uint64_t>(head) * kPairs * kTileRows * ValueDim +
                                static_cast<std::uint64_t>(at + 2 * i);
-            random = random_bits(static_cast<std::uint32_t>(slot), place, cursor.folded);
-          }
-#pragma unroll
-          for (int s = 0; s < 2; ++s) {
-            float const x = pair[2 * upper + s];
-            if (has_low) {
-              Planes const planes = split(x);
-              high[i] |= static_cast<std::uint32_t>(planes.high) << 16 * s;
-              low[i] |= static_cast<std::uint32_t>(static_cast<std::uint16_t>(planes.low))
-                        << 16 * s;
-            } else {
-              high[i] |= static_cast<std::uint32_t>(round_at_random(x, random >> 16 * s & 0xffff))
-                         << 16 * s;
-            }
+            high[i] = round_at_random(x, random_bits(slot, place, cursor.folded));
           }
         }
         copy(high, params.pool.high.at(slot, head) + at);

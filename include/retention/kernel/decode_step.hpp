@@ -28,6 +28,7 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/tile.hpp"
+#include "retention/detail/dependent_launch.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/decode_arrival.hpp"
@@ -94,6 +95,9 @@ struct DecodeStep {
   static constexpr int kQueryPitch = HeadDim + 4;     // eight rows and four columns: all banks
   static constexpr int kProductPitch = ValueDim + 8;  // likewise, of pairs of columns
   static constexpr int kPartialPitch = ValueDim + 4;  // numerators, the normalizer, and nothing
+  // Of all blocks at one time, what the L2 cache holds.
+  static constexpr int kPrefetchedPairs = 64 * 1024 / (kTileRows * ValueDim * 2);
+  static constexpr bool kStartsEarly = true;
   static_assert(MmaRows == 1 || MmaRows == 2 || MmaRows == 4, "warps share queries evenly");
   static_assert(kStateDim == Power::kStateDim, "one order of the state");
 
@@ -180,6 +184,11 @@ struct DecodeStep {
     work.part = block % params.parts;
     work.head = block / params.parts % params.heads;
     work.row = block / params.parts / params.heads;
+    detail::let_next_kernel_start();
+    if (thread == 0) {
+      prefetch(params, work);
+    }
+    detail::wait_for_earlier_kernels();
     work.slot = params.slots[work.row];
     int const first = params.cu_seqlens == nullptr ? 0 : params.cu_seqlens[work.row];
     work.first_token = first;
@@ -239,6 +248,36 @@ struct DecodeStep {
   }
 
  private:
+  /// What the block will most likely read, while earlier kernels are still at work: where rows are
+  /// few, waits are what a step takes.
+  CUTE_DEVICE static void prefetch(Params const& params, Work const& work) {
+    int const slot = params.slots[work.row];
+    if (params.parts == 1 || !params.pool.has(slot)) {
+      return;
+    }
+    int const first_pair = work.part * params.slice_pairs;
+    int const pairs =
+        cute::min(cute::min(params.slice_pairs, kPairs - first_pair), int{kPrefetchedPairs});
+    DecodePool<Element> const& pool = params.pool;
+    auto const fetch = [&](auto const* data, std::int64_t first, std::int64_t count) {
+      detail::prefetch(data + first, static_cast<std::uint32_t>(count * sizeof(*data)));
+    };
+    fetch(pool.high.at(slot, work.head), std::int64_t{first_pair} * kTileRows * ValueDim,
+          std::int64_t{pairs} * kTileRows * ValueDim);
+    fetch(pool.key_sum.at(slot, work.head), std::int64_t{first_pair} * kTileRows,
+          std::int64_t{pairs} * kTileRows);
+    // Parts share the ring as it lies.
+    int const tokens = cute::ceil_div(pool.ring, params.parts);
+    int const first_token = work.part * tokens;
+    int const count = cute::min(tokens, pool.ring - first_token);
+    if (count > 0) {
+      fetch(pool.keys.at(slot, work.head), std::int64_t{first_token} * HeadDim,
+            std::int64_t{count} * HeadDim);
+      fetch(pool.values.at(slot, work.head), std::int64_t{first_token} * ValueDim,
+            std::int64_t{count} * ValueDim);
+    }
+  }
+
   /// Element `e` of a token's row in a tensor of `heads`.
   template <class T>
   CUTE_DEVICE static T* row_of(T* data, TokenStride const& stride, Params const& params,

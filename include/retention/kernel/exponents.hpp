@@ -25,6 +25,7 @@
 #include "retention/detail/reduce.hpp"
 #include "retention/kernel/items.hpp"
 #include "retention/kernel/sequence.hpp"
+#include "retention/kernel/sequence_states.hpp"
 
 namespace retention::detail {
 
@@ -78,18 +79,16 @@ struct StateRanges {
   };
 
   struct Params {
-    float const* state;    // [count, h, D, dv], 16-byte aligned
-    float const* key_sum;  // [count, h, D], 16-byte aligned
-    StateRange* ranges;    // [count, h, kParts]
-    int count;             // sequences
-    int heads;
-    int state_dim;  // D, a multiple of 4
-    int value_dim;  // dv
+    SequenceStates states;  // [count, h, ..]
+    StateRange* ranges;     // [count, h, kParts]
+    int count;              // sequences
+    StateShape shape;       // D a multiple of 4
   };
 
   /// (sequence and part, part fastest; head)
   CUTE_HOST static dim3 grid(Params const& params) {
-    return dim3(static_cast<unsigned>(params.count) * kParts, static_cast<unsigned>(params.heads));
+    return dim3(static_cast<unsigned>(params.count) * kParts,
+                static_cast<unsigned>(params.shape.heads));
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
@@ -99,12 +98,18 @@ struct StateRanges {
   /// The work of block `index`, of head blockIdx.y.
   CUTE_DEVICE static void find(Params const& params, SharedStorage& shared, int index) {
     int const thread = threadIdx.x;
-    std::int64_t const item = static_cast<std::int64_t>(index / kParts) * params.heads + blockIdx.y;
+    int const sequence = index / kParts;
+    int const head = blockIdx.y;
     int const part = index % kParts;
-    std::int64_t const sums = params.state_dim;
-    std::int64_t const elements = sums * params.value_dim;
-    float state = max_magnitude(params.state + item * elements, elements, part);
-    float key_sum = max_magnitude(params.key_sum + item * sums, sums, part);
+    float state = 0.0f;
+    float key_sum = 0.0f;
+    params.states.read(params.shape, sequence, sequence, head, [&](auto const& given) {
+      state = max_magnitude(static_cast<int>(params.shape.size()), part,
+                            [&](int at) { return given.load(at); });
+      key_sum = max_magnitude(params.shape.state_dim, part, [&](int row) {
+        return make_float2(given.load_sum(row), given.load_sum(row + 1));
+      });
+    });
 
     state = detail::reduce_warp(state, detail::Maximum{});
     key_sum = detail::reduce_warp(key_sum, detail::Maximum{});
@@ -118,21 +123,21 @@ struct StateRanges {
         state = fmaxf(state, shared.warps[warp].state);
         key_sum = fmaxf(key_sum, shared.warps[warp].key_sum);
       }
+      std::int64_t const item = std::int64_t{sequence} * params.shape.heads + head;
       params.ranges[item * kParts + part] = {state, key_sum};
     }
   }
 
  private:
-  // The thread's part of max |x| over a part of `size` floats.
-  CUTE_DEVICE static float max_magnitude(float const* x, std::int64_t size, int part) {
+  // The thread's part of max |x| over a part of `size` floats, of which `load` has two at a time.
+  template <class Load>
+  CUTE_DEVICE static float max_magnitude(int size, int part, Load const& load) {
     float result = 0.0f;
-#pragma unroll 4
-    for (std::int64_t i = 4 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
-         i += 4 * kParts * kThreads) {
-      float4 const y = *reinterpret_cast<float4 const*>(x + i);
-      result =
-          fmaxf(result, fmaxf(fmaxf(detail::finite_magnitude(y.x), detail::finite_magnitude(y.y)),
-                              fmaxf(detail::finite_magnitude(y.z), detail::finite_magnitude(y.w))));
+#pragma unroll 8
+    for (int i = 2 * (part * kThreads + static_cast<int>(threadIdx.x)); i < size;
+         i += 2 * kParts * kThreads) {
+      float2 const x = load(i);
+      result = fmaxf(result, fmaxf(detail::finite_magnitude(x.x), detail::finite_magnitude(x.y)));
     }
     return result;
   }
@@ -163,15 +168,14 @@ struct ChunkRanges : OneItem<ChunkRanges<Element_>> {
     TokenStride key_stride;
     TokenStride value_stride;
     TokenStride gate_stride;
-    float const* initial_state;    // [count, h, D, dv], 16-byte aligned; null for zero
-    float const* initial_key_sum;  // [count, h, D], 16-byte aligned; with initial_state
-    ChunkRange* ranges;            // [slots, h]
-    StateRange* initial_ranges;    // [count, h, kStateParts]; with initial_state
+    SequenceStates initial;      // [count, h, ..]; not given for zero
+    ChunkRange* ranges;          // [slots, h]
+    StateRange* initial_ranges;  // [count, h, kStateParts]; with initial states
     Sequences sequences;
     int heads;
     int head_dim;   // d, 8 times a power of two
     int value_dim;  // dv, a multiple of 8
-    int state_dim;  // D, a multiple of 4; with initial_state
+    int state_dim;  // D, a multiple of 4; with initial states
   };
 
   /// (sequence and part of its initial state, part fastest, then chunk; head)
@@ -193,17 +197,18 @@ struct ChunkRanges : OneItem<ChunkRanges<Element_>> {
     if (number >= parts) {
       chunk_range(params, shared, number - parts);
     } else {
-      StateRanges::find({params.initial_state, params.initial_key_sum, params.initial_ranges,
-                         params.sequences.count, params.heads, params.state_dim, params.value_dim},
+      StateRanges::find({params.initial,
+                         params.initial_ranges,
+                         params.sequences.count,
+                         {params.heads, params.state_dim, params.value_dim}},
                         shared.initial, number);
     }
   }
 
  private:
   CUTE_HOST_DEVICE static std::int64_t state_parts(Params const& params) {
-    return params.initial_state == nullptr
-               ? 0
-               : static_cast<std::int64_t>(params.sequences.count) * kStateParts;
+    return params.initial.given() ? static_cast<std::int64_t>(params.sequences.count) * kStateParts
+                                  : 0;
   }
 
   CUTE_DEVICE static void chunk_range(Params const& params, SharedStorage& shared, int number) {

@@ -26,11 +26,13 @@ struct SequenceLists {
     int* count;
     SequenceList::Entry* entries;  // [most]
     int limit;                     // sequences of more tokens are listed
-    int most;                      // more of them than this there are not, if cu_seqlens rises
+    int most;                      // more of them than this there are not, if bounds rise
   };
 
   struct Params {
-    int const* cu_seqlens;  // [count + 1] on the device
+    // [count] on the device: sequence i is tokens starts[i] to ends[i] - 1.
+    int const* starts;
+    int const* ends;
     int count;
     int length;  // tokens
     List lists[kLists];
@@ -50,17 +52,20 @@ struct SequenceLists {
 #pragma unroll 1
     for (std::int64_t start = 0; start < params.count; start += kThreads * kThreadSequences) {
       std::int64_t const index = start + std::int64_t{thread} * kThreadSequences;
-      int bounds[kThreadSequences + 1];
+      int first[kThreadSequences];
+      int length[kThreadSequences];
 #pragma unroll
-      for (int i = 0; i <= kThreadSequences; ++i) {
+      for (int i = 0; i < kThreadSequences; ++i) {
         // Nobody on the host has read these: whatever they are, no access may leave the tensors.
-        bounds[i] = cute::min(
-            cute::max(params.cu_seqlens[cute::min(index + i, std::int64_t{params.count})], 0),
-            params.length);
+        auto const bound = [&](int const* bounds) {
+          int const given = bounds[cute::min(index + i, std::int64_t{params.count} - 1)];
+          return cute::min(cute::max(given, 0), params.length);
+        };
+        first[i] = bound(params.starts);
+        length[i] = cute::max(bound(params.ends) - first[i], 0);
       }
-      auto const length = [&](int i) { return cute::max(bounds[i + 1] - bounds[i], 0); };
       auto const is_listed = [&](int i) {
-        return index + i < params.count && length(i) > list.limit;
+        return index + i < params.count && length[i] > list.limit;
       };
       int own = 0;
 #pragma unroll
@@ -89,7 +94,7 @@ struct SequenceLists {
       for (int i = 0; i < kThreadSequences; ++i) {
         if (is_listed(i)) {
           if (place < list.most) {
-            list.entries[place] = {static_cast<int>(index) + i, bounds[i], length(i), 0};
+            list.entries[place] = {static_cast<int>(index) + i, first[i], length[i], 0};
           }
           ++place;
         }

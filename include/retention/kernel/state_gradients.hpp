@@ -25,6 +25,7 @@
 #include "retention/detail/cumulative_gate.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
 #include "retention/kernel/sequence.hpp"
+#include "retention/kernel/sequence_states.hpp"
 
 namespace retention::kernel {
 
@@ -283,11 +284,11 @@ struct StateGradients {
     if (params.final_state_gradient != nullptr && is_last) {
       std::int64_t const sequence_head =
           static_cast<std::int64_t>(sequence.index) * params.heads + head;
-      StateTile::load(
+      FloatState<float const> const gradient{
           params.final_state_gradient + sequence_head * kStateDim * kValueDim + value_offset,
-          params.final_key_sum_gradient + sequence_head * kStateDim,
-          detail::power_of_two(scale.state), detail::power_of_two(scale.key_sum), mainloop,
-          accumulators);
+          params.final_key_sum_gradient + sequence_head * kStateDim};
+      StateTile::load(gradient, value_offset == 0, detail::power_of_two(scale.state),
+                      detail::power_of_two(scale.key_sum), mainloop, accumulators);
     } else {
       StateTile::clear(accumulators);
     }
@@ -351,11 +352,11 @@ struct StateGradients {
     cute::cp_async_wait<0>();
     if (starts && stores) {
       std::int64_t const segment_head = storage.segment_head;
-      StateTile::store(
+      FloatState<> const gradient{
           params.initial_state_gradient + segment_head * kStateDim * kValueDim + value_offset,
-          params.initial_key_sum_gradient + segment_head * kStateDim, value_offset == 0,
-          detail::power_of_two(-scale.state), detail::power_of_two(-scale.key_sum), mainloop,
-          accumulators);
+          params.initial_key_sum_gradient + segment_head * kStateDim};
+      StateTile::store(gradient, value_offset == 0, detail::power_of_two(-scale.state),
+                       detail::power_of_two(-scale.key_sum), mainloop, accumulators);
     }
   }
 

@@ -129,13 +129,14 @@ def _rollback_by_kernel(plan: cuda.Plan, arguments: tuple[Any, ...]) -> None:
     cuda.rollback(plan, arguments)
 
 
-# A plan and a launch for each operator that has kernels. They fold at the start of steps; a fold
-# alone, and prefills but for their call of forward, are PyTorch operations everywhere.
+# A plan and a launch for each operator.
 _KERNELS: dict[str, tuple[Callable[..., cuda.Plan], Callable[..., Any]]] = {
+    "decode_fold": (cuda.plan_fold, cuda.fold),
     "decode_step": (cuda.plan_step, cuda.step),
-    "decode_copy": (cuda.plan_list, cuda.copy),
-    "decode_reset": (cuda.plan_list, cuda.reset),
-    "decode_rollback": (cuda.plan_list, _rollback_by_kernel),
+    "decode_prefill": (cuda.plan_prefill, cuda.prefill),
+    "decode_copy": (cuda.plan_copy, cuda.copy),
+    "decode_reset": (cuda.plan_reset, cuda.reset),
+    "decode_rollback": (cuda.plan_rollback, _rollback_by_kernel),
 }
 
 
@@ -168,9 +169,8 @@ def _elsewhere(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
 
     def logged(*arguments: Any) -> Any:
         if _logger.isEnabledFor(logging.DEBUG):
-            keys = arguments[3]
-            reason = coverage.device_reason(keys.device.type, keys.device.index)
-            _log(name, arguments, reason or "no kernel for this operator")
+            device = arguments[3].device
+            _log(name, arguments, coverage.device_reason(device.type, device.index))
         return run(*arguments)
 
     return logged
@@ -196,7 +196,7 @@ _OPERATORS = {
     "decode_reset(POOL, Tensor slots, Tensor phases) -> ()": (_reset, _nothing),
     "decode_rollback(POOL, Tensor slots, Tensor tokens) -> ()": (_rollback, _nothing),
 }
-# What runs on CUDA devices, by name, where there are kernels.
+# What runs on CUDA devices, by name.
 on_cuda: dict[str, Callable[..., Any]] = {}
 for _schema, (_function, _fake) in _OPERATORS.items():
     _schema = _schema.replace("POOL", _POOL).replace("NEW", _NEW)
@@ -205,7 +205,6 @@ for _schema, (_function, _fake) in _OPERATORS.items():
     # That there are no gradients needs no layer of autograd's, for which every step would wait.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _elsewhere(_name, _function), "CompositeExplicitAutograd")
-    if _name in _KERNELS:
-        on_cuda[_name] = _on_cuda(_name, _function)
-        _library.impl(_name, on_cuda[_name], "CUDA")
+    on_cuda[_name] = _on_cuda(_name, _function)
+    _library.impl(_name, on_cuda[_name], "CUDA")
     torch.library.register_fake(f"retention::{_name}", _fake, lib=_library)

@@ -7,6 +7,7 @@ on the device: a call that was captured into a CUDA graph can be replayed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,6 @@ from retention.ops.torch_private import allocate, current_device, current_stream
 
 _DEG = 2
 _NULL_SLOT = -1
-_MOST_COPIES = 8192  # slots of one copy
 _FIELDS = len(Pool._fields)
 
 
@@ -34,8 +34,8 @@ class Plan:
 
     reason: str | None  # why the PyTorch path is taken; where None, all that follows is set
     device: int = -1
-    sizes: tuple[int, ...] = ()  # in the order of _C.DECODE_STEP_SIZES, or _C.DECODE_LIST_SIZES
-    # Of a step:
+    sizes: tuple[int, ...] = ()  # in the order of the call's, as _C.DECODE_STEP_SIZES
+    # Of new tokens:
     copies: bool = False  # whether there are tensors that the kernels cannot read as they lie
     out: Layout | None = None
     workspace: Layout | None = None  # None: not needed
@@ -95,15 +95,29 @@ def _read_pool(p: Pool) -> tuple[str | None, tuple[int, ...]]:
     return None, (*sizes, *strides, slot // CURSOR_INTEGERS)
 
 
-def _step_pointers(p: Pool, packed: bool) -> tuple[int, ...]:
-    """Only which addresses are null matters here, and that the others are aligned."""
+def _stand_ins(names: tuple[str, ...], p: Pool, packed: bool = False) -> tuple[int, ...]:
+    """Addresses: only which are null matters here, and that the others are aligned."""
     null = {"low"} if p.low is None else set()
     null |= {"log_gates", "log_gate"} if p.log_gates is None else set()
     null |= set() if packed else {"cu_seqlens"}
-    return tuple(256 * (name not in null) for name in _C.DECODE_STEP_POINTERS)
+    return tuple(256 * (name not in null) for name in names)
 
 
-# ---- steps --------------------------------------------------------------------------------------
+def _pool_pointers(arguments: tuple[Any, ...]) -> tuple[int, ...]:
+    """In the order of _C.DECODE_POOL_POINTERS."""
+    high, low, key_sum, keys, values, log_gates, cursors = arguments[: _FIELDS - 1]
+    return (
+        high.data_ptr(),
+        0 if low is None else low.data_ptr(),
+        key_sum.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        0 if log_gates is None else log_gates.data_ptr(),
+        cursors.data_ptr(),
+    )
+
+
+# ---- new tokens ---------------------------------------------------------------------------------
 
 
 def plan_step(arguments: tuple[Any, ...]) -> Plan:
@@ -112,7 +126,20 @@ def plan_step(arguments: tuple[Any, ...]) -> Plan:
     Raises:
         ValueError: the arguments do not fit each other.
     """
-    Q, K, V, log_G, slots, cu_seqlens = arguments[_FIELDS:-3]
+    return _plan_tokens(arguments, _make_step)
+
+
+def plan_prefill(arguments: tuple[Any, ...]) -> Plan:
+    """Likewise of ``retention::decode_prefill``.
+
+    Raises:
+        ValueError: the arguments do not fit each other.
+    """
+    return _plan_tokens(arguments, _make_prefill)
+
+
+def _plan_tokens(arguments: tuple[Any, ...], make: Callable[[tuple[Any, ...]], Plan]) -> Plan:
+    Q, K, V, log_G, slots, cu_seqlens = arguments[_FIELDS : _FIELDS + 6]
     key = (
         _of_pool(arguments),
         signature(Q),
@@ -121,21 +148,50 @@ def plan_step(arguments: tuple[Any, ...]) -> Plan:
         log_G is not None and signature(log_G),
         signature(slots),
         cu_seqlens is not None and signature(cu_seqlens),
-        arguments[-3:],
+        arguments[_FIELDS + 6 :],  # three of a step, two of a prefill
     )
-    return _plans.get(key) or keep(_plans, key, _make_step(arguments))
+    return _plans.get(key) or keep(_plans, key, make(arguments))
 
 
 def _make_step(arguments: tuple[Any, ...]) -> Plan:
+    max_tokens, window, _ = arguments[-3:]
+    plan = _make_tokens(
+        *(arguments, max_tokens, (window, 0, 0)),  # keep, slice_pairs
+        *(_C.decode_step_can_implement, _C.decode_step_workspace_size),
+    )
+    rows, limit = arguments[_FIELDS + 4].shape[0], arguments[_FIELDS - 1].shape[0]
+    if plan.reason is None and rows > limit:
+        return Plan(f"{rows} rows: expected at most {limit}, one for each slot")
+    return plan
+
+
+def _make_prefill(arguments: tuple[Any, ...]) -> Plan:
+    return _make_tokens(
+        *(arguments, arguments[_FIELDS].shape[1], arguments[-2:-1]),  # keep
+        *(_C.decode_prefill_can_implement, _C.decode_prefill_workspace_size),
+        end_to_end=True,
+    )
+
+
+def _make_tokens(
+    arguments: tuple[Any, ...],
+    packed_tokens: int,
+    rest: tuple[int, ...],
+    can_implement: Callable[..., str | None],
+    workspace_size: Callable[..., int],
+    end_to_end: bool = False,
+) -> Plan:
+    """Of a call of so many ``tokens`` where they are packed, and with the sizes ``rest``; with rows
+    that lie end to end, or in any way."""
     p = Pool(*arguments[:_FIELDS])
-    Q, K, V, log_G, slots, cu_seqlens, max_tokens, window, _ = arguments[_FIELDS:]
+    Q, K, V, log_G, slots, cu_seqlens = arguments[_FIELDS : _FIELDS + 6]
     reason, of_pool = _read_pool(p)
     if reason is None and 0 in Q.shape:
         reason = "no tokens"
     if reason is not None:
         return Plan(reason)
     h, hq, rows, packed = K.shape[2], Q.shape[2], slots.shape[0], cu_seqlens is not None
-    tokens = max_tokens if packed else Q.shape[1]
+    tokens = packed_tokens if packed else Q.shape[1]
     lead = Q.shape[:2] if packed else (rows, tokens)
     d, dv = p.keys.shape[3], p.values.shape[3]
     _check("Q", Q, (*lead, hq, d), p.keys.dtype, p)
@@ -146,22 +202,22 @@ def _make_step(arguments: tuple[Any, ...]) -> Plan:
     _check("slots", slots, (rows,), torch.int32, p)
     if packed:
         _check("cu_seqlens", cu_seqlens, (rows + 1,), torch.int32, p)
-    if rows > p.arrivals.shape[0]:
-        return Plan(f"{rows} rows: expected at most {p.arrivals.shape[0]}, one for each slot")
 
     strides = [row_strides(x) for x in (Q, K, V)]
+    strides.append((0, 0, 0) if log_G is None else log_G.stride())
+    if end_to_end and not packed and rows > 1:
+        strides = [_follow(s, tokens) for s in strides]
     sizes = (
         *(*of_pool, rows, tokens, hq),
         *(stride for row in strides for stride in row or (0, 0, 0)),
-        *((0, 0, 0) if log_G is None else log_G.stride()),
-        *(window, 0, 0),  # keep, slice_pairs
+        *rest,
     )
-    pointers = _step_pointers(p, packed)
+    pointers = _stand_ins(_C.DECODE_STEP_POINTERS, p, packed)
     with torch.cuda.device(Q.get_device()):
-        reason = _C.decode_step_can_implement(sizes, pointers)
+        reason = can_implement(sizes, pointers)
         if reason is not None:
             return Plan(reason)
-        workspace = _C.decode_step_workspace_size(sizes, pointers)
+        workspace = workspace_size(sizes, pointers)
     return Plan(
         None,
         Q.get_device(),
@@ -173,34 +229,50 @@ def _make_step(arguments: tuple[Any, ...]) -> Plan:
     )
 
 
+def _follow(strides: tuple[int, ...] | None, tokens: int) -> tuple[int, ...] | None:
+    """Those of rows of so many tokens that follow one another without a gap; None of others."""
+    if strides is None or (tokens > 1 and strides[0] != tokens * strides[1]):
+        return None
+    return (strides[0], strides[0] // tokens, strides[2])
+
+
 def step(plan: Plan, arguments: tuple[Any, ...]) -> Tensor:
     """The operator ``retention::decode_step`` by the kernels, for a plan without a reason against:
     full windows are folded, then the new tokens join."""
+    return _run_tokens(_C.decode_step, plan_step, plan, arguments)
+
+
+def prefill(plan: Plan, arguments: tuple[Any, ...]) -> Tensor:
+    """The operator ``retention::decode_prefill``, likewise: rings are folded, and what is not to be
+    kept of the new tokens goes straight into the states."""
+    return _run_tokens(_C.decode_prefill, plan_prefill, plan, arguments)
+
+
+def _run_tokens(
+    run: Callable[..., None],
+    plan_of: Callable[[tuple[Any, ...]], Plan],
+    plan: Plan,
+    arguments: tuple[Any, ...],
+) -> Tensor:
     if plan.device != current_device():
         with torch.cuda.device(plan.device):
-            return step(plan, arguments)
-    high, low, key_sum, keys, values, log_gates, cursors, arrivals = arguments[:_FIELDS]
-    Q, K, V, log_G, slots, cu_seqlens, _, _, _ = arguments[_FIELDS:]
+            return _run_tokens(run, plan_of, plan, arguments)
+    Q, K, V, log_G, slots, cu_seqlens = arguments[_FIELDS : _FIELDS + 6]
     q, k, v = Q.data_ptr(), K.data_ptr(), V.data_ptr()
     if plan.copies or (q | k | v) & 15:
         Q, K, V = (x.clone(memory_format=torch.contiguous_format) for x in (Q, K, V))
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        log_G = None if log_G is None else log_G.clone(memory_format=torch.contiguous_format)
         new = (Q, K, V, log_G, slots.contiguous(), cu_seqlens)
-        arguments = (*arguments[:_FIELDS], *new, *arguments[-3:])
-        return step(plan_step(arguments), arguments)
+        arguments = (*arguments[:_FIELDS], *new, *arguments[_FIELDS + 6 :])
+        return _run_tokens(run, plan_of, plan_of(arguments), arguments)
     out = allocate(*plan.out)
     if cu_seqlens is not None:
         out.zero_()  # there may be tokens that no row has
     # Freed when this returns, before the work is done: reused by later work on this stream only.
     workspace = None if plan.workspace is None else allocate(*plan.workspace)
     pointers = (
-        high.data_ptr(),
-        0 if low is None else low.data_ptr(),
-        key_sum.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        0 if log_gates is None else log_gates.data_ptr(),
-        cursors.data_ptr(),
+        *_pool_pointers(arguments),
         q,
         k,
         v,
@@ -208,9 +280,9 @@ def step(plan: Plan, arguments: tuple[Any, ...]) -> Tensor:
         out.data_ptr(),
         slots.data_ptr(),
         0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        arrivals.data_ptr(),
+        arguments[_FIELDS - 1].data_ptr(),
     )
-    _C.decode_step(
+    run(
         plan.sizes,
         pointers,
         0 if workspace is None else workspace.data_ptr(),
@@ -219,56 +291,86 @@ def step(plan: Plan, arguments: tuple[Any, ...]) -> Tensor:
     return out
 
 
-# ---- lists of slots -----------------------------------------------------------------------------
+# ---- what takes no new tokens -------------------------------------------------------------------
 
 
-def plan_list(arguments: tuple[Any, ...]) -> Plan:
-    """How a call of an operator on two lists, of slots and something of theirs, is carried out on a
-    CUDA device.
+def plan_fold(arguments: tuple[Any, ...]) -> Plan:
+    """How a call of ``retention::decode_fold`` with these is carried out on a CUDA device.
 
     Raises:
         ValueError: the arguments do not fit each other.
     """
-    first, second = arguments[_FIELDS:]
-    key = (_of_pool(arguments), signature(first), signature(second))
-    return _plans.get(key) or keep(_plans, key, _make_list(arguments))
+    slots, window, kept, _ = arguments[_FIELDS:]
+    return _plan_at_once("fold", arguments, (slots,), (window, kept))
 
 
-def _make_list(arguments: tuple[Any, ...]) -> Plan:
-    p = Pool(*arguments[:_FIELDS])
-    count = arguments[_FIELDS].shape[0]
-    reason, of_pool = _read_pool(p)
-    if reason is None and not 1 <= count <= _MOST_COPIES:
-        reason = f"{count} slots: expected 1 to {_MOST_COPIES}"
-    if reason is not None:
-        return Plan(reason)
-    for name, x in zip(("first list", "second list"), arguments[_FIELDS:], strict=True):
-        _check(name, x, (count,), torch.int32, p)
-    # Whether there is a kernel for the pool, a step of one token tells.
-    rest = (1, 1, p.keys.shape[1], *[0] * (len(_C.DECODE_STEP_SIZES) - len(of_pool) - 3))
-    with torch.cuda.device(p.keys.get_device()):
-        reason = _C.decode_step_can_implement((*of_pool, *rest), _step_pointers(p, False))
-    return Plan(reason, p.keys.get_device(), (*of_pool, count))
+def fold(plan: Plan, arguments: tuple[Any, ...]) -> None:
+    """The operator ``retention::decode_fold``."""
+    _run_at_once(_C.decode_fold, plan, arguments, (arguments[_FIELDS], arguments[_FIELDS - 1]))
+
+
+def plan_copy(arguments: tuple[Any, ...]) -> Plan:
+    """As :func:`plan_fold`, of ``retention::decode_copy``."""
+    return _plan_at_once("copy", arguments, arguments[_FIELDS:])
 
 
 def copy(plan: Plan, arguments: tuple[Any, ...]) -> None:
     """The operator ``retention::decode_copy``; cursors are copied whole, with their phases."""
-    _run_on_lists(_C.decode_copy, plan, arguments)
+    _run_at_once(_C.decode_copy, plan, arguments, arguments[_FIELDS:])
+
+
+def plan_reset(arguments: tuple[Any, ...]) -> Plan:
+    """As :func:`plan_fold`, of ``retention::decode_reset``."""
+    return _plan_at_once("reset", arguments, arguments[_FIELDS:])
 
 
 def reset(plan: Plan, arguments: tuple[Any, ...]) -> None:
     """The operator ``retention::decode_reset``."""
-    _run_on_lists(_C.decode_reset, plan, arguments)
+    _run_at_once(_C.decode_reset, plan, arguments, arguments[_FIELDS:])
+
+
+def plan_rollback(arguments: tuple[Any, ...]) -> Plan:
+    """As :func:`plan_fold`, of ``retention::decode_rollback``."""
+    return _plan_at_once("rollback", arguments, arguments[_FIELDS:])
 
 
 def rollback(plan: Plan, arguments: tuple[Any, ...]) -> None:
     """The operator ``retention::decode_rollback``."""
-    _run_on_lists(_C.decode_rollback, plan, arguments)
+    _run_at_once(_C.decode_rollback, plan, arguments, arguments[_FIELDS:])
 
 
-def _run_on_lists(run: Any, plan: Plan, arguments: tuple[Any, ...]) -> None:
-    lists = [x.contiguous() for x in arguments[_FIELDS:]]
-    tensors = (*arguments[: _FIELDS - 1], *lists)  # without `arrivals`, which steps have
-    pointers = tuple(0 if x is None else x.data_ptr() for x in tensors)
+def _plan_at_once(
+    name: str,
+    arguments: tuple[Any, ...],
+    lists: tuple[Tensor, ...],
+    options: tuple[int, ...] = (),
+) -> Plan:
+    """Of a call that takes no workspace: of lists with something for each of some slots."""
+    key = (name, _of_pool(arguments), *map(signature, lists), options)
+    return _plans.get(key) or keep(_plans, key, _make_at_once(name, arguments, lists, options))
+
+
+def _make_at_once(
+    name: str, arguments: tuple[Any, ...], lists: tuple[Tensor, ...], options: tuple[int, ...]
+) -> Plan:
+    p = Pool(*arguments[:_FIELDS])
+    reason, of_pool = _read_pool(p)
+    if reason is not None:
+        return Plan(reason)
+    count = lists[0].shape[0]
+    for number, x in enumerate(lists):
+        _check(f"list {number}", x, (count,), torch.int32, p)
+    sizes = (*of_pool, count, *options)
+    stand_ins = _stand_ins(getattr(_C, f"DECODE_{name.upper()}_POINTERS"), p)
+    with torch.cuda.device(p.keys.get_device()):
+        reason = getattr(_C, f"decode_{name}_can_implement")(sizes, stand_ins)
+    return Plan(reason, p.keys.get_device(), sizes)
+
+
+def _run_at_once(
+    run: Callable[..., None], plan: Plan, arguments: tuple[Any, ...], tensors: tuple[Tensor, ...]
+) -> None:
+    tensors = tuple(x.contiguous() for x in tensors)
+    pointers = (*_pool_pointers(arguments), *(x.data_ptr() for x in tensors))
     with torch.cuda.device(plan.device):
         run(plan.sizes, pointers, current_stream(plan.device))
