@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import platform
 import shutil
@@ -23,7 +24,7 @@ from rich.console import Console
 import retention
 from retention.lm.errors import UsageError
 
-from . import compare, report
+from . import compare, decoding, report
 from .modes import MODES, Bench
 from .problem import DTYPES, Problem
 from .timing import QUICK, Effort, measure_ceilings
@@ -127,14 +128,18 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
     hq = options.hq or h
     if hq % h != 0:
         raise UsageError(f"--hq: expected a multiple of --h {h}, got {hq}")
+    batches = options.b or (1,)
+    others = [mode for mode in options.modes if mode != "decode"]
+    if len(batches) > 1 and others:
+        raise UsageError(f"--b: expected one number for {others[0]}, got {len(batches)}")
     lengths = options.t or (_QUICK_LENGTHS if options.quick else defaults["lengths"])
     dtype = options.dtype or defaults["dtype"]
     problem = Problem(
-        b=options.b,
+        b=batches[0],
         t=max(lengths),
         hq=hq,
         h=h,
-        d=options.d,
+        d=options.d or 64,
         deg=options.deg,
         chunk=defaults["chunk"] if options.chunk is None else options.chunk or None,
         dtype=dtype,
@@ -158,8 +163,21 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         options.upstream,
         options.upstream_seconds,
         tuple(options.peers),
-        ring=32 if options.quick else Bench.ring,
-        say=say,
+        _shapes(options, problem, kind),
+        tuple(lengths) if options.t or options.quick or kind == "cpu" else decoding.CONTEXTS,
+        say,
+    )
+
+
+def _shapes(options: argparse.Namespace, p: Problem, kind: str) -> tuple[decoding.Shape, ...]:
+    """Those of decoding: the usual ones, or where some flag tells of a shape, what all tell."""
+    flags = (options.b, options.h, options.hq, options.d, options.tokens, options.state_dtype)
+    if not any(flags) and not options.quick:
+        return decoding.PRESETS[kind]
+    choices = (options.b or (1,), options.tokens or (1,), options.state_dtype or ("float32",))
+    return tuple(
+        decoding.Shape(b, p.hq, p.h, p.d, tokens, state)
+        for b, tokens, state in itertools.product(*choices)
     )
 
 

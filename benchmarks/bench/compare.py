@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from retention.lm.errors import UsageError
 
 Row = dict[str, Any]
+
+# By what rows of two runs belong together. Decoding alone has shapes of its own in a row.
+_SHAPE = ("b", "hq", "h", "d", "tokens", "state")
+_KEY = ("mode", "t", *_SHAPE)
 
 
 def read(path: Path) -> Row:
@@ -39,7 +44,9 @@ def _is_of_a_run(results: Any) -> bool:
     row = {"mode": str, "t": int, "peer": str}
     times = row | {"ms": number, "low": number, "high": number}
     return has(results, whole) and all(
-        has(x, times if isinstance(x, dict) and "low" in x else row) for x in results["rows"]
+        has(x, times if isinstance(x, dict) and "low" in x else row)
+        and all(isinstance(x.get(name, 0), (int, str)) for name in _SHAPE)
+        for x in results["rows"]
     )
 
 
@@ -54,9 +61,9 @@ def compare(old: Row, new: Row, console: Console) -> bool:
         if before != after and name != "lengths":
             raise UsageError(f"{name}: got {before} and {after}, which do not compare")
 
-    def times(results: Row) -> dict[tuple[str, int], Row]:
+    def times(results: Row) -> dict[tuple[Any, ...], Row]:
         return {
-            (row["mode"], row["t"]): row
+            tuple(row.get(name) for name in _KEY): row
             for row in results["rows"]
             if row["peer"] == "retention" and "low" in row
         }
@@ -68,14 +75,17 @@ def compare(old: Row, new: Row, console: Console) -> bool:
     both = [key for key in before if key in after]
     if not both:
         raise UsageError("the two runs have no mode and length in common")
-    table = Table("mode", "tokens", "before, ms", "now, ms", "now / before", "")
+    table = Table("mode", "shape", "tokens", "before, ms", "now, ms", "now / before", "")
     slower = 0
     for key in both:
         x, y = before[key], after[key]
         verdict = "slower" if y["low"] > x["high"] else "faster" if y["high"] < x["low"] else ""
         slower += verdict == "slower"
         ratio = f"{y['ms'] / x['ms']:.3f}" if x["ms"] else ""
-        table.add_row(key[0], f"{key[1]:,}", f"{x['ms']:.4g}", f"{y['ms']:.4g}", ratio, verdict)
+        named = zip(_SHAPE, key[2:], strict=True)
+        shape = " ".join(f"{name}{value}" for name, value in named if value is not None)
+        times_of_both = f"{x['ms']:.4g}", f"{y['ms']:.4g}"
+        table.add_row(key[0], escape(shape), f"{key[1]:,}", *times_of_both, ratio, verdict)
     console.print(table)
     console.print(f"{slower} of {len(both)} times are slower than before, beyond their spread")
     return slower == 0

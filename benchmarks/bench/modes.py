@@ -18,16 +18,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import retention
 from retention import _C
 from retention.ops.cuda import coverage, launch
-from retention.ops.symmetric_power import state_dim
 
+from . import decoding
 from .peers import Peer, Retention, Upstream, all_peers
-from .problem import DTYPES, Problem, Work
-from .timing import Ceilings, Effort, Timing, time_call
+from .problem import Problem, Work
+from .timing import Ceilings, Effort, Timing
 
 Row = dict[str, Any]
 
@@ -43,7 +42,8 @@ class Bench:
     upstream: Path | None = None
     upstream_seconds: float = 300.0
     only: tuple[str, ...] = ()  # names of peers, or how they begin; all of them where empty
-    ring: int = 512  # tokens that decoding keeps before it folds them into the state
+    shapes: tuple[decoding.Shape, ...] = ()  # of decoding, and its contexts
+    contexts: tuple[int, ...] = ()
     say: Callable[[str], None] = print
 
     def problems(self) -> Iterator[Problem]:
@@ -53,17 +53,16 @@ class Bench:
     def peers(self) -> tuple[list[Peer], dict[str, str]]:
         """Those that can run here, and why the others cannot."""
         known = all_peers(self.problem.device, self.upstream, self.upstream_seconds)
-        wanted = [peer for peer in known if not self.only or self._is_wanted(peer, known)]
+        names = {peer.name for peer in known}
+        wanted = [peer for peer in known if self.is_wanted(peer.name, names)]
         reasons = {peer.name: peer.missing(self.problem) for peer in wanted}
         missing = {name: reason for name, reason in reasons.items() if reason is not None}
         return [peer for peer in wanted if peer.name not in missing], missing
 
-    def _is_wanted(self, peer: Peer, known: list[Peer]) -> bool:
-        """Whether a name is the peer's, or one that no peer has is the beginning of it."""
-        names = {x.name for x in known}
-        return any(
-            peer.name == name or (name not in names and peer.name.startswith(name))
-            for name in self.only
+    def is_wanted(self, name: str, names: set[str]) -> bool:
+        """Whether it was asked for, or one that none of the names is and it begins with."""
+        return not self.only or any(
+            name == given or (given not in names and name.startswith(given)) for given in self.only
         )
 
 
@@ -136,58 +135,18 @@ def _shares(bench: Bench, peer: Peer, problem: Problem, mode: str, timing: Timin
 
 
 def decode(bench: Bench) -> Iterator[Row]:
-    """Milliseconds a token after a context, and the bytes that this takes."""
-    for problem in bench.problems():
-        bench.say(f"decode: after {problem.t:,} tokens")
-        for name, step, tokens, memory in (
-            ("retention", *_retention_decoder(problem, bench.ring)),
-            ("attention", *_attention_decoder(problem)),
-        ):
-            timing = time_call(step, problem.device, bench.effort, graph=False)
-            row = {"mode": "decode", "peer": name, "t": problem.t, "bytes": memory}
-            values = {key: getattr(timing, key) / tokens for key in ("ms", "low", "high")}
-            yield {**row, **timing.row(), **values, "tokens/s": 1e3 * problem.b / values["ms"]}
-        _free(problem.device)
-
-
-def _retention_decoder(p: Problem, ring: int) -> tuple[Callable[[], None], int, int]:
-    """A step of so many tokens, each with its call, which ends with a fold."""
-    inputs = dataclasses.replace(p, t=ring).inputs()
-    rows = state_dim(p.d, p.deg)
-    state = torch.rand(p.b, p.h, rows, p.d, device=p.device)
-    sum_of_keys = torch.rand(p.b, p.h, rows, device=p.device)
-
-    def step() -> None:
-        with torch.no_grad():
-            for n in range(1, ring + 1):
-                gates = None if inputs.gates is None else inputs.gates[:, :n]
-                retention.power_retention_inference(
-                    *(inputs.q[:, n - 1 : n], inputs.k[:, :n], inputs.v[:, :n], gates),
-                    *(state, sum_of_keys, p.deg),
-                    switch_over_seq_len=ring,
-                )
-
-    kept = 2 * ring * p.b * p.h * p.d * p.element_bytes
-    return step, ring, state.nbytes + sum_of_keys.nbytes + kept
-
-
-def _attention_decoder(p: Problem) -> tuple[Callable[[], None], int, int]:
-    """A step of one token at the end of a cache that has room for it."""
-    inputs = dataclasses.replace(p, t=1).inputs()
-    dtype = DTYPES[p.dtype]
-    cache = [
-        torch.randn(p.b, p.h, p.t + 1, p.d, device=p.device, dtype=torch.float32).to(dtype)
-        for _ in range(2)
-    ]
-    q, *new = (x.transpose(1, 2) for x in inputs[:3])
-
-    def step() -> None:
-        with torch.no_grad():
-            for x, y in zip(cache, new, strict=True):
-                x[:, :, p.t :] = y
-            F.scaled_dot_product_attention(q, *cache, enable_gqa=p.hq != p.h)
-
-    return step, 1, sum(x.nbytes for x in cache)
+    """Steps of a cache of every shape, and of attention beside them after every context."""
+    names = {"retention", *(way.name for way in decoding.attention_ways(bench.problem.device))}
+    yield from decoding.measure(
+        bench.problem,
+        bench.shapes,
+        bench.contexts,
+        bench.effort,
+        bench.ceilings,
+        lambda name: bench.is_wanted(name, names),
+        bench.say,
+        _free,
+    )
 
 
 # ---- parts --------------------------------------------------------------------------------------

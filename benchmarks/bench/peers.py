@@ -338,15 +338,20 @@ def _run_within(seconds: float, command: list[str], text: str) -> subprocess.Com
     return subprocess.CompletedProcess(command, process.returncode, out, errors)
 
 
-def all_peers(device: str, upstream: Path | None, upstream_seconds: float = 300.0) -> list[Peer]:
-    """In the order of the tables: ours first."""
+def attention_backends(device: str) -> list[tuple[SDPBackend, str]]:
+    """PyTorch's that never hold all scores."""
     backends = [(SDPBackend.FLASH_ATTENTION, "flash")]
     if device.startswith("cuda"):
         backends += [
             (SDPBackend.CUDNN_ATTENTION, "cuDNN"),
             (SDPBackend.EFFICIENT_ATTENTION, "efficient"),
         ]
-    attention = [Attention(*backend) for backend in backends]
+    return backends
+
+
+def all_peers(device: str, upstream: Path | None, upstream_seconds: float = 300.0) -> list[Peer]:
+    """In the order of the tables: ours first."""
+    attention = [Attention(*backend) for backend in attention_backends(device)]
     others = [SimpleGLA(), Upstream(upstream, upstream_seconds)]
     return [Retention(), RetentionPyTorch(), *attention, *others]
 

@@ -6,7 +6,7 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +30,34 @@ _PASS = {
     "worst gradient": "of dQ, dK, dV",
     "note": "",
 }
+_BESIDE = "decode, beside attention"
 _COLUMNS = {
     "fwd": _PASS,
     "bwd": _PASS,
     "fwd+bwd": _PASS,
     "decode": {
+        "shape": "shape",
+        "state": "states",
+        "ms": "ms a step",
+        "bytes": "moved",
+        "share of copy": "of copy",
+        "ms with folds": "with folds",
+        "share of folds": "more",
+        "ms longest": "longest",
+        "longest / median": "/ median",
+        "error": "error",
+        "memory": "memory",
+        "note": "",
+    },
+    _BESIDE: {
+        "shape": "shape",
         "t": "context",
-        "peer": "implementation",
-        "ms": "ms a token",
-        "spread": "quartiles",
-        "tokens/s": "tokens/s",
-        "bytes": "memory",
+        "ours": "retention, ms",
+        "ms": "attention, ms",
+        "peer": "the fastest",
+        "share of copy": "of copy",
+        "speed-up": "speed-up",
+        "note": "",
     },
     "components": {"t": "tokens", "part": "part", "ms": "ms", "share": "share"},
     "memory": {
@@ -66,8 +83,7 @@ def print_tables(results: Row, console: Console) -> None:
         f"ceilings: {ceilings['tflops']:.4g} TFLOP/s (large product), "
         f"{ceilings['tbytes']:.3g} TB/s (large copy)"
     )
-    for mode in dict.fromkeys(row["mode"] for row in results["rows"]):
-        rows = [row for row in results["rows"] if row["mode"] == mode]
+    for mode, rows in _tables(results["rows"]).items():
         # Where something failed, for that and why.
         measured = "ms" if "ms" in _COLUMNS[mode] else "bytes"
         needed = (measured, "note") if any("failed" in row for row in rows) else ()
@@ -79,7 +95,7 @@ def print_tables(results: Row, console: Console) -> None:
         }
         table = Table(title=mode, title_justify="left")
         for key, heading in columns.items():
-            text = key in ("peer", "part", "pass", "note")
+            text = key in ("peer", "part", "pass", "note", "shape", "state")
             table.add_column(heading, justify="left" if text else "right")
         for row in rows:
             cells = [_cell(key, row) for key in columns]
@@ -92,10 +108,29 @@ def print_tables(results: Row, console: Console) -> None:
         crossing = crossover(results["rows"], mode)
         if crossing is not None:
             console.print(f"{mode}: {crossing.text}")
+    for shape, ours, theirs in _by_shape(results["rows"]):
+        for row in ours:
+            crossing = decode_crossover(row, theirs)
+            if crossing is not None:
+                console.print(f"decode, {shape}, states of {row['state']}: {crossing.text}")
     for name, reason in results["missing"].items():
         console.print(f"not measured: {name} ({reason})")
     if "incomplete" in results:
         console.print(f"incomplete: {results['incomplete']}", markup=False)
+
+
+def _tables(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each table. What decoding is beside attention is a table of its own."""
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["mode"] != "decode":
+            tables.setdefault(row["mode"], []).append(row)
+        elif row["peer"] == "retention":
+            tables.setdefault("decode", []).append(row | {"shape": _decode_shape(row)})
+    beside = [
+        line for _, ours, theirs in _by_shape(rows) for line in beside_attention(ours, theirs)
+    ]
+    return tables | ({_BESIDE: beside} if beside else {})
 
 
 def _cell(key: str, row: Row) -> str:
@@ -104,7 +139,7 @@ def _cell(key: str, row: Row) -> str:
     value = row.get(key)
     if value is None or isinstance(value, str):
         return value or ""
-    if key == "bytes":
+    if key in ("bytes", "memory"):
         return f"{value / 2**20:,.1f} MiB"
     if key.startswith("share"):
         return f"{value:.1%}"
@@ -133,6 +168,11 @@ def crossover(rows: Iterable[Row], mode: str) -> Crossover | None:
         for t, x in sorted(times.items())
         if "attention" in x and "ours" in x
     ]
+    return _meeting(ratios)
+
+
+def _meeting(ratios: list[tuple[int, float]]) -> Crossover | None:
+    """Of lengths, in order, and the logarithms of attention's time over ours."""
     if len(ratios) < 2:
         return None
     if ratios[0][1] > 0:
@@ -143,6 +183,61 @@ def crossover(rows: Iterable[Row], mode: str) -> Crossover | None:
             tokens = t * (u / t) ** (before / (before - after))
             return Crossover(tokens, f"faster than attention from about {tokens:,.0f} tokens")
     return Crossover(None, f"slower than attention up to {ratios[-1][0]:,} tokens")
+
+
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+def _by_shape(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row], list[Row]]]:
+    """Of every shape that attention was measured at: its name, the rows of retention, one for each
+    format of states, and those of attention. Without what failed, but for contexts at which all of
+    attention did."""
+    groups: dict[str, tuple[list[Row], list[Row]]] = {}
+    for row in rows:
+        if row["mode"] == "decode" and "b" in row:
+            ours, theirs = groups.setdefault(_decode_shape(row), ([], []))
+            if row["peer"] != "retention":
+                theirs.append(row)
+            elif "failed" not in row:
+                ours.append(row)
+    for name, (ours, theirs) in groups.items():
+        if theirs:
+            yield name, ours, theirs
+
+
+def _decode_shape(row: Row) -> str:
+    tokens = f", {row['tokens']} tokens" if row["tokens"] > 1 else ""
+    return f"b{row['b']} hq{row['hq']} h{row['h']} d{row['d']}{tokens}"
+
+
+def _fastest(theirs: Iterable[Row]) -> dict[int, Row]:
+    """Attention's row of each context; one that failed where all did."""
+    best: dict[int, Row] = {}
+    for row in theirs:
+        before = best.setdefault(row["t"], row)
+        if row.get("ms", math.inf) < before.get("ms", math.inf):
+            best[row["t"]] = row
+    return dict(sorted(best.items()))
+
+
+def beside_attention(ours: list[Row], theirs: list[Row]) -> Iterator[Row]:
+    """The fastest attention at each context, and the first of our rows, folds included."""
+    for row in _fastest(theirs).values():
+        line = row | {"shape": _decode_shape(row)}
+        if ours:
+            line["ours"] = ours[0]["ms with folds"]
+            if "ms" in row:
+                line["speed-up"] = row["ms"] / line["ours"]
+        yield line
+
+
+def decode_crossover(ours: Row, theirs: list[Row]) -> Crossover | None:
+    """As of passes, against our time with folds, which is the same after any context."""
+    fastest = [row for row in _fastest(theirs).values() if row.get("ms", 0) > 0]
+    return _meeting([(row["t"], math.log(row["ms"] / ours["ms with folds"])) for row in fastest])
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 
 def save(results: Row, folder: Path) -> Path:
@@ -172,10 +267,11 @@ def _plots(results: Row, folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     rows = [row for row in results["rows"] if "failed" not in row]
-    title = f"{results['environment']['device']}, {_shape(results['options'])}"
+    device = results["environment"]["device"]
+    title = f"{device}, {_shape(results['options'])}"
     written = []
 
-    def save(figure, name: str) -> None:
+    def save(figure, name: str, title: str = title) -> None:
         figure.suptitle(title, fontsize=9)
         figure.tight_layout()
         path = folder / f"{name}.png"
@@ -223,12 +319,51 @@ def _plots(results: Row, folder: Path) -> list[Path]:
         axes.barh([r["part"][:40] for r in last], [r["ms"] for r in last])
         axes.set_xlabel(f"ms of a forward and backward of {last[0]['t']:,} tokens")
         save(figure, "components")
-    if any(r["mode"] == "decode" for r in rows):
-        chosen = [r for r in rows if r["mode"] == "decode"]
-        figure, panels = plt.subplots(1, 2, figsize=(10, 4))
-        lines(panels[0], chosen, "ms", "ms a token")
-        lines(panels[1], chosen, "bytes", "bytes of state or cache")
-        save(figure, "decode")
+    shapes = [group for group in _by_shape(rows) if group[1]]
+    if shapes:
+        wide = min(3, len(shapes))
+        high = math.ceil(len(shapes) / wide)
+        size = (5 * wide, 4 * high)
+        figure, panels = plt.subplots(high, wide, figsize=size, squeeze=False)
+        for axes in list(panels.flat)[len(shapes) :]:
+            axes.axis("off")
+        for axes, (name, ours, theirs) in zip(panels.flat, shapes, strict=False):
+            axes.set_prop_cycle(color=plt.get_cmap("tab10").colors)
+            for row in ours:
+                # The same after any context.
+                contexts = sorted({r["t"] for r in theirs})
+                flat = [row["ms with folds"]] * len(contexts)
+                label = f"retention, states of {row['state']}, with folds"
+                axes.plot(contexts, flat, label=label, linewidth=2.5)
+            lines(axes, theirs, "ms", "ms a step of a layer")
+            crossing = decode_crossover(ours[0], theirs)
+            axes.set_title(f"{name}\n{crossing.text}" if crossing else name, fontsize=8)
+            axes.set_xlabel("tokens of context")
+            if crossing and crossing.tokens:
+                axes.axvline(crossing.tokens, color="black", linestyle=":", linewidth=1)
+        save(figure, "decode", device)
+    steps = [r for r in rows if r["mode"] == "decode" and r["peer"] == "retention" and "b" in r]
+    if steps:
+        figure, axes = plt.subplots(figsize=(6, 4))
+        kinds = [
+            f"hq{r['hq']} h{r['h']} d{r['d']}, {r['tokens']} a step, states of {r['state']}"
+            for r in steps
+        ]
+        for kind in dict.fromkeys(kinds):
+            points = sorted(
+                (r["b"], r["share of copy"])
+                for r, own in zip(steps, kinds, strict=True)
+                if own == kind
+            )
+            axes.plot(*zip(*points, strict=True), marker="o", label=kind)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("sequences")
+        axes.set_ylabel("share of a large copy's rate")
+        axes.set_title("a step without folds", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        save(figure, "decode_copy", device)
     return written
 
 

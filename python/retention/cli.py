@@ -258,14 +258,23 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         )
 
     number = {"metavar": "N"}
-    add("--b", _positive, 1, "sequences", **number)
-    lengths = "65536 on a GPU, 1024 4096 8192 on a CPU"
+    add(
+        "--b",
+        _positive,
+        None,
+        "sequences; for decode, one or several numbers of them",
+        nargs="+",
+        shown="1; for decode, usual shapes, unless some of --b --h --hq --d --tokens --state-dtype",
+        **number,
+    )
+    lengths = "65536 on a GPU, for decode 1024 to 131072; 1024 4096 8192 on a CPU"
     add(
         "--t", _positive, None, "tokens, one or several lengths", nargs="+", shown=lengths, **number
     )
     add("--h", _positive, None, "key heads", shown="8 on a GPU, 4 on a CPU", **number)
     add("--hq", _positive, None, "query heads", shown="as many as key heads", **number)
-    add("--d", _positive, 64, "channels of a head, a multiple of 8", **number)
+    channels = "channels of a head, a multiple of 8"
+    add("--d", _positive, None, channels, shown=64, **number)
     add("--deg", _positive, 2, "degree of the power, even", **number)
     chosen = "1024 on a GPU, 0 on a CPU"
     add(
@@ -277,6 +286,17 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         **number,
     )
     bench.add_argument("--no-gates", action="store_true", help="without log gates")
+    several = "for decode, tokens of a sequence in a step, one or several numbers"
+    add("--tokens", _positive, None, several, nargs="+", shown=1, **number)
+    add(
+        "--state-dtype",
+        str,
+        None,
+        "for decode, what states are held in, one or both",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        shown="float32",
+    )
     _add_dtype(bench, None, "bfloat16 on a GPU, float32 on a CPU")
     add(
         "--device",

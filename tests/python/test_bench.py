@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from retention.bench import command, compare, modes, peers, report
+from retention.bench import command, compare, decoding, modes, peers, report
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
 
@@ -403,6 +403,208 @@ def test_the_floor_is_the_slower_of_products_and_memory():
     assert ceilings.seconds(1e12, 8e12) == 4.0
 
 
+# ---- decoding -----------------------------------------------------------------------------------
+
+
+SHAPES = [
+    decoding.Shape(2, 4, 2, 16),
+    decoding.Shape(3, 2, 2, 16, tokens=3),
+    decoding.Shape(1, 4, 2, 16, tokens=16, state="bfloat16"),
+]
+BFLOAT16 = dataclasses.replace(SMALL, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=decoding._describe)
+def test_a_step_moves_what_it_reads_and_writes(shape, gated):
+    decoder = decoding.Decoder(dataclasses.replace(BFLOAT16, gated=gated), shape)
+    rows, heads = retention.state_dim(16), shape.b * shape.h
+    token = 2 * 16 * 2 + 4 * gated
+    state = heads * rows * (16 * 2 + 4)  # one plane, whatever the format, and the sum of keys
+    ring = heads * token * (decoder.window / 2 + 2 * shape.tokens)
+    assert decoder.bytes == state + ring + 2 * shape.b * shape.tokens * shape.hq * 16 * 2
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Of each step 1 s, and 2 more for each layer's slots of which any has folded."""
+    decoders = []
+    make = decoding.Decoder.__init__
+
+    def seconds(self, count):
+        times = []
+        for _ in range(count):
+            before = decoding._folded(decoders[-1])
+            self.run()
+            times.append(1.0 + 2.0 * (decoding._folded(decoders[-1]) != before).any().item())
+        return times
+
+    def remembered(self, *arguments):
+        decoders.append(self)
+        make(self, *arguments)
+
+    monkeypatch.setattr(decoding.Decoder, "__init__", remembered)
+    monkeypatch.setattr(decoding.Layers, "seconds", seconds)
+    return decoders
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=decoding._describe)
+def test_times_without_folds_and_with_them(shape, clock):
+    row = decoding._retention(BFLOAT16, shape, ONCE)
+    decoder = clock[0]
+    assert (row["ms"], row["low"], row["high"]) == (1e3, 1e3, 1e3)
+    assert row["ms longest"] == 3e3
+    assert row["longest / median"] == 3
+    # Where windows end is spread over the slots: some fold in b of the steps of a window, which are
+    # as many as it has tokens, or the window over what they both are multiples of.
+    steps = math.lcm(decoder.window, shape.tokens) // shape.tokens
+    folds = steps * shape.tokens // decoder.window
+    assert row["ms with folds"] == pytest.approx(1e3 + 2e3 * min(shape.b * folds / steps, 1))
+    assert row["share of folds"] == pytest.approx(row["ms with folds"] / 1e3 - 1)
+    assert 0 < row["error"] < 5e-3
+
+
+def test_rings_are_half_full_where_none_folds(clock, monkeypatch):
+    shape = decoding.Shape(2, 2, 2, 16, tokens=2)
+    lengths = []
+    seconds = decoding.Layers.seconds
+
+    def watched(self, count):
+        lengths.append([cache.lengths.tolist() for cache in clock[0].caches])
+        times = seconds(self, count)
+        lengths.append([cache.lengths.tolist() for cache in clock[0].caches])
+        return times
+
+    monkeypatch.setattr(decoding.Layers, "seconds", watched)
+    decoder = decoding.Decoder(SMALL, shape)
+    timing, _ = decoding.time_without_folds(decoder, Effort(seconds=0.0, least=20, most=20))
+    assert timing.calls >= 20
+    before, after = lengths[::2], lengths[1::2]
+    assert len(before) > 1
+    assert all(x == before[0] for x in before)
+    assert all(x == after[0] for x in after)
+    middle = (torch.tensor(before[0]) + torch.tensor(after[0])) / 2
+    assert (middle - decoder.window / 2).abs().max() <= shape.tokens / 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_error_of_a_step_is_that_of_state_and_ring(dtype):
+    shape = decoding.Shape(3, 4, 2, 16, tokens=2)
+    decoder = decoding.Decoder(dataclasses.replace(SMALL, dtype=dtype), shape)
+    decoder.start(due=True)
+    for _ in range(2 * decoder.window):
+        decoder.layers.run()
+    exact = {"float32": 1e-5, "bfloat16": 5e-3}[dtype]
+    assert 0 < decoder.error() < exact
+    held = decoder.caches[-1].pool
+    for name in ("high", "values"):
+        kept = getattr(held, name).clone()
+        getattr(held, name).mul_(0.5)
+        decoder.layers.run()
+        assert decoder.error() > 0.01
+        getattr(held, name).copy_(kept)
+
+
+def test_a_fold_that_is_missed_is_an_error(monkeypatch):
+    decoder = decoding.Decoder(SMALL, SHAPES[0])
+    monkeypatch.setattr(decoding, "_folded", lambda decoder: torch.zeros(2, 2))
+    with pytest.raises(RuntimeError, match="not every slot has folded"):
+        decoding.time_with_folds(decoder, ONCE)
+
+
+@pytest.mark.parametrize("hq", [2, 6])
+@pytest.mark.parametrize("way", decoding.attention_ways("cpu"), ids=lambda way: way.name)
+def test_attention_over_a_cache_is_softmax(way, hq):
+    shape = decoding.Shape(2, hq, 2, 16, tokens=3)
+    row = decoding._attention(way, decoding.Caches(SMALL, shape, 40), ONCE)
+    assert 0 < row["error"] < 1e-5
+    assert row["memory"] == 2 * 2 * 2 * 40 * 16 * 4
+    assert row["bytes"] == row["memory"] + 2 * 2 * hq * 3 * 16 * 4
+
+
+def test_a_wrong_attention_shows(monkeypatch):
+    class Wrong(decoding.Way):
+        def call(self, q, k, v):
+            return super().call(q, k, v) * 1.01
+
+    way = Wrong(decoding.SDPBackend.MATH, "wrong")
+    row = decoding._attention(way, decoding.Caches(SMALL, SHAPES[0], 40), ONCE)
+    assert row["error"] == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "held", "layers"),
+    [
+        (2e6, 5e6, 125),  # five caches of 50 MB
+        (20e6, 40e6, 32),
+        (20e6, 400e6, 13),
+        (600e6, 1.2e9, 3),
+        (5e9, 9e9, 1),
+    ],
+)
+def test_layers_are_larger_than_the_cache(monkeypatch, size, held, layers):
+    properties = SimpleNamespace(L2_cache_size=50_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert decoding.layers_for(size, held, "cuda") == layers
+
+
+def test_caches_that_do_not_fit_are_said_to(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**9, 2 * 10**9))
+    monkeypatch.setattr(decoding, "layers_for", lambda *arguments: 3)
+    problem = dataclasses.replace(BFLOAT16, device="cuda")
+    with pytest.raises(RuntimeError, match=r"keys and values do not fit: 1\.0 of 1\.0 GB"):
+        decoding.Caches(problem, decoding.Shape(1, 8, 8, 64), 163840)
+
+
+def test_the_usual_shapes_unless_a_flag_tells_of_one():
+    def shapes(*flags, kind="cuda"):
+        options = cli._parser().parse_args(["bench", "decode", *flags])
+        return command._shapes(options, dataclasses.replace(SMALL, hq=8, h=8, d=64), kind)
+
+    usual = shapes("--seconds", "1")
+    for shape in ((1, 8, 8, 64), (1, 40, 8, 128), (256, 8, 8, 64), (32, 40, 8, 128)):
+        assert decoding.Shape(*shape) in usual
+    assert {shape.b for shape in usual} == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+    assert {shape.tokens for shape in usual if shape.b == 64} >= {1, 8}
+    assert decoding.Shape(32, 8, 8, 64) in usual  # beside attention
+    assert shapes(kind="cpu") == decoding.PRESETS["cpu"]
+    one = decoding.Shape(1, 8, 8, 64)
+    assert shapes("--d", "64") == shapes("--quick") == (one,)
+    assert shapes(
+        "--b", "1", "4", "--tokens", "2", "--state-dtype", "float32", "bfloat16"
+    ) == tuple(
+        dataclasses.replace(one, b=b, tokens=2, state=state)
+        for b in (1, 4)
+        for state in ("float32", "bfloat16")
+    )
+
+
+def decoded(peer: str, times: dict[int, float], **more) -> list[dict]:
+    shape = {"b": 1, "hq": 8, "h": 8, "d": 64, "tokens": 1, "state": ""}
+    return [
+        {"mode": "decode", "peer": peer, "t": t, **shape, **more, "ms": ms}
+        for t, ms in times.items()
+    ]
+
+
+def test_the_fastest_attention_at_each_context_decides():
+    ours = decoded("retention", {0: 1.0}, state="float32", **{"ms with folds": 2.0})
+    theirs = decoded("attention, flash", {1024: 1.0, 4096: 4.0, 8192: 9.0})
+    theirs += decoded("attention, cuDNN", {1024: 3.0, 4096: 3.5, 8192: 8.0})
+    theirs += [{**decoded("attention, math", {8192: 1.0})[0], "failed": "no"}]
+    del theirs[-1]["ms"]
+    lines = list(report.beside_attention(ours, theirs))
+    assert [(x["t"], x["peer"], x["ms"]) for x in lines] == [
+        (1024, "attention, flash", 1.0),
+        (4096, "attention, cuDNN", 3.5),
+        (8192, "attention, cuDNN", 8.0),
+    ]
+    assert [x["speed-up"] for x in lines] == [0.5, 1.75, 4.0]
+    crossing = report.decode_crossover(ours[0], theirs[:3])
+    assert crossing.tokens == pytest.approx(2048)  # 1 : 2 and 2 : 1
+    assert report.decode_crossover(ours[0], theirs[:1]) is None
+
+
 # ---- results ------------------------------------------------------------------------------------
 
 
@@ -452,6 +654,27 @@ def test_compare_fails_where_a_time_is_beyond_the_spread(tmp_path, capsys):
     assert cli.main(["bench", "compare", old + "/results.json", old]) == 0
 
 
+def test_compare_tells_shapes_of_decoding_apart(tmp_path, capsys):
+    whole = Path(saved(tmp_path / "old", {}), "results.json")
+    results = json.loads(whole.read_text())
+    results["rows"] = [
+        {**row, "mode": "decode", "b": b, "hq": 4, "h": 2, "d": 64, "tokens": 1, "state": state}
+        for row in rows({0: 1.0}, {})
+        for b in (1, 64)
+        for state in ("float32", "bfloat16")
+    ]
+    whole.write_text(json.dumps(results))
+    for row in results["rows"][2:3]:
+        row |= {"ms": 2.0, "low": 1.9, "high": 2.1}
+    (tmp_path / "new.json").write_text(json.dumps(results))
+    assert cli.main(["bench", "compare", str(whole), str(tmp_path / "new.json")]) == 1
+    shown = capsys.readouterr().out
+    assert "1 of 4 times are slower" in shown
+    slower = [line for line in shown.splitlines() if line.rstrip(" │").endswith("slower")]
+    assert len(slower) == 1
+    assert "b64 hq4 h2 d64 tokens1 statefloat32" in slower[0]
+
+
 def test_compare_says_which_run_is_incomplete(tmp_path, capsys):
     whole = saved(tmp_path / "whole", {1024: 1.0, 2048: 2.0})
     part = saved(tmp_path / "part", {1024: 1.0})
@@ -474,6 +697,7 @@ def test_compare_says_which_run_is_incomplete(tmp_path, capsys):
         (["compare", "OLD", "LATER"], "no mode and length in common"),
         (["compare", "OLD", "BROKEN"], "expected results of `retention bench`"),
         (["forward"], "mode: expected some of fwd, bwd, fwd+bwd, decode"),
+        (["decode", "fwd", "--b", "1", "2"], "--b: expected one number for fwd, got 2"),
         (["fwd", "--h", "2", "--hq", "3"], "--hq: expected a multiple of --h 2, got 3"),
         (["fwd", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["fwd", "--t", "0"], "argument --t: expected a positive integer, got '0'"),
@@ -544,14 +768,11 @@ def test_the_other_modes_run(tmp_path, capsys):
     assert run(*others, "--peers", "retention", "--quiet", "--out", str(tmp_path)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["mode"] for row in results["rows"]} == set(others)
-    decoding = [row for row in results["rows"] if row["mode"] == "decode"]
-    ours = {row["bytes"] for row in decoding if row["peer"] == "retention"}
-    theirs = {row["bytes"] for row in decoding if row["peer"] == "attention"}
-    assert len(ours) == 1  # whatever the context
-    assert len(theirs) == 2
+    steps = [row for row in results["rows"] if row["mode"] == "decode"]
+    assert [(row["peer"], row["t"]) for row in steps] == [("retention", 0)]  # whatever the context
     shares = [x["share"] for x in results["rows"] if x["mode"] == "components" and x["t"] == 64]
     assert 0.8 < sum(shares) <= 1
-    assert {path.name for path in tmp_path.iterdir()} >= {"components.png", "decode.png"}
+    assert {path.name for path in tmp_path.iterdir()} >= {"components.png", "decode_copy.png"}
     assert "fwd:" not in capsys.readouterr().out
 
 
@@ -731,6 +952,8 @@ def _parts(value, place=()):
 def test_compare_of_damaged_results_is_one_line_or_a_table(other, tmp_path, capsys):
     run = saved(tmp_path / "run", {1024: 1.0, 2048: 2.0})
     whole = json.loads(Path(run, "results.json").read_text())
+    whole["rows"][1] |= {"mode": "decode", "b": 1, "state": "float32"}
+    Path(run, "results.json").write_text(json.dumps(whole))
     damaged = tmp_path / "damaged.json"
     for place in _parts(whole):
         results = json.loads(json.dumps({"": whole}))
@@ -741,3 +964,82 @@ def test_compare_of_damaged_results_is_one_line_or_a_table(other, tmp_path, caps
             code = cli.main(["bench", "compare", *pair])
             assert code in (0, 1, 2), place
             assert code < 2 or capsys.readouterr().err.count("\n") == 1, place
+
+
+# ---- decoding, by the command -------------------------------------------------------------------
+
+
+def test_decoding_beside_attention(tmp_path, capsys):
+    shape = ("--b", "1", "3", "--hq", "4", "--tokens", "3")
+    states = ("--state-dtype", "float32", "bfloat16")
+    assert run("decode", *shape, *states, "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    keys = ("peer", "t", "b", "hq", "h", "d", "tokens", "state")
+    names = [f"attention, {x}{y}" for x in ("flash", "math") for y in ("", ", heads as tokens")]
+    assert [tuple(row[key] for key in keys) for row in found] == [
+        ("retention", 0, b, 4, 2, 16, 3, state) for b in (1, 3) for state in ("float32", "bfloat16")
+    ] + [(name, t, b, 4, 2, 16, 3, "") for b in (1, 3) for t in (64, 128) for name in names]
+    rate = json.loads((tmp_path / "results.json").read_text())["ceilings"]["tbytes"] * 1e12
+    for row in found:
+        assert row["low"] <= row["ms"] <= row["high"]
+        assert not row["graph"]
+        assert 0 < row["error"] < (5e-3 if row["state"] == "bfloat16" else 1e-5)  # a state's bits
+        assert row["tokens/s"] == pytest.approx(row["b"] * row["tokens"] / row["ms"] * 1e3)
+        assert row["share of copy"] == pytest.approx(row["bytes"] / row["ms"] * 1e3 / rate)
+    for name in ("decode.png", "decode_copy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "decode, beside attention" in shown
+    assert "decode, b3 hq4 h2 d16, 3 tokens, states of bfloat16: " in shown
+    assert cli.main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
+    assert "0 of 4 times are slower" in capsys.readouterr().out
+
+
+def test_contexts_for_which_there_is_no_room_are_said_to_be(monkeypatch, tmp_path, capsys):
+    make = decoding.Caches.__init__
+
+    def limited(self, problem, shape, t):
+        if t > 64:
+            raise torch.OutOfMemoryError("out of [/memory]\nand more")
+        make(self, problem, shape, t)
+
+    def refused(self, q, k, v):
+        raise RuntimeError("No available kernel.")
+
+    monkeypatch.setattr(decoding.Caches, "__init__", limited)
+    monkeypatch.setattr(decoding.Way, "call", refused)
+    assert run("decode", "--b", "1", "--out", str(tmp_path)) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["peer"], row["t"], row.get("failed")) for row in found] == [
+        ("retention", 0, None),
+        ("attention, flash", 64, "No available kernel."),
+        ("attention, math", 64, "No available kernel."),
+        ("attention", 128, "out of [/memory]"),
+    ]
+    shown = capsys.readouterr().out
+    assert shown.count("failed") == 2
+    assert "out of [/memory]" in shown
+
+
+def test_decoding_that_fails_says_why(monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("no [/such] thing")
+
+    monkeypatch.setattr(decoding, "_retention", fails)
+    assert run("decode", "--peers", "retention") == 0
+    shown = capsys.readouterr().out
+    assert "failed" in shown
+    assert "no [/such] thing" in shown
+
+
+@pytest.mark.gpu
+def test_decoding_replays_graphs(tmp_path):
+    shape = ("--b", "1", "8", "--h", "2", "--hq", "8", "--d", "64", "--tokens", "1", "4")
+    assert cli.main(["bench", "decode", *shape, "--quick", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    measured = [row for row in found if "failed" not in row]
+    assert {row["peer"] for row in measured} >= {"retention", "attention, flash"}
+    assert all("ms" in row for row in found if row["peer"] == "retention")
+    for row in measured:
+        assert row["graph"]
+        assert 0 < row["error"] < 1e-2
