@@ -98,7 +98,7 @@ struct NewTokens {
   }
 
   /// Where a token of a row is.
-  size_t at(Strides const& s, size_t r, size_t t, size_t head) const {
+  size_t at(Strides const& s, size_t r, size_t t, size_t head) {
     size_t const first = packed ? static_cast<size_t>(cu_seqlens[r]) : r * most;
     return (first + t) * static_cast<size_t>(s.token) + head * static_cast<size_t>(s.head);
   }

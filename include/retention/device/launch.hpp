@@ -73,24 +73,25 @@ struct CudaLauncher {
   template <class Kernel, class Function>
   static Status knows_how_to_wait(Function* kernel, bool& result) {
     constexpr int kHopper = 90;
-    enum : char { kUnknown, kWaits, kDoesNot };
-    static std::atomic<char> known[kDevices] = {};
+    enum class Answer : char { kUnknown, kWaits, kDoesNot };
+    static std::atomic<Answer> known[kDevices] = {};
     int device = 0;
     if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {
       return status;
     }
-    char answer = device < kDevices ? known[device].load(std::memory_order_relaxed) : kDoesNot;
-    if (answer == kUnknown) {
+    Answer answer =
+        device < kDevices ? known[device].load(std::memory_order_relaxed) : Answer::kDoesNot;
+    if (answer == Answer::kUnknown) {
       cudaFuncAttributes attributes{};
       if (Status status =
               to_status(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
           !status) {
         return status;
       }
-      answer = attributes.ptxVersion >= kHopper ? kWaits : kDoesNot;
+      answer = attributes.ptxVersion >= kHopper ? Answer::kWaits : Answer::kDoesNot;
       known[device].store(answer, std::memory_order_relaxed);
     }
-    result = answer == kWaits;
+    result = answer == Answer::kWaits;
     return {};
   }
 
