@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -104,8 +105,14 @@ class Block(nn.Module):
         x = x + self.retention(self.norm_retention(x))
         return x + self.mlp(self.norm_mlp(x))
 
-    def step(self, x: Tensor, cache: RetentionCache) -> Tensor:
-        out, _ = self.retention.step(self.norm_retention(x), cache)
+    def step(
+        self,
+        x: Tensor,
+        cache: RetentionCache,
+        slots: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        out, _ = self.retention.step(self.norm_retention(x), cache, slots, attention_mask)
         x = x + out
         return x + self.mlp(self.norm_mlp(x))
 
@@ -128,24 +135,69 @@ class LanguageModel(nn.Module):
             x = block(x)
         return self.embedding(self.norm(x))
 
-    def init_caches(self, batch_size: int, switch_over_seq_len: int) -> list[RetentionCache]:
+    def init_caches(
+        self, batch_size: int, switch_over_seq_len: int | None = None
+    ) -> list[RetentionCache]:
         """Empty caches for `step`, one a layer, that fold `switch_over_seq_len` tokens at a
-        time."""
+        time. Default: as `PowerRetention.init_cache` has it."""
         return [
             block.retention.init_cache(batch_size, switch_over_seq_len) for block in self.blocks
         ]
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, caches: list[RetentionCache]) -> Tensor:
-        """Logits `[b, 256]` after the last of `tokens` `[b, t]`; the caches move on, in place.
+    def step(
+        self,
+        tokens: Tensor,
+        caches: list[RetentionCache],
+        slots: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits after the last token of each row; the caches move on, in place.
 
         They move on together, and where one layer raises, none does: see `all_or_nothing`.
+
+        Args:
+            tokens: bytes `[b, t]` int64.
+            caches: of `init_caches`.
+            slots: int32 `[b]`, where the caches have each row's sequence; -1 for a row that is
+                none. Default: row i is slot i, of caches with b slots.
+            attention_mask: `[b, t]`, bool or integers, 0 where a row is padded, on either side.
+                Default: no padding.
+
+        Returns:
+            `[b, 256]`. Of a row that is none, or all padding, they mean nothing.
+
+        Raises:
+            TypeError, ValueError: what `PowerRetention.step` rejects.
         """
         with all_or_nothing(caches):
             x = self.embedding(tokens)
             for block, cache in zip(self.blocks, caches, strict=True):
-                x = block.step(x, cache)
-            return self.embedding(self.norm(x[:, -1]))
+                x = block.step(x, cache, slots, attention_mask)
+            return self.embedding(self.norm(_last(x, attention_mask)))
+
+    def with_products_in(self, dtype: torch.dtype) -> LanguageModel:
+        """The model for many steps under autocast to `dtype`, which gives what this one gives.
+
+        Matrices are rounded once, in a copy, where autocast does it at every step. Those of gates
+        and of the embedding, which it reads in float32 too, are as they were.
+        """
+        if dtype == torch.float32:
+            return self
+        model = copy.deepcopy(self)
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.to(dtype)
+        return model
+
+
+def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Of x `[b, t, hidden]` that of each row's last token: `[b, hidden]`."""
+    if attention_mask is None:
+        return x[:, -1]
+    place = torch.arange(x.shape[1], device=x.device)
+    last = torch.where(attention_mask != 0, place, 0).amax(1)
+    return x[torch.arange(x.shape[0], device=x.device), last]
 
 
 def new_model(config: ModelConfig) -> LanguageModel:
