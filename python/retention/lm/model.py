@@ -13,7 +13,7 @@ from retention.cache import RetentionCache
 from retention.lm import devices
 from retention.lm.config import ModelConfig
 from retention.lm.errors import UsageError
-from retention.nn import GateProjection, PowerRetention, all_or_nothing
+from retention.nn import GateProjection, PowerRetention, Rotation, all_or_nothing
 
 VOCABULARY = 256  # a token is a byte
 
@@ -111,8 +111,10 @@ class Block(nn.Module):
         cache: RetentionCache,
         slots: Tensor | None,
         attention_mask: Tensor | None,
+        rotation: Rotation | None,
     ) -> Tensor:
-        out, _ = self.retention.step(self.norm_retention(x), cache, slots, attention_mask)
+        normed = self.norm_retention(x)
+        out, _ = self.retention.step(normed, cache, slots, attention_mask, rotation)
         x = x + out
         return x + self.mlp(self.norm_mlp(x))
 
@@ -172,8 +174,10 @@ class LanguageModel(nn.Module):
         """
         with all_or_nothing(caches):
             x = self.embedding(tokens)
+            # All layers have the same positions.
+            rotation = self.blocks[0].retention.rotation(x, caches[0], slots, attention_mask)
             for block, cache in zip(self.blocks, caches, strict=True):
-                x = block.step(x, cache, slots, attention_mask)
+                x = block.step(x, cache, slots, attention_mask, rotation)
             return self.embedding(self.norm(_last(x, attention_mask)))
 
     def with_products_in(self, dtype: torch.dtype) -> LanguageModel:
