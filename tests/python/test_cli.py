@@ -152,6 +152,18 @@ def test_generate_from_several_prompts(run: Path, tmp_path: Path, capsys, monkey
     assert (code, out) == (0, headings)
 
 
+def test_generate_stops_where_a_file_ends(run: Path, capsys, monkeypatch):
+    arguments = ["generate", "--checkpoint", run, "--max-new-tokens", 30, "--device", "cpu"]
+    arguments += ["--prompt", "def ", "--temperature", 1]
+    whole = call(capsys, *arguments)[1]
+    end = next(x for x in whole[5:20] if x.isascii() and x != whole[4])
+    monkeypatch.setattr(data, "SEPARATOR", end.encode())
+    assert call(capsys, *arguments)[1] == whole
+    code, out, err = call(capsys, *arguments, "--stop")
+    assert (code, out) == (0, "def " + whole[4:].partition(end)[0] + "\n")
+    assert int(err.split()[0]) < 30
+
+
 @pytest.mark.parametrize("stdin", [lambda: None, lambda: closed()])
 def test_prompts_of_a_standard_input_that_is_closed(run: Path, capsys, monkeypatch, stdin):
     monkeypatch.setattr(sys, "stdin", stdin())
