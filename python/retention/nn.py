@@ -21,6 +21,7 @@ from retention import functional
 from retention.cache import RetentionCache
 from retention.ops import checks
 from retention.ops.arguments import autocasts, without_autocast
+from retention.ops.numerics import widest
 from retention.ops.pytorch.decoding import rewind
 from retention.ops.symmetric_power import state_dim
 
@@ -57,7 +58,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> T
         head_dim)` reduced to one turn.
     """
     # At long positions a float32 product is off by a good part of a turn.
-    exact = _widest(positions.device)
+    exact = widest(positions.device)
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
     angles = positions.to(exact)[..., None] * torch.pow(theta, -exponents)
     return torch.remainder(angles, 2 * math.pi)
@@ -86,11 +87,6 @@ def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = rotation
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class GateProjection(nn.Linear):
@@ -127,7 +123,7 @@ class GateProjection(nn.Linear):
             head = torch.ones_like(self.bias, dtype=torch.int64).cumsum(0) - 1
             longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
             step = (shortest - longest) / max(1, self.out_features - 1)
-            memory = torch.exp2(longest + step * head.to(_widest(head.device)))
+            memory = torch.exp2(longest + step * head.to(widest(head.device)))
             # What a token leaves behind falls to 1/e after `memory` more.
             self.bias.copy_(torch.log(memory - 1))
 

@@ -21,6 +21,7 @@ from retention.lm import checkpoint, data, devices, files
 from retention.lm.errors import UsageError
 from retention.lm.model import LanguageModel, new_model
 from retention.lm.run import RunFolder
+from retention.ops.numerics import widest
 
 # Steps that a device is given at once, by its type. On others each byte is read as it comes.
 _STEPS_AT_ONCE = {"cuda": 32}
@@ -105,7 +106,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> T
     """
     if temperature == 0:
         return logits.argmax(-1)
-    wide = _widest(logits.device)
+    wide = widest(logits.device)
     limits = torch.finfo(wide)
     logits = logits.to(wide)
     # At most 0, so that no temperature makes an infinity that is not a probability of 0.
@@ -116,11 +117,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> T
     whole = (reached * (reached - probability < top_p)).amax(-1, keepdim=True)
     passed = reached <= drawn.to(wide)[:, None] * whole
     return byte.gather(-1, passed.sum(-1, keepdim=True))[:, 0]
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,20 +147,20 @@ class _Steps:
         cuda_graph: bool,
     ):
         self.device = next(model.parameters()).device
-        self._model = model.with_products_in(getattr(torch, dtype))
+        self._model = model.for_decoding(getattr(torch, dtype))
         self._dtype = dtype
         self.sampling = sampling
         self._generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(n)]
         self.block = _STEPS_AT_ONCE.get(self.device.type, 1)
         with devices.autocast(self.device, dtype):
-            self.caches = self._model.init_caches(n, switch_over_seq_len)
+            self.caches = model.init_caches(n, switch_over_seq_len)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self._token = zeros(n, dtype=torch.int64)
         self._slots = zeros(n, dtype=torch.int32) - 1
-        self._drawn = zeros(self.block, n, dtype=_widest(self.device))
+        self._drawn = zeros(self.block, n, dtype=widest(self.device))
         self._bytes = zeros(self.block, n, dtype=torch.int16)
         self._place = zeros(1, dtype=torch.int64)  # of the step in its block
         self._run = self._step
@@ -277,7 +273,7 @@ def generate(
         switch_over_seq_len: tokens kept in each layer's ring before they are folded into its state.
             Default: chosen by the cache.
         dtype: "float32", "bfloat16" or "float16", of the products and of the ring.
-        stop: whether a text ends where the model begins another file. Then it costs no more steps.
+        stop: whether a text ends where the model begins another file. It is padding from then on.
         cuda_graph: whether steps are replays of a CUDA graph. Default: on a CUDA device.
         statistics: filled in while it runs.
 

@@ -76,6 +76,22 @@ class Retention(PowerRetention):
         self.v_proj = Linear(config.hidden_size, self.v_proj.out_features)
         self.g_proj = Gate(config.hidden_size, self.num_kv_heads)
         self.o_proj = Linear(self.o_proj.in_features, config.hidden_size, config.residual_gain)
+        self.qkv_proj: Linear | None = None  # of `fuse`
+
+    def fuse(self) -> None:
+        """Queries, keys and values come of one product from now on, for steps of few tokens."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        self.qkv_proj = Linear(self.hidden_size, sum(part.out_features for part in parts))
+        self.qkv_proj.weight = nn.Parameter(torch.cat([part.weight for part in parts]).detach())
+        self.q_proj = self.k_proj = self.v_proj = None
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if self.qkv_proj is None:
+            return super()._project(x)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = heads.split(sizes, dim=2)
+        return query, key, value, self._log_gate(x)
 
 
 class GatedMLP(nn.Module):
@@ -180,18 +196,21 @@ class LanguageModel(nn.Module):
                 x = block.step(x, cache, slots, attention_mask, rotation)
             return self.embedding(self.norm(_last(x, attention_mask)))
 
-    def with_products_in(self, dtype: torch.dtype) -> LanguageModel:
-        """The model for many steps under autocast to `dtype`, which gives what this one gives.
+    def for_decoding(self, dtype: torch.dtype) -> LanguageModel:
+        """A copy that makes steps of few tokens, under autocast to `dtype`, from fewer operations.
 
-        Matrices are rounded once, in a copy, where autocast does it at every step. Those of gates
-        and of the embedding, which it reads in float32 too, are as they were.
+        It gives what this one gives up to rounding, and makes no caches. Matrices are rounded once,
+        which autocast does at every step; those of gates and of the embedding, which are read in
+        float32 too, are as they were.
         """
-        if dtype == torch.float32:
-            return self
         model = copy.deepcopy(self)
         for module in model.modules():
-            if isinstance(module, Linear):
-                module.to(dtype)
+            if isinstance(module, Retention):
+                module.fuse()
+        if dtype != torch.float32:
+            for module in model.modules():
+                if isinstance(module, Linear):
+                    module.to(dtype)
         return model
 
 
