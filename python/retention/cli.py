@@ -24,6 +24,7 @@ _NEEDS = {
     "bench": ("rich", "matplotlib"),
 }
 _INTERRUPTED = 130
+_STANDARD_INPUT = Path("-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -216,8 +217,9 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate text from a trained model",
-        description="Stream text from a trained model. The memory it needs does not grow with the "
-        "length of the text.",
+        description="Generate text from a trained model, behind one prompt or several at once. The "
+        "memory it needs does not grow with the length of the text. One text is streamed; several "
+        "are printed each when it and those before it have ended.",
     )
     generate.set_defaults(run=_generate)
 
@@ -226,13 +228,38 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         generate.add_argument(flag, type=kind, default=default, help=shown, metavar=metavar)
 
     add("--checkpoint", _path, Path("run"), "a run's folder, or one checkpoint's", "DIR")
-    add("--prompt", str, "", "what the text begins with", "TEXT")
-    add("--max-new-tokens", _non_negative, 500, "bytes to generate", "N")
+    prompts = generate.add_mutually_exclusive_group()
+    prompts.add_argument(
+        "--prompt",
+        action="append",
+        default=None,
+        help="what the text begins with; several times for several texts (default: nothing)",
+        metavar="TEXT",
+    )
+    prompts.add_argument(
+        "--prompts",
+        type=_path,
+        help="a file with one prompt a line, taken as it is, without escapes; -: standard input",
+        metavar="FILE",
+    )
+    add("--max-new-tokens", _non_negative, 500, "bytes to generate, of each text", "N")
+    generate.add_argument(
+        "--stop", action="store_true", help="end a text where the model begins another file"
+    )
     add("--temperature", _non_negative_float, 0.8, "0: always the likeliest byte", "X")
     add("--top-p", _share, 0.95, "draw from the likeliest bytes of this joint probability", "X")
-    add("--seed", _non_negative, 0, "of what is drawn", "N")
-    ring = "recent bytes kept before they are folded into the state"
-    add("--switch-over-seq-len", _positive, 512, ring, "N")
+    add("--seed", _non_negative, 0, "of what is drawn; each next prompt has the next one", "N")
+    generate.add_argument(
+        "--switch-over-seq-len",
+        type=_positive,
+        help="recent bytes kept before they are folded into the state (default: chosen by shape)",
+        metavar="N",
+    )
+    generate.add_argument(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        help="capture a step in a CUDA graph, and replay it (default: on a CUDA device)",
+    )
     generate.add_argument(
         "--device", metavar="NAME", help="where to run (default: cuda where there is one, else cpu)"
     )
@@ -403,35 +430,59 @@ def _shown(value: object) -> str:
 def _generate(options: argparse.Namespace) -> int:
     from retention.lm import devices, generation
 
-    device = devices.open_device(options.device or devices.default_device())
-
     def say(line: str) -> None:
         print(f"retention generate: {line}", file=sys.stderr)
 
+    if options.prompts is None:
+        prompts = [os.fsencode(prompt) for prompt in options.prompt or [""]]
+    else:
+        prompts = _lines(options.prompts)
+    device = devices.open_device(options.device or devices.default_device())
     model = generation.load_model(options.checkpoint, device, say)
-    prompt = os.fsencode(options.prompt)
     statistics = generation.Statistics()
     stream = generation.generate(
         model,
-        prompt,
+        prompts,
         options.max_new_tokens,
         options.temperature,
         options.top_p,
         options.seed,
         options.switch_over_seq_len,
         options.dtype,
+        options.stop,
+        options.cuda_graph,
         statistics,
     )
-    _write(prompt.decode("utf-8", "replace"))
-    for piece in generation.as_text(stream):
-        _write(piece)
-    _write("\n")
-    print(
-        f"{statistics.tokens} tokens, {statistics.tokens_per_second:,.1f} tokens/s, "
-        f"{statistics.state_bytes:,} bytes of state",
-        file=sys.stderr,
-    )
+    if len(prompts) == 1:
+        _write(prompts[0].decode("utf-8", "replace"))
+        for piece in generation.as_text(pieces[0] for pieces in stream):
+            _write(piece)
+        _write("\n")
+    else:
+        texts = generation.whole_texts(prompts, stream, statistics)
+        for i, text in enumerate(texts, start=1):
+            _write(f"==> {i} of {len(prompts)} <==\n{text.decode('utf-8', 'replace')}\n")
+        for i, progress in enumerate(statistics.each, start=1):
+            print(f"{i}: {progress}", file=sys.stderr)
+    print(f"{statistics}, {statistics.state_bytes:,} bytes of state", file=sys.stderr)
     return 0
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines of the file that --prompts names, without their ends."""
+    from retention.lm import files
+
+    name = "standard input" if path == _STANDARD_INPUT else str(path)
+    with files.explained(f"--prompts: cannot read {name}"):
+        if path != _STANDARD_INPUT:
+            content = files.read(path)
+        elif sys.stdin is None or sys.stdin.closed:
+            raise ValueError("closed")
+        else:
+            content = sys.stdin.buffer.read()
+    if not content:
+        raise UsageError(f"--prompts: {name} is empty")
+    return content.splitlines()
 
 
 def _write(text: str) -> None:

@@ -21,16 +21,21 @@ from retention import functional
 from retention.cache import RetentionCache
 from retention.ops import checks
 from retention.ops.arguments import autocasts, without_autocast
+from retention.ops.numerics import widest
 from retention.ops.pytorch.decoding import rewind
 from retention.ops.symmetric_power import state_dim
 
 __all__ = [
     "GateProjection",
     "PowerRetention",
+    "Rotation",
     "all_or_nothing",
     "apply_rotary",
     "rotary_angles",
 ]
+
+# Cosines and sines of rotary embedding.
+Rotation = tuple[Tensor, Tensor]
 
 # Tokens that a step may have before it counts as a prompt.
 _MAX_TOKENS_PER_STEP = 16
@@ -53,7 +58,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> T
         head_dim)` reduced to one turn.
     """
     # At long positions a float32 product is off by a good part of a turn.
-    exact = _widest(positions.device)
+    exact = widest(positions.device)
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
     angles = positions.to(exact)[..., None] * torch.pow(theta, -exponents)
     return torch.remainder(angles, 2 * math.pi)
@@ -67,17 +72,21 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     rotated key may be folded into a state and never be touched again. Computed in float32 or wider;
     the result has the dtype of `x`.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    angles = angles.to(wide)[..., None, :]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    return _rotate(x, _rotation(angles, torch.promote_types(x.dtype, torch.float32)))
 
 
-def _widest(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def _rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
+    """Of angles `[..., d/2]`: `[..., 1, d]` each, in `dtype`."""
+    angles = angles.to(dtype)
+    # In the first half the other channel is subtracted.
+    signed = torch.cat((-angles, angles), dim=-1)[..., None, :]
+    return signed.cos(), signed.sin()
+
+
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 
 
 class GateProjection(nn.Linear):
@@ -114,7 +123,7 @@ class GateProjection(nn.Linear):
             head = torch.ones_like(self.bias, dtype=torch.int64).cumsum(0) - 1
             longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
             step = (shortest - longest) / max(1, self.out_features - 1)
-            memory = torch.exp2(longest + step * head.to(_widest(head.device)))
+            memory = torch.exp2(longest + step * head.to(widest(head.device)))
             # What a token leaves behind falls to 1/e after `memory` more.
             self.bias.copy_(torch.log(memory - 1))
 
@@ -267,17 +276,11 @@ class PowerRetention(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.hidden_size:
             raise ValueError(f"x: expected [b, t, {self.hidden_size}], got {list(x.shape)}")
 
-    def _project(
-        self, x: Tensor, positions: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         # [b, t, hidden] -> q [b, t, num_heads, d]; k, v [b, t, num_kv_heads, d]; gate [b, t, kv]
         query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        if positions is not None:
-            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
-            query = apply_rotary(query, angles)
-            key = apply_rotary(key, angles)
         return query, key, value, self._log_gate(x)
 
     def _log_gate(self, x: Tensor) -> Tensor | None:
@@ -310,7 +313,7 @@ class PowerRetention(nn.Module):
                 rejects.
         """
         self._check_input(x)
-        positions = None
+        query, key, value, log_gate = self._project(x)
         if self.rope_theta is not None:
             positions = torch.arange(x.shape[1], device=x.device)
             if cu_seqlens is not None:
@@ -322,7 +325,8 @@ class PowerRetention(nn.Module):
                 starts = cu_seqlens.to(x.device)
                 sequence = torch.searchsorted(starts[1:], positions.to(starts.dtype), right=True)
                 positions = positions - starts[sequence]
-        query, key, value, log_gate = self._project(x, positions)
+            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
+            query, key = apply_rotary(query, angles), apply_rotary(key, angles)
         out = functional.power_retention(
             query,
             key,
@@ -402,6 +406,7 @@ class PowerRetention(nn.Module):
         cache: RetentionCache | None = None,
         slots: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Tensor, RetentionCache]:
         """Retention over the next tokens of sequences begun in earlier calls, without gradients.
 
@@ -421,6 +426,8 @@ class PowerRetention(nn.Module):
                 with b slots.
             attention_mask: `[b, t]`, bool or integers, 0 where a row is padded, on either side:
                 such a token leaves no trace, and its result is that of zeros. Default: no padding.
+            rotation: of a `rotation` with the same arguments: layers that step together from the
+                same positions, by the same angles, may share one. Default: computed.
 
         Returns:
             `[b, t, hidden_size]` and the cache.
@@ -435,11 +442,14 @@ class PowerRetention(nn.Module):
             raise ValueError(f"x: expected at least one token, got {list(x.shape)}")
         self._check_step(x, cache, slots, attention_mask)
 
-        positions = None
-        if self.rope_theta is not None:
-            positions = self._positions(x, cache, slots, attention_mask)
-        query, key, value, log_gate = self._project(x, positions)
+        if rotation is None:
+            rotation = self.rotation(x, cache, slots, attention_mask)
+        query, key, value, log_gate = self._project(x)
         projected = query.dtype
+        if rotation is not None:
+            # At once: a step of few tokens takes as long as its operations are many.
+            both = _rotate(torch.cat((query, key), dim=2), rotation)
+            query, key = both.split((query.shape[2], key.shape[2]), dim=2)
         if cache is None:
             cache = self.init_cache(b, device=key.device, dtype=key.dtype)
         if slots is None:
@@ -459,6 +469,29 @@ class PowerRetention(nn.Module):
                 out = torch.empty_like(taken).index_copy_(0, order, taken).unflatten(0, (b, t))
             out = self.o_proj(out.flatten(2).to(projected))
         return out, cache
+
+    def rotation(
+        self,
+        x: Tensor,
+        cache: RetentionCache | None = None,
+        slots: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Rotation | None:
+        """How a `step` with these arguments rotates its queries and keys; None where it does not.
+
+        Args:
+            x: as in `step`; of its values nothing is read.
+            cache, slots, attention_mask: as in `step`, which has not been called yet.
+
+        Returns:
+            Cosines and sines, `[t, 1, head_dim]` or `[b, t, 1, head_dim]` each.
+        """
+        if self.rope_theta is None:
+            return None
+        positions = self._positions(x, cache, slots, attention_mask)
+        angles = rotary_angles(positions, self.head_dim, self.rope_theta)
+        dtype = x.dtype if cache is None else cache.dtype
+        return _rotation(angles, torch.promote_types(dtype, torch.float32))
 
     def _positions(
         self,

@@ -115,6 +115,63 @@ def test_generate_streams_text_and_ends_with_its_figures(run: Path, capsys):
     assert small < int(size.split()[0].replace(",", ""))  # a shorter ring
 
 
+def test_generate_from_several_prompts(run: Path, tmp_path: Path, capsys, monkeypatch):
+    arguments = ["generate", "--checkpoint", run, "--max-new-tokens", 20, "--device", "cpu"]
+    prompts = ["déf ", "", "x \\n+"]
+    alone = []
+    for i, prompt in enumerate(prompts):
+        code, out, _ = call(capsys, *arguments, "--prompt", prompt, "--seed", 5 + i)
+        assert code == 0
+        assert out.startswith(prompt)
+        alone.append(f"==> {i + 1} of 3 <==\n{out}")
+    given = [x for prompt in prompts for x in ("--prompt", prompt)]
+    code, out, err = call(capsys, *arguments, *given, "--seed", 5)
+    assert (code, out) == (0, "".join(alone))
+    *each, whole = err.splitlines()
+    assert [line.split(", ")[0] for line in each] == [f"{i}: 20 tokens" for i in (1, 2, 3)]
+    assert all(line.endswith(" tokens/s") for line in each)
+    assert whole.startswith("60 tokens, ")
+    assert whole.endswith(" bytes of state")
+
+    # A line each, as it is: escapes are no escapes, and its end may be that of any system.
+    lines = tmp_path / "prompts.txt"
+    for content in ("déf \n\nx \\n+", "déf \r\n\r\nx \\n+\r\n"):
+        lines.write_bytes(content.encode())
+        code, out, _ = call(capsys, *arguments, "--prompts", lines, "--seed", 5)
+        assert (code, out) == (0, "".join(alone))
+        with monkeypatch.context() as patched, lines.open() as stream:
+            patched.setattr(sys, "stdin", stream)
+            code, out, _ = call(capsys, *arguments, "--prompts", "-", "--seed", 5)
+        assert (code, out) == (0, "".join(alone))
+    lines.write_bytes(b"d\xc3\xa9f ")
+    code, out, err = call(capsys, *arguments, "--prompts", lines, "--seed", 5)
+    assert (code, f"==> 1 of 3 <==\n{out}") == (0, alone[0])
+    assert err.count("\n") == 1
+    code, out, _ = call(capsys, *arguments, *given, "--max-new-tokens", 0)
+    headings = "".join(f"==> {i} of 3 <==\n{x}\n" for i, x in enumerate(prompts, start=1))
+    assert (code, out) == (0, headings)
+
+
+def test_generate_stops_where_a_file_ends(run: Path, capsys, monkeypatch):
+    arguments = ["generate", "--checkpoint", run, "--max-new-tokens", 30, "--device", "cpu"]
+    arguments += ["--prompt", "def ", "--temperature", 1]
+    whole = call(capsys, *arguments)[1]
+    end = next(x for x in whole[5:20] if x.isascii() and x != whole[4])
+    monkeypatch.setattr(data, "SEPARATOR", end.encode())
+    assert call(capsys, *arguments)[1] == whole
+    code, out, err = call(capsys, *arguments, "--stop")
+    assert (code, out) == (0, "def " + whole[4:].partition(end)[0] + "\n")
+    assert int(err.split()[0]) < 30
+
+
+@pytest.mark.parametrize("stdin", [lambda: None, lambda: closed()])
+def test_prompts_of_a_standard_input_that_is_closed(run: Path, capsys, monkeypatch, stdin):
+    monkeypatch.setattr(sys, "stdin", stdin())
+    code, out, err = call(capsys, "generate", "--checkpoint", run, "--prompts", "-")
+    assert (code, out) == (2, "")
+    assert err == "retention generate: error: --prompts: cannot read standard input: closed\n"
+
+
 def test_an_option_not_given_is_told_from_its_default():
     options = vars(cli._parser().parse_args(["train"]))
     fields = {*cli.ModelConfig.__dataclass_fields__, *cli.TrainConfig.__dataclass_fields__}
@@ -215,9 +272,18 @@ def test_out_that_cannot_be_used(text: Path, run: Path, capsys):
         (["--max-new-tokens", -1], "argument --max-new-tokens: expected an integer of at least 0"),
         (["--switch-over-seq-len", 0], "argument --switch-over-seq-len: expected a positive"),
         (["--device", "cuda:77"], "--device: 'cuda:77' is not available here"),
+        (["--prompts", "nowhere"], "--prompts: cannot read nowhere: No such file or directory"),
+        (["--prompts", "FOLDER"], "not a file"),
+        (["--prompts", "EMPTY"], "empty is empty"),
+        (["--prompts", ""], "argument --prompts: expected a path, got ''"),
+        (["--prompts", "x", "--prompt", "y"], "argument --prompt: not allowed with argument --pro"),
+        (["--device", "cpu", "--cuda-graph"], "--cuda-graph: expected a CUDA device, got cpu"),
     ],
 )
-def test_what_cannot_be_generated(run: Path, capsys, more: list, message: str):
+def test_what_cannot_be_generated(run: Path, tmp_path: Path, capsys, more: list, message: str):
+    (tmp_path / "empty").write_bytes(b"")
+    names = {"EMPTY": tmp_path / "empty", "FOLDER": tmp_path}
+    more = [names.get(x, x) for x in more]
     code, out, err = call(capsys, "generate", "--checkpoint", run, *more)
     assert (code, out) == (2, "")
     assert message in err

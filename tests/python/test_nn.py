@@ -247,6 +247,32 @@ def test_padding_leaves_no_trace(name: str, t: int, side: str):
         torch.testing.assert_close(got, layer(whole), **EXACT)
 
 
+def test_layers_that_step_together_share_a_rotation():
+    layers = [make("gqa"), make("gqa", num_heads=2)]
+    slots = torch.tensor([2, 0], dtype=torch.int32)
+    x = torch.randn(2, 30, 32, dtype=torch.float64)
+    wanted = [layer(x) for layer in layers]
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :8] = False
+    caches = [layer.init_cache(3, 6) for layer in layers]
+    places = torch.tensor([[*range(20)], [0] * 8 + [*range(12)]])
+    rows = torch.arange(2)[:, None]
+    for width in (20, 3, 1):
+        padding = mask if width == 20 else None
+        given = x[rows, places[:, -width:]]
+        rotation = layers[0].rotation(given, caches[0], slots, padding)
+        for layer, cache, whole in zip(layers, caches, wanted, strict=True):
+            out, _ = layer.step(given, cache, slots, padding, rotation)
+            real = mask[:, -width:]
+            torch.testing.assert_close(out[real], whole[rows, places[:, -width:]][real], **EXACT)
+        places, mask = places + 3 if width == 20 else places + 1, torch.ones_like(mask)
+    # What is handed over is what turns.
+    still = torch.ones(1, 1, 16).double(), torch.zeros(1, 1, 16).double()
+    other, _ = layers[0].step(x[:, :5], layers[0].init_cache(2), rotation=still)
+    assert (other - wanted[0][:, :5]).abs().max() > 1e-3
+    assert make("no rotary").rotation(x[..., :16]) is None
+
+
 def test_drafts_that_were_rejected():
     layer = make("gqa")
     x = torch.randn(2, 60, layer.hidden_size, dtype=torch.float64)

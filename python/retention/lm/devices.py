@@ -42,6 +42,11 @@ def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextMana
     return torch.autocast(device.type, dtype=getattr(torch, dtype))
 
 
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within, streams and events are that device's, where it is a CUDA device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there is not as much memory as was asked for, or could not be anywhere."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -1,4 +1,8 @@
-"""Text from a trained model, a byte at a time, from a state that does not grow."""
+"""Text from a trained model, of one or many prompts, from states that do not grow.
+
+A step of all sequences stays on the device, from the bytes before to those drawn. On a CUDA device
+it is a graph, replayed for each byte, and the host reads bytes in blocks while it goes on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import codecs
 import dataclasses
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,20 +21,39 @@ from retention.lm import checkpoint, data, devices, files
 from retention.lm.errors import UsageError
 from retention.lm.model import LanguageModel, new_model
 from retention.lm.run import RunFolder
+from retention.ops.numerics import widest
+
+# Steps that a device is given at once, by its type. On others each byte is read as it comes.
+_STEPS_AT_ONCE = {"cuda": 32}
+# Bytes of prompts, padding counted, that the model takes at once.
+_PROMPT_BYTES = 2**16
+_WARM_UP_STEPS = 2
+_NOT_FINITE = -1  # in a byte's place
 
 
 @dataclasses.dataclass
-class Statistics:
-    """Of one generation; filled in while it runs."""
+class Progress:
+    """Of one prompt, or of several together."""
 
-    tokens: int = 0
-    seconds: float = 0.0
     prompt_tokens: int = 0
-    state_bytes: int = 0
+    tokens: int = 0  # new ones
+    seconds: float = 0.0  # that these took: the prompt, and the capture of a graph, come before
+    ended: bool = False
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.tokens_per_second:,.1f} tokens/s"
+
+
+@dataclasses.dataclass
+class Statistics(Progress):
+    """Of one generation; filled in while it runs."""
+
+    state_bytes: int = 0
+    each: list[Progress] = dataclasses.field(default_factory=list)  # one for each prompt
 
 
 def load_model(
@@ -67,84 +91,307 @@ def load_model(
     return models[-1].to(device).eval()
 
 
-def sample(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> Tensor:
-    """The next byte `[b]` from logits `[b, 256]`.
+def sample(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> Tensor:
+    """The next byte `[b]` int64 from logits `[b, 256]`, on their device and without waiting for it.
 
-    Temperature 0 takes the likeliest. Otherwise it is drawn from the smallest set of bytes whose
-    probabilities reach `top_p`, the likeliest always among them. Drawn on the CPU, so that a seed
-    means the same on every device.
+    Temperature 0 takes the likeliest. Otherwise it is one of the smallest set of bytes whose
+    probabilities reach `top_p`, the likeliest always among them: that at which the sum of
+    probabilities, the largest first, passes `drawn` of the set's.
+
+    Args:
+        logits: `[b, 256]`. Where they are not finite, the byte is any.
+        temperature: at least 0.
+        top_p: above 0, up to 1.
+        drawn: `[b]`, at least 0 and below 1: uniform, for bytes with their probabilities.
     """
-    logits = logits.detach().to("cpu", torch.float32)
     if temperature == 0:
         return logits.argmax(-1)
+    wide = widest(logits.device)
+    limits = torch.finfo(wide)
+    logits = logits.to(wide)
     # At most 0, so that no temperature makes an infinity that is not a probability of 0.
-    below = (logits - logits.amax(-1, keepdim=True)).double()
-    probability = (below / temperature).softmax(-1).float()
+    below = logits - logits.amax(-1, keepdim=True)
+    probability = (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
     probability, byte = probability.sort(dim=-1, descending=True, stable=True)
-    masked = probability.cumsum(-1) - probability >= top_p
-    masked[..., 0] = False
-    drawn = torch.multinomial(probability.masked_fill(masked, 0), 1, generator=generator)
-    return byte.gather(-1, drawn)[:, 0]
+    reached = probability.cumsum(-1)
+    whole = (reached * (reached - probability < top_p)).amax(-1, keepdim=True)
+    passed = reached <= drawn.to(wide)[:, None] * whole
+    return byte.gather(-1, passed.sum(-1, keepdim=True))[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    temperature: float
+    top_p: float
+    seed: int
+    stop: bool
+
+
+class _Steps:
+    """Steps of n sequences, with all that they read and write on the device.
+
+    Attributes:
+        device: the model's.
+        sampling: how bytes are drawn, and where a text ends.
+        block: most steps that `take` takes.
+        caches: of the model, with n slots.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        n: int,
+        switch_over_seq_len: int | None,
+        dtype: str,
+        sampling: _Sampling,
+        cuda_graph: bool,
+    ):
+        self.device = next(model.parameters()).device
+        self._model = model.for_decoding(getattr(torch, dtype))
+        self._dtype = dtype
+        self.sampling = sampling
+        self._generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(n)]
+        self.block = _STEPS_AT_ONCE.get(self.device.type, 1)
+        with devices.autocast(self.device, dtype):
+            self.caches = model.init_caches(n, switch_over_seq_len)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self._token = zeros(n, dtype=torch.int64)
+        self._slots = zeros(n, dtype=torch.int32) - 1
+        self._drawn = zeros(self.block, n, dtype=widest(self.device))
+        self._bytes = zeros(self.block, n, dtype=torch.int16)
+        self._place = zeros(1, dtype=torch.int64)  # of the step in its block
+        self._run = self._step
+        if cuda_graph:
+            with devices.current(self.device):
+                self._run = self._captured()
+
+    def read(self, tokens: Tensor, slots: Tensor, attention_mask: Tensor | None) -> None:
+        """Bytes `[b, t]` of prompts go into caches, as `LanguageModel.step` has them."""
+        with devices.autocast(self.device, self._dtype):
+            self._model.step(tokens, self.caches, slots, attention_mask)
+
+    def begin(self, last: Tensor) -> None:
+        """All sequences go on behind these bytes, `[n]`, which the caches have not seen."""
+        self._token.copy_(last)
+        self._slots.copy_(torch.arange(len(last)))
+        self._place.zero_()
+
+    def take(self, count: int) -> Callable[[], Tensor]:
+        """The next `count` steps, at most `block`, and what waits for their bytes: int16
+        `[count, n]`."""
+        with devices.current(self.device):
+            self._draw(count)
+            for _ in range(count):
+                self._run()
+            self._place.zero_()
+            if self.device.type != "cuda":
+                taken = self._bytes[:count].cpu().clone()
+                return lambda: taken
+            read = torch.empty(count, len(self._token), dtype=torch.int16, pin_memory=True)
+            read.copy_(self._bytes[:count], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+
+        def wait() -> Tensor:
+            done.synchronize()
+            return read
+
+        return wait
+
+    def _draw(self, count: int) -> None:
+        # By generators of the CPU, so that a seed means the same on every device, and each
+        # sequence's own, so that it means the same beside whatever others.
+        if self.sampling.temperature == 0:
+            return
+        each = [torch.rand(count, generator=x, dtype=torch.float64) for x in self._generators]
+        # Below 1 in fewer bits too.
+        most = 1 - torch.finfo(self._drawn.dtype).eps / 2
+        drawn = torch.stack(each, dim=1).clamp_(max=most).to(self._drawn.dtype)
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()
+        self._drawn[:count].copy_(drawn, non_blocking=True)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """The next byte of every sequence. Nothing waits for the device, and no tensor that
+        outlasts the step is a new one."""
+        # Entered for each step: a generator must not leave autocast on in its caller meanwhile.
+        with devices.autocast(self.device, self._dtype):
+            logits = self._model.step(self._token[:, None], self.caches, self._slots)
+        drawn = self._drawn.index_select(0, self._place)[0]
+        byte = sample(logits, self.sampling.temperature, self.sampling.top_p, drawn)
+        broken = (logits * 0).sum(-1) != 0  # as NaN is, of infinities too
+        shown = byte.to(self._bytes.dtype).masked_fill(broken, _NOT_FINITE)
+        self._bytes.index_copy_(0, self._place, shown[None])
+        self._token.copy_(byte)
+        if self.sampling.stop:
+            self._slots.masked_fill_(byte == data.SEPARATOR[0], -1)
+        self._place.add_(1)
+
+    def _captured(self) -> Callable[[], None]:
+        # Of rows that are none, so that no cache has seen anything.
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_STEPS):
+                self._step()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph.replay
 
 
 def generate(
     model: LanguageModel,
-    prompt: bytes,
+    prompts: Sequence[bytes],
     max_new_tokens: int,
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
-    switch_over_seq_len: int = 512,
+    switch_over_seq_len: int | None = None,
     dtype: str = "float32",
+    stop: bool = False,
+    cuda_graph: bool | None = None,
     statistics: Statistics | None = None,
-) -> Iterator[int]:
-    """Bytes that follow `prompt`, as they come.
+) -> Iterator[list[bytes]]:
+    """Bytes that follow prompts, as they come: of each prompt those since the last time.
+
+    What follows a prompt does not depend on the others, up to rounding. On a CUDA device bytes come
+    32 at a time, elsewhere one by one.
 
     Args:
         model: from `load_model`.
-        prompt: may be empty: then the model starts where a file starts.
-        max_new_tokens: how many.
+        prompts: one or more, of any lengths. Behind an empty one the model starts where a file
+            starts.
+        max_new_tokens: how many for each.
         temperature, top_p: of `sample`.
-        seed: of what is drawn.
+        seed: of what is drawn behind the first prompt. Each next one has the next seed.
         switch_over_seq_len: tokens kept in each layer's ring before they are folded into its state.
+            Default: chosen by the cache.
         dtype: "float32", "bfloat16" or "float16", of the products and of the ring.
+        stop: whether a text ends where the model begins another file. It is padding from then on.
+        cuda_graph: whether steps are replays of a CUDA graph. Default: on a CUDA device.
         statistics: filled in while it runs.
 
     Raises:
-        UsageError: where the model's weights, or products in `dtype`, give no finite numbers.
+        ValueError: for no prompts.
+        UsageError: for a graph on another device; later, where the model's weights, or products in
+            `dtype`, give no finite numbers.
     """
-    statistics = Statistics() if statistics is None else statistics
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.tensor([list(prompt or data.SEPARATOR)], device=device)
-    statistics.prompt_tokens = tokens.shape[1]
+    if cuda_graph is None:
+        cuda_graph = device.type == "cuda"
+    elif cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph: expected a CUDA device, got {device}")
+    prompts = [prompt or data.SEPARATOR for prompt in prompts]
+    sampling = _Sampling(temperature, top_p, seed, stop)
+    statistics = Statistics() if statistics is None else statistics
+    statistics.each = [Progress(prompt_tokens=len(prompt)) for prompt in prompts]
+    statistics.prompt_tokens = sum(map(len, prompts))
+
+    def run() -> Iterator[list[bytes]]:
+        steps = _Steps(model, len(prompts), switch_over_seq_len, dtype, sampling, cuda_graph)
+        statistics.state_bytes = sum(cache.nbytes for cache in steps.caches)
+        _read_prompts(steps, [prompt[:-1] for prompt in prompts])
+        steps.begin(torch.tensor([prompt[-1] for prompt in prompts]))
+        yield from _collect(steps, max_new_tokens, statistics)
+
+    return run()
+
+
+def _read_prompts(steps: _Steps, prompts: list[bytes]) -> None:
+    """Prompts go into the caches, in pieces where they are long."""
+    rest = {slot: prompt for slot, prompt in enumerate(prompts) if prompt}
+    while rest:
+        width = min(max(map(len, rest.values())), max(1, _PROMPT_BYTES // len(rest)))
+        pieces = [prompt[:width] for prompt in rest.values()]
+        padded = bytearray(b"".join(piece.ljust(width, b"\0") for piece in pieces))
+        tokens = torch.frombuffer(padded, dtype=torch.uint8).view(-1, width).to(steps.device)
+        slots = torch.tensor([*rest], dtype=torch.int32, device=steps.device)
+        mask = None
+        if any(len(piece) < width for piece in pieces):
+            lengths = torch.tensor([*map(len, pieces)], device=steps.device)
+            mask = torch.arange(width, device=steps.device) < lengths[:, None]
+        steps.read(tokens.long(), slots, mask)
+        rest = {slot: prompt[width:] for slot, prompt in rest.items() if len(prompt) > width}
+
+
+def _collect(steps: _Steps, max_new_tokens: int, statistics: Statistics) -> Iterator[list[bytes]]:
+    """The bytes of all steps, as `generate` gives them."""
     began = time.monotonic()
-    with devices.autocast(device, dtype):
-        caches = model.init_caches(1, switch_over_seq_len)
-    for _ in range(max_new_tokens):
-        # Entered for each byte: a generator must not leave autocast on in its caller meanwhile.
-        with devices.autocast(device, dtype):
-            logits = model.step(tokens, caches)
-        if not logits.isfinite().all():
-            raise UsageError("the model's logits are no finite numbers")
-        byte = sample(logits, temperature, top_p, generator)
-        statistics.tokens += 1
+    ahead = 1 if steps.block > 1 else 0  # blocks that the device has to do while one is read
+    waiting: deque[Callable[[], Tensor]] = deque()
+    todo = max_new_tokens
+    while todo or waiting:
+        if todo:
+            count = min(todo, steps.block)
+            waiting.append(steps.take(count))
+            todo -= count
+        if todo and len(waiting) <= ahead:
+            continue
+        taken = waiting.popleft()().mT.tolist()
         statistics.seconds = time.monotonic() - began
-        statistics.state_bytes = sum(cache.nbytes for cache in caches)
-        yield int(byte)
-        tokens = byte[:, None].to(device)
+        last = not todo and not waiting
+        pieces = []
+        for new, progress in zip(taken, statistics.each, strict=True):
+            pieces.append(_take(new, progress, steps.sampling.stop, last, statistics.seconds))
+        statistics.tokens = sum(progress.tokens for progress in statistics.each)
+        statistics.ended = all(progress.ended for progress in statistics.each)
+        yield pieces
+        if statistics.ended:
+            break
 
 
-def as_text(stream: Iterator[int]) -> Iterator[str]:
+def _take(new: list[int], progress: Progress, stop: bool, last: bool, seconds: float) -> bytes:
+    """What of a sequence's next bytes, which may be the last ones, belongs to its text."""
+    if progress.ended:
+        return b""
+    progress.ended = last
+    if stop and data.SEPARATOR[0] in new:
+        new = new[: new.index(data.SEPARATOR[0])]
+        progress.ended = True
+    if _NOT_FINITE in new:
+        raise UsageError("the model's logits are no finite numbers")
+    progress.tokens += len(new)
+    progress.seconds = seconds
+    return bytes(new)
+
+
+def as_text(stream: Iterable[bytes]) -> Iterator[str]:
     """Pieces of text from bytes, each as soon as its last byte is there.
 
     What is not UTF-8 comes out as the replacement character, also a character cut off at the end.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for byte in stream:
-        if piece := decoder.decode(bytes([byte])):
+    for new in stream:
+        if piece := decoder.decode(new):
             yield piece
     if piece := decoder.decode(b"", final=True):
         yield piece
+
+
+def whole_texts(
+    prompts: Sequence[bytes], stream: Iterable[list[bytes]], statistics: Statistics
+) -> Iterator[bytes]:
+    """Texts, their prompts in front, in the order of these: each when it and all before it have
+    ended.
+
+    Args:
+        prompts, statistics: what `generate` was given.
+        stream: what it gives.
+    """
+    texts = [bytearray(prompt) for prompt in prompts]
+    whole = 0
+    for pieces in stream:
+        for text, piece in zip(texts, pieces, strict=True):
+            text += piece
+        while whole < len(texts) and statistics.each[whole].ended:
+            yield bytes(texts[whole])
+            whole += 1
+    yield from map(bytes, texts[whole:])

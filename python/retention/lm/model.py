@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from retention.cache import RetentionCache
 from retention.lm import devices
 from retention.lm.config import ModelConfig
 from retention.lm.errors import UsageError
-from retention.nn import GateProjection, PowerRetention, all_or_nothing
+from retention.nn import GateProjection, PowerRetention, Rotation, all_or_nothing
 
 VOCABULARY = 256  # a token is a byte
 
@@ -75,6 +76,22 @@ class Retention(PowerRetention):
         self.v_proj = Linear(config.hidden_size, self.v_proj.out_features)
         self.g_proj = Gate(config.hidden_size, self.num_kv_heads)
         self.o_proj = Linear(self.o_proj.in_features, config.hidden_size, config.residual_gain)
+        self.qkv_proj: Linear | None = None  # of `fuse`
+
+    def fuse(self) -> None:
+        """Queries, keys and values come of one product from now on, for steps of few tokens."""
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        self.qkv_proj = Linear(self.hidden_size, sum(part.out_features for part in parts))
+        self.qkv_proj.weight = nn.Parameter(torch.cat([part.weight for part in parts]).detach())
+        self.q_proj = self.k_proj = self.v_proj = None
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if self.qkv_proj is None:
+            return super()._project(x)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = heads.split(sizes, dim=2)
+        return query, key, value, self._log_gate(x)
 
 
 class GatedMLP(nn.Module):
@@ -104,8 +121,16 @@ class Block(nn.Module):
         x = x + self.retention(self.norm_retention(x))
         return x + self.mlp(self.norm_mlp(x))
 
-    def step(self, x: Tensor, cache: RetentionCache) -> Tensor:
-        out, _ = self.retention.step(self.norm_retention(x), cache)
+    def step(
+        self,
+        x: Tensor,
+        cache: RetentionCache,
+        slots: Tensor | None,
+        attention_mask: Tensor | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        normed = self.norm_retention(x)
+        out, _ = self.retention.step(normed, cache, slots, attention_mask, rotation)
         x = x + out
         return x + self.mlp(self.norm_mlp(x))
 
@@ -128,24 +153,74 @@ class LanguageModel(nn.Module):
             x = block(x)
         return self.embedding(self.norm(x))
 
-    def init_caches(self, batch_size: int, switch_over_seq_len: int) -> list[RetentionCache]:
+    def init_caches(
+        self, batch_size: int, switch_over_seq_len: int | None = None
+    ) -> list[RetentionCache]:
         """Empty caches for `step`, one a layer, that fold `switch_over_seq_len` tokens at a
-        time."""
+        time. Default: as `PowerRetention.init_cache` has it."""
         return [
             block.retention.init_cache(batch_size, switch_over_seq_len) for block in self.blocks
         ]
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, caches: list[RetentionCache]) -> Tensor:
-        """Logits `[b, 256]` after the last of `tokens` `[b, t]`; the caches move on, in place.
+    def step(
+        self,
+        tokens: Tensor,
+        caches: list[RetentionCache],
+        slots: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits after the last token of each row; the caches move on, in place.
 
         They move on together, and where one layer raises, none does: see `all_or_nothing`.
+
+        Args:
+            tokens: bytes `[b, t]` int64.
+            caches: of `init_caches`.
+            slots: int32 `[b]`, where the caches have each row's sequence; -1 for a row that is
+                none. Default: row i is slot i, of caches with b slots.
+            attention_mask: `[b, t]`, bool or integers, 0 where a row is padded, on either side.
+                Default: no padding.
+
+        Returns:
+            `[b, 256]`. Of a row that is none, or all padding, they mean nothing.
+
+        Raises:
+            TypeError, ValueError: what `PowerRetention.step` rejects.
         """
         with all_or_nothing(caches):
             x = self.embedding(tokens)
+            # All layers have the same positions.
+            rotation = self.blocks[0].retention.rotation(x, caches[0], slots, attention_mask)
             for block, cache in zip(self.blocks, caches, strict=True):
-                x = block.step(x, cache)
-            return self.embedding(self.norm(x[:, -1]))
+                x = block.step(x, cache, slots, attention_mask, rotation)
+            return self.embedding(self.norm(_last(x, attention_mask)))
+
+    def for_decoding(self, dtype: torch.dtype) -> LanguageModel:
+        """A copy that makes steps of few tokens, under autocast to `dtype`, from fewer operations.
+
+        It gives what this one gives up to rounding, and makes no caches. Matrices are rounded once,
+        which autocast does at every step; those of gates and of the embedding, which are read in
+        float32 too, are as they were.
+        """
+        model = copy.deepcopy(self)
+        for module in model.modules():
+            if isinstance(module, Retention):
+                module.fuse()
+        if dtype != torch.float32:
+            for module in model.modules():
+                if isinstance(module, Linear):
+                    module.to(dtype)
+        return model
+
+
+def _last(x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Of x `[b, t, hidden]` that of each row's last token: `[b, hidden]`."""
+    if attention_mask is None:
+        return x[:, -1]
+    place = torch.arange(x.shape[1], device=x.device)
+    last = torch.where(attention_mask != 0, place, 0).amax(1)
+    return x[torch.arange(x.shape[0], device=x.device), last]
 
 
 def new_model(config: ModelConfig) -> LanguageModel:

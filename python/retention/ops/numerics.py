@@ -10,6 +10,11 @@ from torch import Tensor
 _SEGMENT = 16
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def integer_power(x: Tensor, n: int) -> Tensor:
     """``x ** n`` for n >= 1, by squaring: far faster than ``pow``."""
     if n == 1:
