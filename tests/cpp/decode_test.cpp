@@ -626,7 +626,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"prompts in one chunk", 8, 2, 1, 2, 0, 4, 2, -0.02f, true, true, false, -1, 3, 40, 0});
   if (retention::test::kOnDevice && !unchecked) {
     run({"long", 300, 3, 2, 4, 0, 64, 2, -0.02f, true});
-    run({"long prompts", 9, 2, 2, 4, 0, 64, 2, -0.002f, true, true, false, -1, 3, 5000, 0});
+    run({"long prompts", 5, 2, 2, 2, 0, 64, 2, -0.02f, true, true, false, -1, 3, 1500, 256});
     run({"long, bf16 states", 200, 1, 2, 2, 0, 32, 0, -0.02f, true, false});
   }
 }

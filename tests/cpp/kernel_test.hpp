@@ -52,7 +52,7 @@ struct SequenceLayout {
     int const longest = *std::max_element(lengths.begin(), lengths.end());
     tokens = packed ? starts.back() : static_cast<std::size_t>(longest);
     for (std::size_t s = 0; s < sequences; ++s) {
-      list[s] = {static_cast<int>(s), first_token + static_cast<int>(starts[s]), lengths[s], 0};
+      list[s] = {static_cast<int>(s), first_token + static_cast<int>(starts[s]), lengths[s], 1};
     }
     listed[0] = static_cast<int>(sequences);
   }

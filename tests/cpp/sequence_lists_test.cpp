@@ -36,7 +36,8 @@ Lists make(std::vector<int> const& bounds, int tokens, std::vector<int> const& l
   std::copy(bounds.begin(), bounds.end(), cu_seqlens.begin());
   GlobalArray<int> counts("counts", SequenceLists::kLists);
   std::vector<GlobalArray<SequenceList::Entry>> entries;
-  SequenceLists::Params params{cu_seqlens.data(), cu_seqlens.data() + 1, count, tokens, {}};
+  SequenceLists::Params params{
+      cu_seqlens.data(), cu_seqlens.data() + 1, count, tokens, {}, nullptr, {}};
   Lists lists{limits, {}, {}};
   for (size_t i = 0; i < SequenceLists::kLists; ++i) {
     int const most = limits[i] < 0 ? count : std::min(count, tokens / (limits[i] + 1));

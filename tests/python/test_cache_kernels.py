@@ -248,6 +248,7 @@ def test_a_captured_step(packed):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # says that it is a prototype
 def test_nothing_synchronises(paths):
     cache, slots = used(ON_GPU), ON_GPU.indices(2, -1, 0)
     new, packed = ON_GPU.tokens(0, 3, 2), ON_GPU.tokens(0, 1, 6)
@@ -259,6 +260,9 @@ def test_nothing_synchronises(paths):
         for _ in range(9):
             cache.step(**new, slots=slots)
             cache.step(**packed, slots=slots, cu_seqlens=bounds)
+        for keep in (0, 2):
+            cache.prefill(**new, slots=slots, keep=keep)
+            cache.prefill(**packed, slots=slots, cu_seqlens=bounds, keep=keep)
         cache.copy(slots, slots.flip(0))
         cache.reset(slots)
         cache.reset()

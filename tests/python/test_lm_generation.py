@@ -317,6 +317,7 @@ def test_what_cannot_be_generated(model: LanguageModel):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # says that it is a prototype
 @pytest.mark.parametrize("temperature", [0, 0.8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_graph_draws_what_steps_without_it_do(dtype: str, temperature: float):

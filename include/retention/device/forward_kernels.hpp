@@ -207,6 +207,8 @@ struct ForwardKernels {
       p.ends = pooled.ends != nullptr ? pooled.ends : a.cu_seqlens + 1;
       p.count = a.sequences;
       p.length = a.tokens;
+      p.cursors = pooled.states.cursors;
+      p.slots = pooled.states.slots;
       for (int i = 0; i < kSequenceLists; ++i) {
         auto* entries = plan.lists[i].region.template in<kernel::SequenceList::Entry>(workspace);
         p.lists[i] = {&entries->index, entries + 1, plan.lists[i].limit, plan.lists[i].most};

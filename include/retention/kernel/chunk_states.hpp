@@ -188,7 +188,8 @@ struct ChunkStates {
 
     typename Mainloop::Accumulators accumulators;
     bool loaded = false;
-    if (params.initial.given() && segment.index == 0) {
+    bool const continues = params.initial.given() && sequence.continues;
+    if (continues && segment.index == 0) {
       float const factor = detail::power_of_two(scale);
       loaded = params.initial.read(shape(params), sequence.index, sequence.index, head,
                                    [&](auto const& state) {
@@ -239,8 +240,7 @@ struct ChunkStates {
         storage.end_gate[thread] = next_end_gate;
       }
       next_end_gate = gate_of_chunk(storage.first_gate, done + chunk_size);  // a chunk ahead
-      if (params.states != nullptr && stores &&
-          (params.initial.given() || first_token > 0 || done > 0)) {
+      if (params.states != nullptr && stores && (continues || first_token > 0 || done > 0)) {
         store_rounded(params, slot_head, slot_head - storage.without, value_offset, scale, mainloop,
                       storage.rows[thread / 32], accumulators);
       }

@@ -155,7 +155,7 @@ struct Output : OneItem<Output<Traits>> {
     cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
     cute::clear(output);
 
-    bool const has_state = tile.chunk > 0 || params.initial_states;
+    bool const has_state = tile.chunk > 0 || (params.initial_states && sequence.continues);
     std::int64_t const slot_head =
         (sequence.first_slot + tile.chunk) * static_cast<std::int64_t>(params.heads) + head;
     std::int64_t const state_head =

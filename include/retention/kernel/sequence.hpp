@@ -14,6 +14,7 @@ struct Sequence {
   int index;                 // among all sequences
   int length;
   int chunk_size;
+  bool continues;  // whether there is a state before it, where there may be any
 };
 
 /// A chunk of a sequence.
@@ -41,7 +42,7 @@ struct SequenceList {
     int index;  // among all sequences
     int first_token;
     int length;
-    int unused;
+    int continues;  // not 0: there is a state before it, where there may be any
   };
   Entry const* entries;
   int const* count;
@@ -94,14 +95,20 @@ struct Sequences {
   /// Of those listed.
   CUTE_HOST_DEVICE Sequence get(int place) const {
     if (!packed()) {
-      return {place, 0, static_cast<std::int64_t>(place) * max_chunks(), place, length, chunk_size};
+      return {place,      0,   static_cast<std::int64_t>(place) * max_chunks(), place, length,
+              chunk_size, true};
     }
     SequenceList::Entry const entry = list.entries[place];
     int const size = entry.length <= whole_until ? whole_chunk : chunk_size;
     // ceil(n / c) <= floor((first + n) / c) - floor(first / c) + 1: slots never overlap, and nobody
     // has to add up the chunks of the sequences before.
-    return {0,           entry.first_token, static_cast<std::int64_t>(start(entry)) + entry.index,
-            entry.index, entry.length,      size};
+    return {0,
+            entry.first_token,
+            static_cast<std::int64_t>(start(entry)) + entry.index,
+            entry.index,
+            entry.length,
+            size,
+            entry.continues != 0};
   }
 
   /// The slot of a chunk among those of some chunks. Where each sequence has one without, they are

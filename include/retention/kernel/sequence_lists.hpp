@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/kernel/decode_pool.hpp"
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
@@ -35,6 +36,9 @@ struct SequenceLists {
     int const* ends;
     int count;
     int length;  // tokens
+    // Where states before sequences are in a pool: those of empty slots are not there.
+    SlotCursors cursors;
+    int const* slots;  // [count], all or none of a sequence's in the pool; null: no pool
     List lists[kLists];
   };
 
@@ -94,7 +98,8 @@ struct SequenceLists {
       for (int i = 0; i < kThreadSequences; ++i) {
         if (is_listed(i)) {
           if (place < list.most) {
-            list.entries[place] = {static_cast<int>(index) + i, first[i], length[i], 0};
+            list.entries[place] = {static_cast<int>(index) + i, first[i], length[i],
+                                   continues(params, index + i) ? 1 : 0};
           }
           ++place;
         }
@@ -103,6 +108,15 @@ struct SequenceLists {
     if (thread == 0) {
       *list.count = cute::min(listed, list.most);
     }
+  }
+
+ private:
+  CUTE_DEVICE static bool continues(Params const& params, std::int64_t sequence) {
+    if (params.slots == nullptr) {
+      return true;
+    }
+    int const slot = params.slots[sequence];
+    return params.cursors.has(slot) && params.cursors.at(slot)->folded > 0;
   }
 };
 
