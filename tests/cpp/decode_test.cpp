@@ -401,6 +401,7 @@ class Decoder {
     in.query.insert(in.query.end(), queries.begin(), queries.end());
     auto const expected = retention::test::attend(in, {}, 1.0);
     for (size_t t = 0; t < tokens; ++t) {
+      double const share = there(of_slot) ? share_of(expected, before + t) : 0.0;
       for (size_t e = 0; e < dv; ++e) {
         double const actual = decode(element, x.output[x.at(x.output_strides, r, t, n) + e]);
         if (!there(of_slot)) {
@@ -408,10 +409,18 @@ class Decoder {
           continue;
         }
         double const o = expected.output[(before + t) * dv + e];
-        x.sum_of_errors += (actual - o) * (actual - o);
-        x.sum_of_sizes += o * o;
+        x.sum_of_errors += share * share * (actual - o) * (actual - o);
+        x.sum_of_sizes += share * share * o * o;
       }
     }
+  }
+
+  /// How much a row's error counts. What it reads from a state has the error of a rounding of
+  /// |q|^2 |k|^2, of which a weight is a d-th on average: a row that sees far less than that counts
+  /// for less, see "Numerics" in docs/design.md.
+  double share_of(retention::test::Output const& expected, size_t row) const {
+    double const seen = static_cast<double>(d) * expected.normalizer[row];
+    return seen < expected.magnitude[row] ? seen / expected.magnitude[row] : 1.0;
   }
 
   /// The oldest tokens of a ring, up to the end of their window.
@@ -588,7 +597,7 @@ void check_plan(int rows, int query_heads, int heads, int head_dim, int slice_pa
 
 void check_plans() {
   check_plan(1, 8, 8, 64, 2, 18, 1);
-  check_plan(1, 40, 8, 128, 5, 28, 1);
+  check_plan(1, 40, 8, 128, 7, 20, 1);
   check_plan(32, 40, 8, 128, 136, 1, 1);
   check_plan(8, 8, 8, 64, 5, 8, 1);
   check_plan(64, 8, 8, 64, 36, 1, 1);

@@ -27,8 +27,16 @@ CUTE_DEVICE void wait_for_earlier_kernels() {
 #endif
 }
 
-/// Brings memory to the L2 cache, whoever may still write it: `bytes` from `data` on, both
-/// multiples of 16. One thread does.
+/// Brings memory to the L2 cache, whoever may still write it: the 128 bytes around an address.
+CUTE_DEVICE void prefetch_line(void const* data) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(data)) : "memory");
+#else
+  static_cast<void>(data);
+#endif
+}
+
+/// The same of `bytes` from `data` on, both multiples of 16.
 CUTE_DEVICE void prefetch(void const* data, std::uint32_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(data)),

@@ -109,10 +109,15 @@ struct DecodeStepPlan {
  private:
   static constexpr int kLeastPairs = 2;  // in less, a loop would end before it has got going
 
+  // A few more than so many slices of a head take longer to be added up than they save. On an H200,
+  // with 40 query and 8 key heads of 128, 28 slices took 21.8 us and 20 took 19.4.
+  static constexpr int kMostSlices = 20;
+
   // Where there is no room for two blocks a head, each is one block: no sums are left in memory for
   // another.
   static StateSlices choose_slices(int pairs, std::int64_t heads, std::int64_t blocks) {
-    std::int64_t const slices = std::max<std::int64_t>(blocks / heads, 1);
+    std::int64_t const slices =
+        std::min<std::int64_t>(std::max<std::int64_t>(blocks / heads, 1), kMostSlices);
     auto const in_slice = static_cast<int>((pairs + slices - 1) / slices);
     return StateSlices::of(pairs, std::max(in_slice, kLeastPairs));
   }

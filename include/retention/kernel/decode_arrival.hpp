@@ -16,6 +16,18 @@ CUTE_DEVICE unsigned arrive(unsigned* counter, int count) {
   return atomicInc(counter, static_cast<unsigned>(count - 1));
 }
 
+struct Arrivals {
+  unsigned first;
+  unsigned second;
+};
+
+/// The same of two counters, in the time of one.
+CUTE_DEVICE Arrivals arrive(unsigned* first, int of_first, unsigned* second, int of_second) {
+  __threadfence();
+  unsigned const before = atomicInc(first, static_cast<unsigned>(of_first - 1));
+  return {before, atomicInc(second, static_cast<unsigned>(of_second - 1))};
+}
+
 /// Whether all have, by what `arrive` returned; where it is true, what they wrote is there.
 CUTE_DEVICE bool is_last(unsigned before, int count) {
   bool const last = before == static_cast<unsigned>(count - 1);

@@ -94,6 +94,14 @@ struct DecodeFold {
     auto& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = static_cast<int>(threadIdx.x);
     detail::let_next_kernel_start();
+    if (blockIdx.x == 0) {
+      for (int row = thread; row < params.rows; row += kThreads) {
+        int const slot = params.slots[row];
+        if (params.pool.has(slot)) {
+          detail::prefetch_line(params.pool.cursor(slot));
+        }
+      }
+    }
     detail::wait_for_earlier_kernels();
     bool any = false;
     for (int first = 0; first < params.rows; first += kListedRows) {

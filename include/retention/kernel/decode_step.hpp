@@ -185,8 +185,8 @@ struct DecodeStep {
     work.head = block / params.parts % params.heads;
     work.row = block / params.parts / params.heads;
     detail::let_next_kernel_start();
-    if (thread == 0) {
-      prefetch(params, work);
+    if (thread < 32) {
+      prefetch(params, work, thread);
     }
     detail::wait_for_earlier_kernels();
     work.slot = params.slots[work.row];
@@ -216,8 +216,10 @@ struct DecodeStep {
     work.items = work.pairs + tiles * (work.part + 1) / params.parts - work.first_tile;
 
     int const queries = work.queries(params);
-    int const row_blocks = params.heads * params.parts;
-    unsigned before = 0;  // of them, those that have read the cursor: it is not waited for here
+    // Of a whole head, the block says at once that it has read the cursor, and waits for the answer
+    // at its end; of a part, when it says that its sums are there.
+    bool const whole = params.parts == 1;
+    unsigned before = 0;
     for (int start = 0; start < queries; start += kRows) {
       if (start > 0) {
         __syncthreads();  // the products of those before have been read
@@ -233,26 +235,36 @@ struct DecodeStep {
       __syncthreads();
       if (start == 0) {
         sum_new_gates(shared, work, thread);
-        if (thread == 0) {
-          before = arrive(row_counter(params, work), row_blocks);
+        if (whole && thread == 0) {
+          before = arrive(row_counter(params, work), params.heads);
         }
       }
       Sums sums = {};
       read(params, shared, work, start, thread, sums);
       finish(params, shared, work, start, thread, sums);
     }
-    if (thread == 0 && is_last(before, row_blocks)) {
+    if (!whole) {
+      add_parts(params, shared, work, thread);
+    } else if (thread == 0 && is_last(before, params.heads)) {
       move_cursor(params, work);
     }
-    add_parts(params, shared, work, thread);
   }
 
  private:
   /// What the block will most likely read, while earlier kernels are still at work: where rows are
   /// few, waits are what a step takes.
-  CUTE_DEVICE static void prefetch(Params const& params, Work const& work) {
+  CUTE_DEVICE static void prefetch(Params const& params, Work const& work, int lane) {
     int const slot = params.slots[work.row];
     if (params.parts == 1 || !params.pool.has(slot)) {
+      return;
+    }
+    constexpr int kLine = 128;  // bytes
+    detail::prefetch_line(params.pool.cursor(slot));
+    for (int first = lane * kLine / 4; params.log_gate != nullptr && first < params.pool.ring;
+         first += 32 * kLine / 4) {
+      detail::prefetch_line(params.pool.log_gates.at(slot, work.head) + first);
+    }
+    if (lane > 0) {
       return;
     }
     int const first_pair = work.part * params.slice_pairs;
@@ -346,7 +358,7 @@ struct DecodeStep {
     return params.arrivals + std::int64_t{params.rows} * params.heads + work.row;
   }
 
-  /// Nobody needs the cursor as it was any more when the row's last block has read it.
+  /// Nobody needs the cursor as it was any more when the row's last block has arrived.
   CUTE_DEVICE static void move_cursor(Params const& params, Work const& work) {
     Cursor* cursor = params.pool.cursor(work.slot);
     cursor->length += work.tokens;
@@ -776,11 +788,19 @@ struct DecodeStep {
   /// memory first: all loads are one wait, whatever their number.
   CUTE_DEVICE static void add_parts(Params const& params, SharedStorage& shared, Work const& work,
                                     int thread) {
-    if (params.parts == 1) {
-      return;
+    __syncthreads();
+    if (thread == 0) {
+      unsigned* of_head = params.arrivals + std::int64_t{work.row} * params.heads + work.head;
+      int const row_blocks = params.heads * params.parts;
+      auto const [in_head, in_row] =
+          arrive(of_head, params.parts, row_counter(params, work), row_blocks);
+      shared.is_last = is_last(in_head, params.parts) ? 1 : 0;
+      if (is_last(in_row, row_blocks)) {
+        move_cursor(params, work);
+      }
     }
-    unsigned* counter = params.arrivals + std::int64_t{work.row} * params.heads + work.head;
-    if (!is_last_arrival(shared.is_last, counter, params.parts, thread)) {
+    __syncthreads();
+    if (shared.is_last == 0) {
       return;
     }
     int const queries = work.queries(params);
