@@ -54,8 +54,8 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float = 10000.0) -> T
     """
     # At long positions a float32 product is off by a good part of a turn.
     exact = _widest(positions.device)
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim
-    angles = positions.to(exact)[..., None] * torch.pow(theta, -exponents)
+    exponents = torch.arange(0, -head_dim, -2, device=positions.device, dtype=exact) / head_dim
+    angles = positions.to(exact)[..., None] * torch.pow(theta, exponents)
     return torch.remainder(angles, 2 * math.pi)
 
 
@@ -67,10 +67,17 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     rotated key may be folded into a state and never be touched again. Computed in float32 or wider;
     the result has the dtype of `x`.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    angles = angles.to(wide)[..., None, :]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.to(wide).chunk(2, dim=-1)
+    return _rotate(x, *_cos_sin(angles, x.dtype))
+
+
+def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For channels of ``dtype``, in float32 or wider: `[..., 1, d/2]`."""
+    angles = angles.to(torch.promote_types(dtype, torch.float32))[..., None, :]
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
 
@@ -276,8 +283,8 @@ class PowerRetention(nn.Module):
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if positions is not None:
             angles = rotary_angles(positions, self.head_dim, self.rope_theta)
-            query = apply_rotary(query, angles)
-            key = apply_rotary(key, angles)
+            turn = _cos_sin(angles, torch.promote_types(query.dtype, key.dtype))
+            query, key = _rotate(query, *turn), _rotate(key, *turn)
         return query, key, value, self._log_gate(x)
 
     def _log_gate(self, x: Tensor) -> Tensor | None:
