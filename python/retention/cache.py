@@ -18,6 +18,7 @@ from retention.ops.symmetric_power import state_dim
 _operators = torch.ops.retention
 _step = _operators.decode_step.default
 _MOST_CHECKED = 1024
+_ORDINARY = {Tensor, type(None)}
 
 
 class RetentionCache:
@@ -161,7 +162,7 @@ class RetentionCache:
     def positions(self) -> Tensor:
         """Tokens that each slot has seen, the place of its next one: int64 ``[slots]``, a copy on
         the device."""
-        return pool.unpack(self.pool.cursors).seen.clone()
+        return self.pool.cursors[:, pool.SEEN].clone()
 
     def __repr__(self) -> str:
         layout = self._layout
@@ -419,16 +420,30 @@ class RetentionCache:
         Q, K, V, log_G = cast_for_autocast(Q, K, V, log_G)
         if torch.compiler.is_compiling():
             self._check_tokens(Q, K, V, log_G, slots, cu_seqlens)
-            return Q, K, V, log_G
+            return _detached(Q, K, V, log_G)
         # A step of few tokens waits for the host: what was found to fit is not looked at again.
-        key = tuple(
-            (x.shape, x.dtype, x.device) if type(x) is Tensor else x is None
-            for x in (Q, K, V, log_G, slots, cu_seqlens)
-        )
-        if False in key or key not in self._checked:
+        key = None
+        if type(Q) is type(K) is type(V) is type(slots) is Tensor and _ORDINARY.issuperset(
+            (type(log_G), type(cu_seqlens))
+        ):
+            key = (
+                *(Q.shape, K.shape, V.shape, slots.shape),
+                *(Q.dtype, K.dtype, V.dtype, slots.dtype),
+                *(Q.device, K.device, V.device, slots.device),
+                log_G is not None and (log_G.shape, log_G.dtype, log_G.device),
+                cu_seqlens is not None and (cu_seqlens.shape, cu_seqlens.dtype, cu_seqlens.device),
+            )
+        if key is None or key not in self._checked:
             self._check_tokens(Q, K, V, log_G, slots, cu_seqlens)
-            if False not in key and len(self._checked) < _MOST_CHECKED:
+            if key is not None and len(self._checked) < _MOST_CHECKED:
                 self._checked.add(key)
+        if torch.is_grad_enabled() and (
+            Q.requires_grad
+            or K.requires_grad
+            or V.requires_grad
+            or (log_G is not None and log_G.requires_grad)
+        ):
+            return _detached(Q, K, V, log_G)
         return Q, K, V, log_G
 
     def _check_tokens(
@@ -478,6 +493,13 @@ class RetentionCache:
         if x.dim() != 1:
             raise ValueError(f"{name}: expected [n], got {list(x.shape)}")
         self._check_kind(name, x, dtype)
+
+
+def _detached(
+    Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Without gradients, which the operators do not have, and refuse."""
+    return Q.detach(), K.detach(), V.detach(), None if log_G is None else log_G.detach()
 
 
 def _lay_out(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import math
 import pickle
@@ -23,6 +24,7 @@ from torch import Tensor
 import retention
 from retention import RetentionCache
 from retention.ops import pool
+from retention.ops.cuda import decoding as cuda_decoding
 from retention.ops.pytorch import decoding
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -475,6 +477,40 @@ def test_phases_are_spread_and_windows_end_there():
     ]
 
 
+@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0, 1), (0, -1, 2)])
+@pytest.mark.parametrize("most", [1, 3])
+def test_tokens_that_were_taken_back_leave_nothing(
+    rows: tuple[int, ...], most: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """Infinities and NaN of theirs are still in the ring, where it is read as it lies."""
+    config = Config(slots=3, window=4, most=most, ratio=2)
+    with contextlib.nullcontext() if waits else as_on_a_device(monkeypatch):
+        cache, other, slots = config.cache(), config.cache(), indices(*rows)
+        scribble(cache)
+        for i in range(9):
+            bad = {n: x.fill_(math.nan) for n, x in config.tokens(i, 3, most).items()}
+            bad["V"].fill_(math.inf)
+            cache.step(**bad, slots=slots)
+            cache.rollback(slots, most)
+            # Fewer than were taken back: some places stay as they were.
+            new = config.tokens(i, 3, 1)
+            out, wanted = cache.step(**new, slots=slots), other.step(**new, slots=slots)
+            assert out.isfinite().all()
+            torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_values_that_are_no_numbers_are_seen():
+    config = Config(slots=2)
+    cache, slots = config.cache(), indices(0, 1)
+    new = config.tokens(0, 2, 3)
+    new["V"][1, 1, 0, 2] = math.nan
+    finite = cache.step(**new, slots=slots).isfinite()
+    assert not finite[1, :, 0, 2].any()
+    finite[1, :, 0, 2] = True
+    assert finite.all()
+
+
 # ---- the same bits ------------------------------------------------------------------------------
 
 
@@ -814,6 +850,31 @@ def test_autocast_and_inference_mode():
     assert_same(cache, snapshot(other), [0, 1, 2, 3])
 
 
+def test_operators_refuse_gradients():
+    config = Config()
+    cache, slots = config.cache(), indices(0, 1)
+    tokens = config.tokens(0, 2, 1)
+    before = snapshot(cache)
+    operators = torch.ops.retention
+    calls = {
+        "decode_step": (None, config.most, config.window, config.deg),
+        "decode_prefill": (None, 0, config.deg),
+    }
+    for wanted in tokens:
+        given = {n: x.clone().requires_grad_(n == wanted) for n, x in tokens.items()}
+        for name, rest in calls.items():
+            arguments = (*cache.pool, *given.values(), slots, *rest)
+            message = f"^{wanted}: expected .* requires no gradient, since {name} has none"
+            with pytest.raises(RuntimeError, match=message):
+                getattr(operators, name)(*arguments)
+            assert_same(cache, before, [0, 1, 2, 3])
+            with torch.no_grad():
+                getattr(operators, name)(*arguments)
+            cache.load_state_dict(config.cache().state_dict())
+        assert not cache.step(**given, slots=slots).requires_grad
+        cache.load_state_dict(config.cache().state_dict())
+
+
 # ---- arguments ----------------------------------------------------------------------------------
 
 
@@ -1021,3 +1082,22 @@ def test_wrong_slots():
         with pytest.raises(kind, match=message):
             call()
     assert_same(cache, before, [0, 1, 2, 3])
+
+
+def test_plans_know_pools_by_their_tensors():
+    """A plan is for the strides of a pool, whatever was at its place in memory before."""
+    config = Config((BF16, F32))
+    one, other = config.cache(), config.cache()
+
+    def number(p: pool.Pool) -> int:
+        return cuda_decoding._of_pool(tuple(p))[0]
+
+    kept = len(cuda_decoding._known)
+    assert number(one.pool) == number(one.pool) == number(other.pool)
+    assert len(cuda_decoding._known) == kept + 2
+    wider = one.pool._replace(keys=one.pool.keys.new_zeros(4, 2, 9, 8)[:, :, :8])
+    assert wider.keys.shape == one.pool.keys.shape
+    assert number(wider) != number(one.pool)
+    del wider, other
+    gc.collect()
+    assert len(cuda_decoding._known) == kept + 1

@@ -5,7 +5,7 @@ import torch
 
 import retention
 from cases import RESETS, Case, error, make
-from retention.ops import decoding
+from retention.ops import decoding, numerics
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-11
@@ -118,6 +118,16 @@ def test_gradients():
         return retention.power_retention_inference(Q[:, -2:], *rest, switch_over_seq_len=5)
 
     assert torch.autograd.gradcheck(step, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scales_of_queries_are_exact(dtype):
+    exponents = torch.arange(-140, 128)[:, None]
+    mantissas = torch.tensor([0.25, -0.75, 0.1], dtype=torch.float64)
+    q = (mantissas * torch.exp2(exponents.double())).to(dtype)  # their largest is below 2^exponent
+    scale = numerics.unit_scale(q)
+    assert torch.equal(scale.double(), torch.exp2(-exponents.double().clamp(-125, 126)))
+    assert numerics.unit_scale(torch.zeros(1, 5, dtype=dtype)) == 2.0**125
 
 
 def test_low_precision_runs_in_float32():

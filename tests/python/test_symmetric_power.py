@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import retention
+from retention.ops import symmetric_power
 
 SIZES = [(8, 2), (16, 2), (64, 2), (8, 4), (16, 4), (8, 6), (8, 8)]
 
@@ -40,6 +41,12 @@ def test_order_and_multiplicity(d, deg):
         permutations = len(set(itertools.permutations(blocks)))
         torch.testing.assert_close(query[m], value)
         torch.testing.assert_close(key[m], permutations * value)
+
+
+@pytest.mark.parametrize(("d", "deg"), [*SIZES, (24, 2)])
+def test_few_queries_have_the_same_rows(d, deg):
+    q = torch.randn(2, 3, d, dtype=torch.float64)
+    assert torch.equal(symmetric_power.expand_few(q, deg), retention.expand(q, deg, "query"))
 
 
 @pytest.mark.parametrize(("d", "deg"), SIZES)

@@ -26,6 +26,15 @@ def test_imports_lead_downwards():
         assert all(line.startswith("from retention.ops") for line in above), path
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_below_autograd_there_are_no_gradients(monkeypatch, private):
+    if not private:
+        monkeypatch.setattr(torch_private, "_below_autograd", None)
+    x = torch.ones(2, requires_grad=True)
+    assert not torch_private.below_autograd(torch.square)(x).requires_grad
+    assert torch.square(x).requires_grad
+
+
 @pytest.mark.parametrize("state", [False, True])
 def test_without_a_way_below_autograd(monkeypatch, state):
     case = Case(t=20, state=state)

@@ -15,12 +15,13 @@ from retention.ops.symmetric_power import state_dim
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for this device; the meta device does not know it."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """The arithmetic's dtype is fixed: autocast must not lower it on the way."""
-    if device.type == "meta":
+    if not autocasts(device):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 

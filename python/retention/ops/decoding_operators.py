@@ -5,7 +5,8 @@ that it writes to them. On CUDA devices the compiled kernels run the calls that 
 operations run all others. The logger ``retention`` says at level DEBUG which one each call took,
 and why. They are for arguments whose shapes and dtypes were checked, as
 :class:`retention.RetentionCache` does; what only the values tell is checked here, before anything
-is written, where that waits for no device. No operator has gradients.
+is written, where that waits for no device. No operator has gradients: new tokens that require them
+are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from retention.ops.cuda import decoding as cuda
 from retention.ops.pool import Pool
 from retention.ops.pytorch import decoding
 from retention.ops.pytorch.decoding import NewTokens
+from retention.ops.torch_private import below_autograd
 
 _logger = logging.getLogger("retention")
 _library = torch.library.Library("retention", "FRAGMENT")
@@ -76,6 +78,17 @@ def _check_rollback(slots: Tensor, tokens: Tensor, p: Pool) -> None:
         raise ValueError(
             f"tokens: expected 0 to {least}, the tokens in the ring of slot {slot}, got {got}"
         )
+
+
+def _refuse_gradients(name: str, arguments: tuple[Any, ...]) -> None:
+    """Raises RuntimeError for new tokens whose gradients somebody would wait for."""
+    for i in range(_FIELDS, min(_FIELDS + 4, len(arguments))):
+        x = arguments[i]
+        if isinstance(x, Tensor) and x.requires_grad:
+            raise RuntimeError(
+                f"{NewTokens._fields[i - _FIELDS]}: expected a tensor that requires no gradient, "
+                f"since {name} has none, or a call under torch.no_grad(), got one that does"
+            )
 
 
 # ---- the PyTorch path ---------------------------------------------------------------------------
@@ -156,6 +169,8 @@ def _on_cuda(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     plan_of, launch = _KERNELS[name]
 
     def run(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            _refuse_gradients(name, arguments)
         plan = plan_of(arguments)
         if _logger.isEnabledFor(logging.DEBUG):
             _log(name, arguments, plan.reason)
@@ -168,6 +183,8 @@ def _elsewhere(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """The operator by PyTorch operations, where there are no kernels for it."""
 
     def logged(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            _refuse_gradients(name, arguments)
         if _logger.isEnabledFor(logging.DEBUG):
             device = arguments[3].device
             _log(name, arguments, coverage.device_reason(device.type, device.index))
@@ -201,7 +218,7 @@ on_cuda: dict[str, Callable[..., Any]] = {}
 for _schema, (_function, _fake) in _OPERATORS.items():
     _schema = _schema.replace("POOL", _POOL).replace("NEW", _NEW)
     _name = _library.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-    _function = torch.no_grad()(_function)
+    _function = below_autograd(_function)
     # That there are no gradients needs no layer of autograd's, for which every step would wait.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, _elsewhere(_name, _function), "CompositeExplicitAutograd")

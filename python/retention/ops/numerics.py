@@ -39,13 +39,26 @@ def has_weight(z: Tensor) -> Tensor:
     Weights are never negative: a negative sum is rounding. One below the normal numbers is made of
     terms that have lost their digits. NaN counts as weight: it must be seen in what is made of it.
     """
-    return ~(z <= torch.finfo(z.dtype).tiny)
+    return ~_is_weightless(z)
+
+
+def unit_scale(q: Tensor) -> Tensor:
+    """``2^-e`` of :func:`unit_exponent`, in fewer operations: [..., d] -> [..., 1].
+
+    The bounds, -125 and 126, keep all that it is made of among the normal numbers.
+    """
+    most = q.detach().abs().amax(-1, keepdim=True).clamp(2.0**-126, 2.0**125)
+    return torch.frexp(most).mantissa / most  # exact: most is its mantissa times 2^e
+
+
+def _is_weightless(z: Tensor) -> Tensor:
+    return z <= torch.finfo(z.dtype).tiny
 
 
 def normalise(n: Tensor, z: Tensor) -> Tensor:
     """``n / z``, and 0 with zero gradient where there is no weight."""
-    weighed = has_weight(z)
-    return torch.where(weighed, n / torch.where(weighed, z, 1), 0)
+    weightless = _is_weightless(z)
+    return (n / z.masked_fill(weightless, 1)).masked_fill(weightless, 0)
 
 
 def sums_after(x: Tensor) -> Tensor:

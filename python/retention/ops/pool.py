@@ -48,6 +48,7 @@ class Pool(NamedTuple):
 
 
 CURSOR_INTEGERS = 4  # of 64 bits
+SEEN = 3  # which of them is `seen`
 
 
 class Cursor(NamedTuple):
@@ -62,8 +63,17 @@ class Cursor(NamedTuple):
 
 def unpack(cursors: Tensor) -> Cursor:
     """Rows of :attr:`Pool.cursors`, [n, 4], as views."""
-    narrow = cursors.view(torch.int32)
-    return Cursor(narrow[:, 0], narrow[:, 1], narrow[:, 2], cursors[:, 2], cursors[:, 3])
+    start, length, phase, *_ = cursors.view(torch.int32).unbind(1)
+    _, _, folded, seen = cursors.unbind(1)
+    return Cursor(start, length, phase, folded, seen)
+
+
+def in_integers(cursors: Tensor) -> list[tuple[int, int, int, int, int]]:
+    """The fields of each row, in the order of :class:`Cursor`. A device has to be waited for."""
+    return [
+        (first & 0xFFFFFFFF, first >> 32, phase & 0xFFFFFFFF, folded, seen)
+        for first, phase, folded, seen in cursors.tolist()
+    ]
 
 
 def pack(cursor: Cursor) -> Tensor:

@@ -129,6 +129,22 @@ def _power(x: Tensor, order: int, width: int) -> Tensor:
     return torch.cat(parts, dim=-2)
 
 
+def expand_few(q: Tensor, deg: int) -> Tensor:
+    """phi of a few queries: [..., d] -> [..., D].
+
+    One product makes all pairs of a block's features and of lower rows, of which each block has the
+    first ones: more products than rows of phi, and fewer calls.
+    """
+    width, blocks = block_width(deg), q.shape[-1] // block_width(deg)
+    lower = _power(q.mT, deg - 1, width).mT
+    pairs = q.unflatten(-1, (blocks, 1, width)) * lower[..., None, :, None]
+    pairs = pairs.flatten(-3)  # [..., blocks * lower rows * width]
+    of_block = pairs.shape[-1] // blocks
+    rows = [_multisets(last + 1, deg - 1) * width**deg for last in range(blocks)]
+    parts = [pairs.narrow(-1, last * of_block, n) for last, n in enumerate(rows)]
+    return torch.cat(parts, dim=-1)
+
+
 class Expansion:
     """phi of ``x`` [..., d, c], a group of rows at a time: those that share their last block.
 

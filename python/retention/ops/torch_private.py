@@ -94,6 +94,18 @@ def call_below_autograd(overload: Any, keys: Any, arguments: tuple[Any, ...]) ->
     return tuple(x.clone() for x in results)
 
 
+def below_autograd(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` without gradients, and where possible without a look for them in every operation."""
+    guard = torch.no_grad if _below_autograd is None else _below_autograd
+
+    @functools.wraps(run)
+    def guarded(*arguments: Any) -> Any:
+        with guard():
+            return run(*arguments)
+
+    return guarded
+
+
 # ---- transforms ---------------------------------------------------------------------------------
 
 _functorch_is_active: Callable[[], bool] | None = _find("_are_functorch_transforms_active", None)

@@ -7,6 +7,7 @@ on the device: a call that was captured into a CUDA graph can be replayed.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,19 +48,31 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 # ---- pools --------------------------------------------------------------------------------------
 
 
-def _of_pool(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    high, low, key_sum, keys, values, log_gates, cursors, arrivals = arguments[:_FIELDS]
-    return (
-        signature(high),
-        low is not None and signature(low),
-        signature(key_sum),
-        signature(keys),
-        signature(values),
-        log_gates is not None and signature(log_gates),
-        signature(cursors),
-        signature(arrivals),
-        is_turned_off(),
-    )
+# A number for all pools of the same signature.
+_numbers: dict[tuple[Any, ...], int] = {}
+# That of a pool, by the identities of its tensors, while all of them are alive; and what tells.
+_known: dict[tuple[int, ...], tuple[int, list[Any]]] = {}
+
+
+def _of_pool(arguments: tuple[Any, ...]) -> tuple[int, bool]:
+    """What a plan's key has of a pool, and of the switch for kernels.
+
+    A pool has the same tensors for as long as it lives, and is asked once what they are like: their
+    shapes and strides must not be changed in place.
+    """
+    tensors = arguments[:_FIELDS]
+    identities = tuple(map(id, tensors))
+    known = _known.get(identities)
+    if known is None:
+        like = tuple(x is not None and signature(x) for x in tensors)
+        number = _numbers.setdefault(like, len(_numbers))
+
+        def forget(_: Any, known: Any = _known) -> None:
+            known.pop(identities, None)  # before another tensor may have the identity
+
+        references = [weakref.ref(x, forget) for x in tensors if x is not None]
+        known = keep(_known, identities, (number, references))
+    return known[0], is_turned_off()
 
 
 def _check(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: Any, p: Pool) -> None:

@@ -9,7 +9,8 @@ are the last of its T columns.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,12 @@ class _Selection:
     are not in the mask do again what the first one in it does.
     """
 
-    def __init__(self, mask: Tensor):
-        self.some: Tensor | None = None
+    def __init__(self, mask: Tensor | None):
+        """None: all rows are."""
+        self.rows: Tensor | None = None  # all of them
+        self.some: Tensor | None = None  # there are some for sure
+        if mask is None:
+            return
         if _answers_at_once(mask.device):
             self.rows = mask.nonzero()[:, 0]
         else:
@@ -51,6 +56,10 @@ class _Selection:
             first = (mask * (every.shape[0] - every)).argmax() if len(every) else every
             self.rows = torch.where(mask, every, first)
             self.some = mask.any()
+
+    def of(self, x: Tensor) -> Tensor:
+        """What the rows have of x, [n, ...]."""
+        return x if self.rows is None else x[self.rows]
 
     def store(self, target: Tensor, index: tuple[Tensor | slice, ...], values: Tensor) -> None:
         """``target[index] = values``, whose first dimension is that of ``rows``."""
@@ -63,10 +72,33 @@ def _answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _locate(p: Pool, slots: Slots) -> tuple[Tensor, Tensor]:
-    """Which rows have a slot, [n], and its index: of those without one it is 0."""
-    there = (slots >= 0) & (slots < p.cursors.shape[0])
-    return there, torch.where(there, slots, 0).long()
+class _Rows(NamedTuple):
+    """The slots that rows of a call name."""
+
+    there: Tensor | None  # [n], whether a row has one; None: all have, each the next of the pool's
+    slots: Tensor  # int64 [n]; 0 where there is none
+
+    @staticmethod
+    def of(p: Pool, slots: Slots) -> _Rows:
+        count, slots = p.cursors.shape[0], slots.long()
+        if _answers_at_once(slots.device) and slots.tolist() == [*range(count)]:
+            return _Rows(None, slots)
+        there = (slots >= 0) & (slots < count)
+        return _Rows(there, torch.where(there, slots, 0))
+
+    def cursors(self, p: Pool) -> Tensor:
+        """A copy of those of slots: int64 [n, 4]."""
+        return p.cursors.index_select(0, self.slots)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What slots hold in a tensor of the pool, [n, ...]; itself where nothing has to move."""
+        return x if self.there is None else x.index_select(0, self.slots)
+
+    def cleared(self, x: Tensor) -> Tensor:
+        """x [n, ...], and 0 for rows without a slot."""
+        if self.there is None:
+            return x
+        return x.masked_fill(~self.there.view(-1, *[1] * (x.dim() - 1)), 0)
 
 
 def _owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -77,34 +109,24 @@ def _owners(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 class _Columns(NamedTuple):
-    """Where the new tokens of each row are, in n rows of T columns."""
+    """Where packed tokens are as the last ones in n rows of T columns."""
 
     tokens: Tensor  # [n], how many
     real: Tensor  # [n, T], whether there is a token
-    place: Tensor | None  # [n, T], where it is in packed tensors; 0 where there is none
+    place: Tensor  # [n, T], where it is in packed tensors; 0 where there is none
 
     @staticmethod
-    def of(x: Tensor, cu_seqlens: Tensor | None, most: int) -> _Columns:
-        """Of tensors like x. Of packed sequences, tokens after the first ``most`` are ignored."""
-        if cu_seqlens is None:
-            n, most = x.shape[:2]
-            tokens = torch.full((n,), most, device=x.device)
-            return _Columns(tokens, torch.ones(n, most, dtype=torch.bool, device=x.device), None)
-        starts = cu_seqlens[:-1].clamp(0, x.shape[1])
-        tokens = (cu_seqlens[1:].clamp(0, x.shape[1]) - starts).clamp(0, most)
-        column = torch.arange(most, device=x.device) - (most - tokens[:, None])
+    def of(cu_seqlens: Tensor, total: int, most: int) -> _Columns:
+        """Tokens after the first ``most`` of a row are ignored."""
+        starts = cu_seqlens[:-1].clamp(0, total)
+        tokens = (cu_seqlens[1:].clamp(0, total) - starts).clamp(0, most)
+        column = torch.arange(most, device=starts.device) - (most - tokens[:, None])
         real = column >= 0
         return _Columns(tokens, real, torch.where(real, starts[:, None] + column, 0).long())
 
-    def take(self, x: Tensor | None) -> Tensor | None:
-        """[n, T, ...]"""
-        return x if x is None or self.place is None else x[0, self.place]
-
-    def put_back(self, out: Tensor, cu_seqlens: Tensor | None, total: int) -> Tensor:
-        """``out`` [n, T, ...] in the shape of tensors like x; 0 for tokens that no row has."""
-        if cu_seqlens is None:
-            return out
-        most = self.real.shape[1]
+    def put_back(self, out: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+        """``out`` [n, T, ...] in the shape of packed tensors; 0 for tokens that no row has."""
+        most = out.shape[1]
         row, owned = _owners(cu_seqlens, total)
         place = torch.arange(total, device=out.device)
         column = place - cu_seqlens[row] + most - self.tokens[row]
@@ -113,8 +135,8 @@ class _Columns(NamedTuple):
         return taken.masked_fill(~owned[:, None, None], 0)[None]
 
 
-def _ring(p: Pool, slots: Tensor, start: Tensor, token: Tensor, real: Tensor) -> decoding.Tokens:
-    """Tokens of rings, counted from the oldest: ``token`` [n, m], zeros where not ``real``."""
+def _oldest(p: Pool, slots: Tensor, start: Tensor, token: Tensor, real: Tensor) -> decoding.Tokens:
+    """Tokens in the order of a ring: ``token`` [n, m] from the oldest, zeros where not ``real``."""
     place = torch.remainder(start[:, None] + token, p.keys.shape[2])
     heads = torch.arange(p.keys.shape[1], device=slots.device)
     index = (slots[:, None, None], heads[:, None], place[:, None])  # [n, h, m]
@@ -171,21 +193,12 @@ def _write_state(
     selection.store(p.cursors, (slots,), pool.pack(after))
 
 
-def tokens_to_fold(cursor: Cursor, window: int, keep: int) -> Tensor:
-    """Tokens up to the end of each slot's window where its ring has them beyond ``keep``, else 0:
-    [n]."""
-    beyond = torch.fmod(cursor.folded - cursor.phase, window)  # of the sign of the first
-    missing = torch.where(beyond > 0, window - beyond, -beyond)
-    missing = torch.where(beyond == 0, window, missing)
-    return torch.where(cursor.length - keep >= missing, missing, 0)
-
-
 def _with_oldest(
     p: Pool, slots: Tensor, cursor: Cursor, count: Tensor, most: int, deg: int
 ) -> tuple[Tensor, Tensor]:
     """The states of slots after the oldest ``count`` [n] tokens of their rings, up to ``most``."""
     token = torch.arange(most, device=slots.device).expand(len(slots), -1)
-    tokens = _ring(p, slots, cursor.start, token, token < count[:, None])
+    tokens = _oldest(p, slots, cursor.start, token, token < count[:, None])
     return decoding.fold(tokens, *_read_state(p, slots, cursor.folded), deg)
 
 
@@ -193,27 +206,26 @@ def whole_state(p: Pool, slots: Slots, deg: int) -> tuple[Tensor, Tensor]:
     """The state after all tokens seen, those of the ring too, and its sum of keys: [n, h, D, dv]
     and [n, h, D], zeros where there is no slot."""
     with without_autocast(slots.device):
-        there, slots = _locate(p, slots)
-        cursor = pool.unpack(p.cursors[slots])
-        state, keys = _with_oldest(p, slots, cursor, cursor.length, p.keys.shape[2], deg)
-        missing = ~there[:, None, None]
-        return state.masked_fill_(missing[..., None], 0), keys.masked_fill_(missing, 0)
+        rows = _Rows.of(p, slots)
+        cursor = pool.unpack(rows.cursors(p))
+        state, keys = _with_oldest(p, rows.slots, cursor, cursor.length, p.keys.shape[2], deg)
+        return rows.cleared(state), rows.cleared(keys)
 
 
 def set_state(
     p: Pool, slots: Slots, state: Tensor, keys: Tensor, positions: Tensor, window: int
 ) -> None:
     """States after ``positions`` [n] tokens into slots, whose rings are then empty."""
-    there, slots = _locate(p, slots)
+    there, slots = _Rows.of(p, slots)
     selection = _Selection(there)
-    rows = selection.rows
-    slots, positions = slots[rows], positions[rows].long()
+    slots, positions = selection.of(slots), selection.of(positions).long()
     cursor = pool.unpack(p.cursors[slots])
     zero = torch.zeros_like(cursor.start)
     # A state counts as one of some tokens, so that it is read; a window of them ends none sooner.
     folded = torch.where(positions > 0, positions, window)
     after = Cursor(zero, zero, cursor.phase, folded, positions)
-    _write_state(p, selection, slots, state[rows], keys[rows], cursor, after)
+    state, keys = selection.of(state), selection.of(keys)
+    _write_state(p, selection, slots, state, keys, cursor, after)
 
 
 # ---- the operators ------------------------------------------------------------------------------
@@ -223,16 +235,34 @@ def fold(p: Pool, slots: Slots, window: int, keep: int, deg: int) -> None:
     """The operator ``retention::decode_fold``: the oldest tokens of a ring go into the state, up to
     the end of the slot's window, where there are as many beyond ``keep``."""
     with without_autocast(slots.device):
-        there, slots = _locate(p, slots)
-        count = tokens_to_fold(pool.unpack(p.cursors[slots]), window, keep)
-        selection = _Selection(there & (count > 0))
-        rows = selection.rows
-        if len(rows) == 0:
-            return
-        slots, count = slots[rows], count[rows]
-        cursor = pool.unpack(p.cursors[slots])
-        state, keys = _with_oldest(p, slots, cursor, count, window, deg)
-        _write_state(p, selection, slots, state, keys, cursor, _folded(p, cursor, count))
+        rows = _Rows.of(p, slots)
+        _fold(p, rows, rows.cursors(p), window, keep, deg)
+
+
+def _until_window_ends(folded: Any, phase: Any, window: int) -> Any:
+    """Tokens, at least one: of tensors, or of integers."""
+    return window - (folded - phase) % window
+
+
+def _fold(p: Pool, rows: _Rows, cursors: Tensor, window: int, keep: int, deg: int) -> Tensor:
+    """:func:`fold` of rows that are at ``cursors`` [n, 4], and where they are then."""
+    # In integers, of which dozens of rows take no longer than one operation on tensors.
+    if _answers_at_once(cursors.device) and not any(
+        length >= _until_window_ends(folded, phase, window) + keep
+        for _, length, phase, folded, _ in pool.in_integers(cursors)
+    ):
+        return cursors
+    cursor = pool.unpack(cursors)
+    count = _until_window_ends(cursor.folded, cursor.phase, window)
+    due = cursor.length >= count + keep
+    if rows.there is not None:
+        due = due & rows.there
+    selection = _Selection(due)
+    slots, count = selection.of(rows.slots), selection.of(count)
+    before = Cursor(*map(selection.of, cursor))
+    state, keys = _with_oldest(p, slots, before, count, window, deg)
+    _write_state(p, selection, slots, state, keys, before, _folded(p, before, count))
+    return rows.cursors(p)
 
 
 def _folded(p: Pool, cursor: Cursor, count: Tensor) -> Cursor:
@@ -257,47 +287,89 @@ def step(
 ) -> Tensor:
     """The operator ``retention::decode_step``: full windows are folded, the new tokens of each row,
     at most ``most``, join the ring, and their queries read state and ring."""
-    fold(p, slots, window, 0, deg)
     with without_autocast(slots.device):
-        return _append_and_attend(p, new, slots, cu_seqlens, most, deg)
+        rows = _Rows.of(p, slots)
+        cursors = _fold(p, rows, rows.cursors(p), window, 0, deg)
+        return _append_and_attend(p, new, rows, cursors, cu_seqlens, most, deg)
 
 
 def _append_and_attend(
-    p: Pool, new: NewTokens, slots: Slots, cu_seqlens: Tensor | None, most: int, deg: int
+    p: Pool,
+    new: NewTokens,
+    rows: _Rows,
+    cursors: Tensor,
+    cu_seqlens: Tensor | None,
+    most: int,
+    deg: int,
 ) -> Tensor:
+    """New tokens join the rings of rows that are at ``cursors`` [n, 4], which move."""
+    total, ring = new.Q.shape[1], p.keys.shape[2]
     if new.Q.numel() == 0:
         return new.Q.new_zeros(*new.Q.shape[:3], new.V.shape[3])
-    there, slots = _locate(p, slots)
-    cursor = pool.unpack(p.cursors[slots])
-    columns = _Columns.of(new.Q, cu_seqlens, most)
-    query, key, value, gate = map(columns.take, new)
-    width = columns.real.shape[1]
-    length = cursor.length + columns.tokens
+    columns = None if cu_seqlens is None else _Columns.of(cu_seqlens, total, most)
+    if columns is not None:
+        new = NewTokens(*(None if x is None else x[0, columns.place] for x in new))  # [n, T, ...]
+    cursor, tokens = pool.unpack(cursors), total if columns is None else columns.tokens
+    cursor.length.add_(tokens)
+    cursor.seen.add_(tokens)
+    # The age of every place's token, the newest of which has 0; and the place of every age.
+    end = (cursor.start + cursor.length)[:, None]
+    age = torch.remainder(end - torch.arange(1, ring + 1, device=end.device), ring)  # [n, ring]
 
     # Behind the ring's tokens, where nobody reads before the cursor has moved.
-    token = length[:, None] - width + torch.arange(width, device=slots.device)
-    selection = _Selection((columns.real & there[:, None]).flatten())
-    place = torch.remainder(cursor.start[:, None] + token, p.keys.shape[2]).flatten()
-    place, slot = place[selection.rows], slots[selection.rows // width]
-    for target, x in ((p.keys, key), (p.values, value), (p.log_gates, gate)):
+    place = age[:, : new.Q.shape[1]].flip(1)
+    written = None if columns is None else columns.real
+    if rows.there is not None:
+        there = rows.there[:, None].expand_as(place)
+        written = there if written is None else written & there
+    selection = _Selection(None if written is None else written.flatten())
+    slot = rows.slots[:, None].expand_as(place).flatten()
+    index = selection.of(slot), slice(None), selection.of(place.flatten())
+    for target, x in ((p.keys, new.K), (p.values, new.V), (p.log_gates, new.log_G)):
         if target is not None:
-            index = (slot, slice(None), place)
-            selection.store(target, index, x.flatten(0, 1)[selection.rows].to(target.dtype))
+            selection.store(target, index, selection.of(x.flatten(0, 1)).to(target.dtype))
 
-    ring = p.keys.shape[2]
-    token = length[:, None] - ring + torch.arange(ring, device=slots.device)
-    tokens = _ring(p, slots, cursor.start, token, token >= 0)
-    state = p.high.index_select(0, slots).to(p.key_sum.dtype)
-    keys = p.key_sum.index_select(0, slots)
-    out = decoding.attend(query, tokens, state, keys, deg, cursor.folded > 0)
-    out = out.contiguous().masked_fill_(~there[:, None, None, None], 0)
-    out = columns.put_back(out, cu_seqlens, new.Q.shape[1])
+    out = rows.cleared(_attend(p, new.Q, rows, cursor, age, deg))
+    selection = _Selection(rows.there)
+    selection.store(p.cursors, (selection.of(rows.slots),), selection.of(cursors))
+    return out if columns is None else columns.put_back(out, cu_seqlens, total)
 
-    selection = _Selection(there)
-    rows = selection.rows
-    after = cursor._replace(length=length, seen=cursor.seen + columns.tokens)
-    selection.store(p.cursors, (slots[rows],), pool.pack(after)[rows])
-    return out
+
+def _attend(p: Pool, Q: Tensor, rows: _Rows, cursor: Cursor, age: Tensor, deg: int) -> Tensor:
+    """What queries Q [n, T, hq, d] of the last T tokens of rings read: [n, T, hq, dv].
+
+    The tokens are read where they lie, as their ``age`` [n, ring] has it. Places that a query does
+    not see weigh nothing.
+    """
+    n, width = Q.shape[:2]
+    h, ring = p.keys.shape[1:3]
+    unused = age >= cursor.length[:, None]  # [n, ring]
+    hidden = unused[:, None]
+    if width > 1:
+        hidden = hidden | decoding.is_later(age, width)
+    sums = log_decay = None
+    if p.log_gates is not None:
+        gates = rows.read(p.log_gates).gather(2, age[:, None].expand(n, h, ring))
+        sums = decoding.log_decays(gates, width)
+        log_decay = sums.gather(3, age[:, None, None].expand(n, h, width, ring))
+    recent = decoding.Recent(rows.read(p.keys), rows.read(p.values), log_decay, hidden[:, None])
+
+    at_once = _answers_at_once(Q.device)
+    folded = cursor.folded.tolist() if at_once else [0, 1]  # there may be both
+    past = None
+    if any(folded):
+        there, log_decay = None if all(folded) else cursor.folded > 0, None
+        if sums is not None:
+            older = cursor.length.long()[:, None, None, None]  # than the oldest token
+            log_decay = sums.gather(3, older.expand(n, h, width, 1))[..., 0]
+        past = decoding.Past(rows.read(p.high), rows.read(p.key_sum), log_decay, there)
+    if at_once:
+        out = decoding.attend(Q, recent, past, deg)
+        # What unused places hold may be no number, and then 0 times it is none: it shows here.
+        if math.isfinite(out.sum()):
+            return out
+    values = recent.v.masked_fill(unused[:, None, :, None], 0)
+    return decoding.attend(Q, recent._replace(v=values), past, deg)
 
 
 def prefill(
@@ -312,7 +384,8 @@ def prefill(
             return _fold_new(p, new, slots, cu_seqlens, deg)
         (body, index, body_bounds), (tail, tail_index, tail_bounds) = _cut(new, cu_seqlens, keep)
         first = _fold_new(p, body, slots, body_bounds, deg)
-        last = _append_and_attend(p, tail, slots, tail_bounds, keep, deg)
+        rows = _Rows.of(p, slots)
+        last = _append_and_attend(p, tail, rows, rows.cursors(p), tail_bounds, keep, deg)
         if cu_seqlens is None:
             return torch.cat((first, last), dim=1)
         out = first.new_zeros(*new.Q.shape[:3], new.V.shape[3])
@@ -344,8 +417,8 @@ def _cut(
 
 def _fold_new(p: Pool, new: NewTokens, slots: Slots, cu_seqlens: Tensor | None, deg: int) -> Tensor:
     """Rings and new tokens go into the states."""
-    there, slots = _locate(p, slots)
-    cursor = pool.unpack(p.cursors[slots])
+    rows = _Rows.of(p, slots)
+    slots, cursor = rows.slots, pool.unpack(rows.cursors(p))
     state = keys = None
     if not _answers_at_once(slots.device) or cursor.seen.any() or cursor.folded.any():
         state, keys = _with_oldest(p, slots, cursor, cursor.length, p.keys.shape[2], deg)
@@ -354,28 +427,29 @@ def _fold_new(p: Pool, new: NewTokens, slots: Slots, cu_seqlens: Tensor | None, 
         *(True, False, False),  # return_final_state, save_for_backward, keep_states
     )
     if cu_seqlens is None:
-        out.masked_fill_(~there[:, None, None, None], 0)
+        out = rows.cleared(out)
         tokens = torch.full_like(cursor.seen, new.Q.shape[1])
     else:
-        row, _ = _owners(cu_seqlens, new.Q.shape[1])
-        out.masked_fill_(~there[row][:, None, None], 0)
+        if rows.there is not None:
+            row, _ = _owners(cu_seqlens, new.Q.shape[1])
+            out.masked_fill_(~rows.there[row][:, None, None], 0)
         tokens = cu_seqlens.diff()
-    selection = _Selection(there)
-    rows = selection.rows
+    selection = _Selection(rows.there)
     after = _folded(p, cursor, cursor.length)
     after = after._replace(folded=after.folded + tokens, seen=after.seen + tokens)
-    cursor, after = (Cursor(*(x[rows] for x in c)) for c in (cursor, after))
-    _write_state(p, selection, slots[rows], state[rows], keys[rows], cursor, after)
+    slots, state, keys = map(selection.of, (slots, state, keys))
+    cursor, after = (Cursor(*map(selection.of, c)) for c in (cursor, after))
+    _write_state(p, selection, slots, state, keys, cursor, after)
     return out
 
 
 def copy(p: Pool, source: Slots, target: Slots) -> None:
     """The operator ``retention::decode_copy``: what ``source`` [n] hold into ``target`` [n], as if
     all were read first."""
-    has_source, source = _locate(p, source)
-    has_target, target = _locate(p, target)
-    selection = _Selection(has_source & has_target)
-    source, target = source[selection.rows], target[selection.rows]
+    sources, targets = _Rows.of(p, source), _Rows.of(p, target)
+    masks = [rows.there for rows in (sources, targets) if rows.there is not None]
+    selection = _Selection(masks[0] & masks[-1] if masks else None)
+    source, target = selection.of(sources.slots), selection.of(targets.slots)
     cursors = p.cursors[source]
     selection.store(p.cursors, (target,), pool.pack(_emptied(pool.unpack(p.cursors[target]))))
     for x in p.contents():
@@ -386,18 +460,18 @@ def copy(p: Pool, source: Slots, target: Slots) -> None:
 def reset(p: Pool, slots: Slots, phases: Tensor) -> None:
     """The operator ``retention::decode_reset``: nothing was seen, and windows end at ``phases``,
     int32 [n]."""
-    there, slots = _locate(p, slots)
+    there, slots = _Rows.of(p, slots)
     selection = _Selection(there)
-    slots, phases = slots[selection.rows], phases[selection.rows]
+    slots, phases = selection.of(slots), selection.of(phases)
     cursor = pool.unpack(p.cursors[slots])._replace(phase=phases)
     selection.store(p.cursors, (slots,), pool.pack(_emptied(cursor)))
 
 
 def rollback(p: Pool, slots: Slots, tokens: Tensor) -> None:
     """The operator ``retention::decode_rollback``: the last ``tokens`` [n] were never seen."""
-    there, slots = _locate(p, slots)
+    there, slots = _Rows.of(p, slots)
     selection = _Selection(there)
-    slots, tokens = slots[selection.rows], tokens[selection.rows]
+    slots, tokens = selection.of(slots), selection.of(tokens)
     cursor = pool.unpack(p.cursors[slots])
     after = cursor._replace(length=cursor.length - tokens, seen=cursor.seen - tokens)
     selection.store(p.cursors, (slots,), pool.pack(after))
