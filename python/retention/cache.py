@@ -189,7 +189,8 @@ class RetentionCache:
         """Prompts, or pieces of them, on top of what the slots hold.
 
         The ring is folded first; then all tokens go into the state but for the last ``keep``, which
-        stay in the ring. In PyTorch operations; ragged prompts wait for the device.
+        stay in the ring. Where kernels do not cover the call, ragged prompts with ``keep`` wait for
+        the device.
 
         Args:
             Q: queries ``[n, t, hq, d]`` in the cache's dtype, hq a multiple of h; or packed,

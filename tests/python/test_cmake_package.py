@@ -151,9 +151,10 @@ def test_a_missing_component_is_an_error_and_says_why(tmp_path):
     assert "kernels: retention::headers;nvidia::cutlass::cutlass" in result.message
 
 
-def test_the_program_of_the_documentation_is_the_one_that_is_compiled():
-    shown = re.search(r"```cpp\n(// .*?)```", (ROOT / "docs/cpp.md").read_text(), re.S)
-    assert shown.group(1) == (ROOT / "tests/consumer/forward.cpp").read_text()
+def test_the_programs_of_the_documentation_are_those_that_are_compiled():
+    shown = re.findall(r"```cpp\n(// .*?)```", (ROOT / "docs/cpp.md").read_text(), re.S)
+    compiled = (ROOT / "tests/consumer" / name for name in ("forward.cpp", "decode.cpp"))
+    assert shown == [file.read_text() for file in compiled]
 
 
 CUTLASS = "nvidia-cutlass"
