@@ -112,7 +112,7 @@ constexpr auto kDecodeStepSizes = joined(
     kDecodePoolSizes, std::array{"rows", "tokens", "query_heads", "query_batch", "query_token",
                                  "query_head", "key_batch", "key_token", "key_head", "value_batch",
                                  "value_token", "value_head", "log_gate_batch", "log_gate_token",
-                                 "log_gate_head", "window", "keep", "slice_pairs"});
+                                 "log_gate_head", "total", "window", "keep", "slice_pairs"});
 constexpr auto kDecodeStepPointers = joined(
     kDecodePoolPointers,
     std::array{"query", "key", "value", "log_gate", "output", "slots", "cu_seqlens", "arrivals"});
@@ -308,6 +308,7 @@ struct DecodeStep {
     Reader at(pointers, kDecodeStepPointers, "pointers");
     retention::device::DecodeStepArguments a;
     read_new_tokens(a, size, at);
+    a.total = size.size();
     a.window = size.size();
     a.keep = size.size();
     a.slice_pairs = size.size();

@@ -132,6 +132,9 @@ Status check_sizes(DecodeStepArguments const& a) {
   if (a.tokens > kMaxDecodeTokens) {
     return Status(got("tokens", a.tokens) + "at most " + std::to_string(kMaxDecodeTokens));
   }
+  if (a.cu_seqlens != nullptr && a.total < 1) {
+    return Status(got("total", a.total) + "at least 1 with cu_seqlens");
+  }
   if (a.window != 0 && (a.window < a.tokens || a.window > kMaxDecodeWindow)) {
     return Status(got("window", a.window) + "0, or tokens = " + std::to_string(a.tokens) + " to " +
                   std::to_string(kMaxDecodeWindow));

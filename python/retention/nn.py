@@ -154,6 +154,10 @@ def all_or_nothing(caches: Sequence[RetentionCache]) -> Iterator[None]:
         raise ValueError(
             f"caches: expected as many slots in each, got {[cache.slots for cache in caches]}"
         )
+    on_cuda = any(cache.device.type == "cuda" for cache in caches)
+    if on_cuda and torch.cuda.is_current_stream_capturing():
+        yield  # nothing is done yet, so nothing is to be taken back
+        return
     before = [cache.pool.cursors.clone() for cache in caches]
     try:
         yield

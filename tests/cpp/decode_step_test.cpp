@@ -225,6 +225,7 @@ void run(Case const& c, std::uint64_t seed) {
   params.log_gate = c.log_gate != 0.0f ? log_gate.data() : nullptr;
   params.output = output.data();
   params.cu_seqlens = c.packed ? cu_seqlens.data() : nullptr;
+  params.total = static_cast<int>(total);
   params.slots = slot_of.data();
   params.rows = static_cast<int>(rows);
   params.tokens = most;

@@ -175,6 +175,7 @@ class Decoder {
     a_.tokens = c.tokens;
     a_.query_heads = c.heads * c.group;
     next_.pass_to(a_);
+    a_.total = c.packed ? c.rows * c.tokens : 0;
     a_.window = c.window;
     a_.keep = c.keep;
     for (size_t i = 0; i < rows * (heads + 1); ++i) {

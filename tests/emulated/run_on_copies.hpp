@@ -76,7 +76,7 @@ class Copies {
   }
 
   void take(device::DecodeStepArguments& a) {
-    take_tokens(a, a.cu_seqlens != nullptr ? a.cu_seqlens[a.rows] : a.tokens);
+    take_tokens(a, a.cu_seqlens != nullptr ? a.total : a.tokens);
     in_place(a.arrivals, "arrivals", 1, 1, {}, std::int64_t{a.rows} * (a.pool.heads + 1), 4);
     take(a.pool);
   }

@@ -62,6 +62,8 @@ def step(binding, sizes, pointers):
             "heads: got 65536, expected at most 65535",
         ),
         ({"slots": 0}, {}, "slots: got 0, expected at least 1"),
+        ({"total": 9}, {"cu_seqlens": ADDRESS}, None),
+        ({}, {"cu_seqlens": ADDRESS}, "total: got 0, expected at least 1 with cu_seqlens"),
         ({"slice_pairs": -1}, {}, "slice_pairs: got -1, expected 0 or more"),
         ({"head_dim": 48}, {}, "no kernel for bf16_d48_dv32_p2: expected degree 2"),
         ({"high_slot": 4}, {}, "high: expected a 16-byte aligned pointer and strides that are mul"),

@@ -248,6 +248,7 @@ struct DecodeKernels {
     p.gate_stride = stride(a.log_gate_strides);
     p.output_stride = stride(a.output_strides);
     p.cu_seqlens = a.cu_seqlens;
+    p.total = a.total;
     p.slots = a.slots;
     p.rows = a.rows;
     p.tokens = a.tokens;

@@ -54,6 +54,7 @@ struct DecodeStepParams {
   TokenStride gate_stride;
   TokenStride output_stride;
   int const* cu_seqlens;  // [rows + 1], or null
+  int total;              // tokens of packed tensors
   int const* slots;       // [rows]
   int rows;
   int tokens;  // in a row, or at most where they are packed
@@ -190,10 +191,16 @@ struct DecodeStep {
     }
     detail::wait_for_earlier_kernels();
     work.slot = params.slots[work.row];
-    int const first = params.cu_seqlens == nullptr ? 0 : params.cu_seqlens[work.row];
-    work.first_token = first;
-    work.tokens =
-        params.cu_seqlens == nullptr ? params.tokens : params.cu_seqlens[work.row + 1] - first;
+    work.first_token = 0;
+    work.tokens = params.tokens;
+    if (params.cu_seqlens != nullptr) {
+      // Nobody on the host has read these: whatever they are, no access may leave the tensors.
+      auto const bound = [&](int row) {
+        return cute::min(cute::max(params.cu_seqlens[row], 0), params.total);
+      };
+      work.first_token = bound(work.row);
+      work.tokens = bound(work.row + 1) - static_cast<int>(work.first_token);
+    }
     bool const there = params.pool.has(work.slot);
     if (there) {
       work.cursor = *params.pool.cursor(work.slot);

@@ -168,8 +168,9 @@ def _plan_tokens(arguments: tuple[Any, ...], make: Callable[[tuple[Any, ...]], P
 
 def _make_step(arguments: tuple[Any, ...]) -> Plan:
     max_tokens, window, _ = arguments[-3:]
+    total, keep_, slice_pairs = arguments[_FIELDS].shape[1], 0, 0
     plan = _make_tokens(
-        *(arguments, max_tokens, (window, 0, 0)),  # keep, slice_pairs
+        *(arguments, max_tokens, (total, window, keep_, slice_pairs)),
         *(_C.decode_step_can_implement, _C.decode_step_workspace_size),
     )
     rows, limit = arguments[_FIELDS + 4].shape[0], arguments[_FIELDS - 1].shape[0]
