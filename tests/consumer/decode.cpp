@@ -144,7 +144,7 @@ int main() {
   check(cudaStreamCreate(&stream));
 
   // Prompts end to end. All of their tokens go into the states.
-  std::vector<int> const cu_seqlens{0, 700, 701, 1500, 4096};
+  std::vector<int> const cu_seqlens{0, 700, 1100, 1500, 4096};
   retention::device::DecodePrefillArguments prompts;
   prompts.pool = pool;
   give_tokens(prompts, rows, cu_seqlens.back(), /*packed=*/true, 0);

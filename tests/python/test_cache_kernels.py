@@ -380,10 +380,12 @@ def _captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 @pytest.mark.parametrize("state_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("gate", [None, -0.01], ids=["ungated", "gated"])
 def test_a_hundred_thousand_steps(state_dtype: torch.dtype, gate: float | None):
-    """Their error against float64 is at the end what it was at the start.
+    """Their error against float64, by tenths of the sequence.
 
-    States of two planes are read to the eight bits of the high one, whatever came before. A state
-    of bfloat16 adds a rounding with every fold: where gates forget them, they do not add up.
+    States of two planes are read to the eight bits of the high one, whatever came before: the error
+    does not grow when there are as many tokens as a state sees. A state of bfloat16 adds a rounding
+    with every fold: where gates forget them, they do not add up, and without gates as the root of
+    their number, since none is biased.
     """
     steps, d = 100_000, 32
     config = Config((BF16, state_dtype), d=d, dv=d, h=1, ratio=2, slots=1, window=48, most=1)
@@ -418,11 +420,13 @@ def test_a_hundred_thousand_steps(state_dtype: torch.dtype, gate: float | None):
         difference.sum((0, 2, 3, 4)) / expected.square().unflatten(1, (10, -1)).sum((0, 2, 3, 4))
     ).sqrt() * 2**9
     print(f"\n{state_dtype} states, gate {gate}: errors in roundings {parts.tolist()}")
-    assert parts[0] < 1.25
-    if state_dtype == F32:
-        assert parts.max() < 1.25
-    elif gate is not None:
-        assert parts.max() < 1.25 * parts[0]
+    first, last = parts[1].item(), parts[1:].max().item()
+    if state_dtype == F32 or gate is not None:
+        assert first < 1.25 * (1 if gate else 1.5)  # ungated: of the mean of all values, and small
+        assert last < 1.1 * first
+    else:
+        # As the root it would be 2.5 times as large, in proportion to the folds 6 times.
+        assert last < 3.5 * first
 
 
 @pytest.mark.gpu

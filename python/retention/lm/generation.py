@@ -115,9 +115,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> T
     below = logits - logits[:, :1]
     probability = (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
     reached = probability.cumsum(-1)
-    whole = (reached * (reached - probability < top_p)).amax(-1, keepdim=True)
-    passed = reached <= drawn.to(wide)[:, None] * whole
-    return byte.gather(-1, passed.sum(-1, keepdim=True))[:, 0]
+    # The set ends where top_p is reached; rounding may have it that it never is.
+    last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)
+    place = torch.searchsorted(
+        reached, drawn.to(wide)[:, None] * reached.gather(-1, last), right=True
+    )
+    return byte.gather(-1, torch.minimum(place, last))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
