@@ -6,6 +6,8 @@ from retention._distribution import refuse_mixture
 # Before the imports that a mixture would break.
 refuse_mixture(__path__)
 
+import torch  # noqa: F401  (first: its libraries do not load behind those of `_C`)
+
 from retention import _C, nn
 from retention.cache import RetentionCache
 from retention.functional import power_retention, power_retention_inference
