@@ -301,7 +301,7 @@ def time_with_folds(decoder: Decoder, effort: Effort) -> tuple[float, float, flo
     layers, window, tokens = decoder.layers, decoder.window, decoder.shape.tokens
     decoder.start(due=True)
     steps = math.lcm(window, tokens) // tokens
-    for _ in range(steps):  # the first windows are not whole
+    for _ in range(2 * steps):  # the first windows are not whole
         layers.run()
     before = _folded(decoder)
     windows = 1 if effort.least < 5 else _WINDOWS

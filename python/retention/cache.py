@@ -44,8 +44,8 @@ class RetentionCache:
         head_dim: d, a positive multiple of 8.
         value_dim: dv. Default: ``head_dim``.
         window: tokens folded at a time, at least ``max_tokens_per_step``. Default: where a step
-            reads and writes the fewest bytes, near ``sqrt(8 D dv / (d + dv))``. Windows of
-            different slots end at different tokens.
+            reads and writes the fewest bytes, near ``sqrt(8 D dv / (d + dv))``, but at most 128.
+            Windows of different slots end at different tokens.
         max_tokens_per_step: most tokens of a sequence in one ``step``. The ring holds ``window``
             tokens and as many more. Default 1.
         dtype: of queries, keys and values: float64, float32, bfloat16 (default) or float16.
@@ -556,8 +556,8 @@ def _best_window(
     """The window W, a multiple of 16, with which a step reads and writes the fewest bytes.
 
     On average it reads W / 2 tokens from the ring, and 1 / W of a fold's: the state and its sum,
-    read and written.
+    read and written. Of up to 128 tokens, the kernels load each once for many rows of the state.
     """
     token = (head_dim + value_dim) * dtype.itemsize
     state = rows * value_dim * state_dtype.itemsize
-    return max(16, 16 * round(math.sqrt(4 * state / token) / 16))
+    return min(max(16, 16 * round(math.sqrt(4 * state / token) / 16)), 128)

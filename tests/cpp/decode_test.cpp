@@ -225,6 +225,9 @@ class Decoder {
         fold_alone(some_slots(), rng_() % 2 == 0 ? c.window : 0);
       }
     }
+    if (c.prompt > 0 && c.log_gate == 0.0f && c.planes) {
+      check_that_states_are_kept();
+    }
     if (c.planes) {
       low_.download();  // else the device has never heard of them
     }
@@ -304,6 +307,32 @@ class Decoder {
     }
     check_cursors();
     compare(prompts_, rows_of_slots, tokens, queries);
+  }
+
+  /// Prompts of zeros and without gates leave states as they are, to the last bit.
+  void check_that_states_are_kept() {
+    std::vector<int> const rows_of_slots = some_slots();
+    draw_lengths(prompts_, rows_of_slots, 1);
+    for (size_t i = 0; i < prompts_.key.size(); ++i) {
+      prompts_.key[i] = 0;
+    }
+    prompts_.upload();
+    fold_alone(rows_of_slots, 0);
+    std::vector<std::uint16_t> const before = planes();
+    b_.keep = 0;
+    check_run(retention::test::run(b_, *prompt_workspace_, rng_()), high_);
+    RETENTION_CHECK(planes() == before);
+  }
+
+  std::vector<std::uint16_t> planes() {
+    high_.download();
+    low_.download();
+    std::vector<std::uint16_t> all;
+    for (size_t i = 0; i < kSlots * (heads * D * dv + gap); ++i) {
+      all.push_back(high_[i]);
+      all.push_back(low_[i]);
+    }
+    return all;
   }
 
   /// How many tokens rows have, which the call is told.
@@ -632,6 +661,7 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   run({"packed, many tokens", 5, 16, 1, 2, 5, 20, 0, -0.05f, true});
   run({"prompts", 10, 1, 2, 1, 0, 8, 0, -0.02f, false, true, true, -1, 3, 150});
   run({"packed prompts", 8, 2, 1, 3, 0, 8, 3, -0.02f, true, true, false, 0, 3, 200});
+  run({"prompts without gates", 4, 1, 1, 2, 0, 4, 0, 0.0f, true, true, false, -1, 2, 70});
   run({"packed prompts, bf16 states", 8, 1, 1, 1, 0, 6, 0, 0.0f, true, false, true, -1, 4, 90});
   run({"prompts in one chunk", 8, 2, 1, 2, 0, 4, 2, -0.02f, true, true, false, -1, 3, 40, 0});
   if (retention::test::kOnDevice && !unchecked) {
