@@ -313,8 +313,10 @@ class Decoder {
   void check_that_states_are_kept() {
     std::vector<int> const rows_of_slots = some_slots();
     draw_lengths(prompts_, rows_of_slots, 1);
-    for (size_t i = 0; i < prompts_.key.size(); ++i) {
-      prompts_.key[i] = 0;
+    for (auto* array : {&prompts_.query, &prompts_.key, &prompts_.value}) {
+      for (size_t i = 0; i < array->size(); ++i) {
+        (*array)[i] = 0;
+      }
     }
     prompts_.upload();
     fold_alone(rows_of_slots, 0);
@@ -324,14 +326,19 @@ class Decoder {
     RETENTION_CHECK(planes() == before);
   }
 
+  /// Of slots that have a state.
   std::vector<std::uint16_t> planes() {
     high_.download();
     low_.download();
     std::vector<std::uint16_t> all;
-    for (size_t i = 0; i < kSlots * (heads * D * dv + gap); ++i) {
-      all.push_back(high_[i]);
-      all.push_back(low_[i]);
+    size_t const size = heads * D * dv + gap;
+    for (size_t i = 0; i < kSlots * size; ++i) {
+      if (slots_[i / size].cursor.folded > 0) {
+        all.push_back(high_[i]);
+        all.push_back(low_[i]);
+      }
     }
+    RETENTION_CHECK(!all.empty());
     return all;
   }
 
