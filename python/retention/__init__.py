@@ -6,7 +6,7 @@ from retention._distribution import refuse_mixture
 # Before the imports that a mixture would break.
 refuse_mixture(__path__)
 
-import torch  # noqa: F401  (first: its libraries do not load behind those of `_C`)
+import torch  # noqa: F401  (first: its libraries were seen to crash when loaded behind those of `_C`)
 
 from retention import _C, nn
 from retention.cache import RetentionCache

@@ -282,3 +282,18 @@ def test_a_gradient_of_the_state_alone():
         strict=True,
     ):
         torch.testing.assert_close(actual, wanted)
+
+
+def test_torch_is_imported_before_the_compiled_module():
+    """Its libraries were seen to crash when they are loaded behind ours."""
+    program = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        assert name != 'retention._C' or 'torch' in sys.modules\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import retention\n"
+        "assert 'retention._C' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
