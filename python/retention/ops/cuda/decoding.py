@@ -217,7 +217,7 @@ def _make_tokens(
     if packed:
         _check("cu_seqlens", cu_seqlens, (rows + 1,), torch.int32, p)
 
-    strides = [row_strides(x) for x in (Q, K, V)]
+    strides: list[tuple[int, ...] | None] = [row_strides(x) for x in (Q, K, V)]
     strides.append((0, 0, 0) if log_G is None else log_G.stride())
     if end_to_end and not packed and rows > 1:
         strides = [_follow(s, tokens) for s in strides]
