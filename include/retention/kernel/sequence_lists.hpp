@@ -38,7 +38,7 @@ struct SequenceLists {
     int length;  // tokens
     // Where states before sequences are in a pool: those of empty slots are not there.
     SlotCursors cursors;
-    int const* slots;  // [count], all or none of a sequence's in the pool; null: no pool
+    int const* slots;  // [count], of each sequence; null: there is no pool
     List lists[kLists];
   };
 
