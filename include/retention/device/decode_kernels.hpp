@@ -71,11 +71,12 @@ struct DecodeKernels {
 
   template <class Launcher>
   static Status run(DecodeFoldPlan const& plan, Launcher const& launcher) {
-    Status status;
-    for (int i = 0; i < plan.launches && status; ++i) {
-      status = launcher.template launch<Fold>(fold(plan));
+    for (int i = 0; i < plan.launches; ++i) {
+      if (Status status = launcher.template launch<Fold>(fold(plan)); !status) {
+        return status;
+      }
     }
-    return status;
+    return {};
   }
 
   template <class Launcher>
@@ -85,32 +86,18 @@ struct DecodeKernels {
     kernel::FindPrefillParts::Params const rows = rows_of(plan, workspace);
     kernel::MoveCursors<kernel::CountFolded>::Params const folded{rows.cursors, a.slots,
                                                                   parts.folded, a.rows};
-    Status status = run(plan.fold, launcher);
-    if (status) {
-      status = launcher.template launch<kernel::FindPrefillParts>(rows);
-    }
-    if (status) {
-      status = run_part(plan, plan.body, parts.starts, parts.middles, workspace, launcher);
-    }
-    if (status) {
-      status = launcher.template launch<kernel::CountFolded>(folded);
-    }
-    if (status && a.keep > 0) {
-      status = run_tails(plan, workspace, launcher);
-    }
-    if (status) {
-      status = launcher.template launch<kernel::PaddingRows>(padding(plan, workspace));
-    }
-    if (status && a.cu_seqlens != nullptr) {
-      kernel::UnownedRows::Params const unowned{
-          a.cu_seqlens,
-          a.rows,
-          plan.total,
-          {PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides, a.query_heads,
-                                ValueDim)}};
-      status = launcher.template launch<kernel::UnownedRows>(unowned);
-    }
-    return status;
+    return one_after_another(
+        [&] { return run(plan.fold, launcher); },
+        [&] { return launcher.template launch<kernel::FindPrefillParts>(rows); },
+        [&] { return run_part(plan, plan.body, parts.starts, parts.middles, workspace, launcher); },
+        [&] { return launcher.template launch<kernel::CountFolded>(folded); },
+        [&] { return a.keep > 0 ? run_tails(plan, workspace, launcher) : Status{}; },
+        [&] { return launcher.template launch<kernel::PaddingRows>(padding(plan, workspace)); },
+        [&] {
+          return a.cu_seqlens == nullptr
+                     ? Status{}
+                     : launcher.template launch<kernel::UnownedRows>(unowned(plan));
+        });
   }
 
   template <class Launcher>
@@ -154,6 +141,19 @@ struct DecodeKernels {
             p.ring};
   }
 
+  /// Calls that launch something, up to the first that fails.
+  template <class First, class... Rest>
+  static Status one_after_another(First const& first, Rest const&... rest) {
+    if (Status status = first(); !status) {
+      return status;
+    }
+    if constexpr (sizeof...(Rest) == 0) {
+      return {};
+    } else {
+      return one_after_another(rest...);
+    }
+  }
+
   static kernel::PrefillParts parts_of(DecodePrefillPlan const& plan, void* workspace) {
     auto const at = [&](int part) { return plan.parts[part].template in<int>(workspace); };
     return {at(0), at(1), at(2), at(3), at(4)};
@@ -171,6 +171,13 @@ struct DecodeKernels {
                                              a.query_heads, ValueDim);
     return {rows_of(plan, workspace), output.data,  output.token_stride,
             output.head_stride,       output.heads, output.words};
+  }
+
+  static kernel::UnownedRows::Params unowned(DecodePrefillPlan const& plan) {
+    DecodePrefillArguments const& a = plan.arguments;
+    auto const output = PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides,
+                                             a.query_heads, ValueDim);
+    return {a.cu_seqlens, a.rows, plan.total, {output}};
   }
 
   /// Forward over a part of every row.
@@ -209,14 +216,10 @@ struct DecodeKernels {
                                         pool};
     kernel::MoveCursors<kernel::CountAppended>::Params const appended{pool.cursors, a.slots,
                                                                       parts.kept, a.rows};
-    Status status = run_part(plan, plan.tail, parts.middles, parts.ends, workspace, launcher);
-    if (status) {
-      status = launcher.template launch<Append>(tails);
-    }
-    if (status) {
-      status = launcher.template launch<kernel::CountAppended>(appended);
-    }
-    return status;
+    return one_after_another(
+        [&] { return run_part(plan, plan.tail, parts.middles, parts.ends, workspace, launcher); },
+        [&] { return launcher.template launch<Append>(tails); },
+        [&] { return launcher.template launch<kernel::CountAppended>(appended); });
   }
 
   static typename Fold::Params fold(DecodeFoldPlan const& plan) {
