@@ -308,6 +308,8 @@ def test_can_implement_of_backward_names_the_argument(emulator, changes, message
         ({"tokens": 3000, "whole_until": 3000}, 3008),
         ({"tokens": 2000, "whole_until": 1000}, 512),
         ({"tokens": 400, "whole_until": 1}, 448),  # no longer than the chunk that is chosen
+        ({"head_dim": 128, "value_dim": 128, "tokens": 6000, "query_heads": 2}, 6016),
+        ({"head_dim": 128, "value_dim": 128, "tokens": 6000, "query_heads": 8}, 1024),
         ({"tokens": 0}, 0),
         ({"chunk_size": 65}, 0),
     ],

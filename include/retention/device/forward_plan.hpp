@@ -178,15 +178,18 @@ struct ForwardPlan {
     return static_cast<int>(std::min<std::int64_t>(rounded, INT32_MAX / multiple * multiple));
   }
 
-  // A token's products are 4 D dv with the state, or 2 (d + dv) with each of the t / 2 tokens
-  // before it: they are as many at t = `even`. The products with the state run at twice the rate of
-  // the others (seen on an H200), so that chunks are faster from half of that on. How long a chunk
-  // is costs a token half as many products, and what every state takes a part of one over it:
-  // together they are least where it is as the root of `even`. On an H200 that was 256 tokens at
-  // d = dv = 32, 512 at 64 and 1,024 at 128.
+  // A token's products are 2 D dv with the state for each query head, and as many for its key head;
+  // or 2 (d + dv) for each query head with each of the t / 2 tokens before it: they are as many at
+  // t = `even`. The products with the state run at twice the rate of the others (seen on an H200),
+  // so that chunks are faster from half of that on. How long a chunk is costs a token half as many
+  // products, and what every state takes a part of one over it: together they are least where it is
+  // as the root of `even`. On an H200 that was 256 tokens at d = dv = 32, 512 at 64 and 1,024 at
+  // 128.
   static void choose_chunk(ForwardArguments& a) {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
-    std::int64_t const even = 4 * D * a.value_dim / (a.head_dim + a.value_dim);
+    std::int64_t const group = a.query_heads / a.heads;
+    std::int64_t const even =
+        2 * D * a.value_dim * (group + 1) / (group * (a.head_dim + a.value_dim));
     bool const given = a.chunk_size != 0;
     if (a.whole_until == 0) {
       a.whole_until =
