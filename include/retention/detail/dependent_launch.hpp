@@ -27,6 +27,16 @@ CUTE_DEVICE void wait_for_earlier_kernels() {
 #endif
 }
 
+/// A number that an earlier kernel may still write: a guess until that has ended, and then to be
+/// read again. The L1 cache does not see it, or it would have the guess for what was written.
+CUTE_DEVICE int guess(int const* data) {
+#if defined(__CUDA_ARCH__)
+  return __ldcg(data);
+#else
+  return *data;
+#endif
+}
+
 /// Brings memory to the L2 cache, whoever may still write it: the 128 bytes around an address.
 CUTE_DEVICE void prefetch_line(void const* data) {
 #if defined(__CUDA_ARCH__)

@@ -96,7 +96,7 @@ struct DecodeFold {
     detail::let_next_kernel_start();
     if (blockIdx.x == 0) {
       for (int row = thread; row < params.rows; row += kThreads) {
-        int const slot = params.slots[row];
+        int const slot = detail::guess(params.slots + row);
         if (params.pool.has(slot)) {
           detail::prefetch_line(params.pool.cursor(slot));
         }

@@ -261,7 +261,7 @@ struct DecodeStep {
   /// What the block will most likely read, while earlier kernels are still at work: where rows are
   /// few, waits are what a step takes.
   CUTE_DEVICE static void prefetch(Params const& params, Work const& work, int lane) {
-    int const slot = params.slots[work.row];
+    int const slot = detail::guess(params.slots + work.row);
     if (params.parts == 1 || !params.pool.has(slot)) {
       return;
     }
