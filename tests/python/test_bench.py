@@ -113,7 +113,7 @@ def kernels(monkeypatch):
         (4096, None, 512),  # the kernels' choice
         (4096, 128, 128),
         (4096, 100, 128),  # a multiple of 64
-        (2000, None, 2000),  # the quadratic form
+        (1100, None, 1100),  # the quadratic form
         (2000, 2000, 2000),
         (100, 64, 64),
     ],
