@@ -84,8 +84,7 @@ struct DecodeStepArguments {
   Strides output_strides;
   int const* slots = nullptr;       // [b], each slot at most once
   int const* cu_seqlens = nullptr;  // [b + 1]: row i has tokens [i] to [i + 1] - 1
-  int total =
-      0;  // tokens of the packed tensors; with cu_seqlens, which is not believed beyond them
+  int total = 0;  // tokens of packed tensors, beyond which cu_seqlens is not believed
 
   /// Before anything else, rings with a window of tokens beyond the `keep` newest are folded: the
   /// oldest, up to where the number of folded tokens is the slot's phase, modulo the window. 0: no

@@ -92,7 +92,7 @@ struct DecodeKernels {
         [&] { return run_part(plan, plan.body, parts.starts, parts.middles, workspace, launcher); },
         [&] { return launcher.template launch<kernel::CountFolded>(folded); },
         [&] { return a.keep > 0 ? run_tails(plan, workspace, launcher) : Status{}; },
-        [&] { return launcher.template launch<kernel::PaddingRows>(padding(plan, workspace)); },
+        [&] { return launcher.template launch<kernel::PaddingRows>({rows, output_of(a)}); },
         [&] {
           return a.cu_seqlens == nullptr
                      ? Status{}
@@ -165,19 +165,14 @@ struct DecodeKernels {
             plan.total,   a.keep,  parts_of(plan, workspace)};
   }
 
-  static kernel::PaddingRows::Params padding(DecodePrefillPlan const& plan, void* workspace) {
-    DecodePrefillArguments const& a = plan.arguments;
-    auto const output = PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides,
-                                             a.query_heads, ValueDim);
-    return {rows_of(plan, workspace), output.data,  output.token_stride,
-            output.head_stride,       output.heads, output.words};
+  static kernel::UnownedRows::Tensor output_of(DecodePrefillArguments const& a) {
+    return PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides, a.query_heads,
+                                ValueDim);
   }
 
   static kernel::UnownedRows::Params unowned(DecodePrefillPlan const& plan) {
     DecodePrefillArguments const& a = plan.arguments;
-    auto const output = PlannedCall::rows_of(static_cast<Element*>(a.output), a.output_strides,
-                                             a.query_heads, ValueDim);
-    return {a.cu_seqlens, a.rows, plan.total, {output}};
+    return {a.cu_seqlens, a.rows, plan.total, {output_of(a)}};
   }
 
   /// Forward over a part of every row.

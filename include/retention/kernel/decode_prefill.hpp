@@ -9,6 +9,7 @@
 
 #include "retention/kernel/decode_pool.hpp"
 #include "retention/kernel/sequence.hpp"
+#include "retention/kernel/unowned_rows.hpp"
 
 namespace retention::kernel {
 
@@ -73,11 +74,7 @@ struct PaddingRows {
 
   struct Params {
     FindPrefillParts::Params rows;
-    std::uint32_t* output;      // [total, query heads, words] of 4 bytes each
-    std::int64_t token_stride;  // in words, as head_stride
-    std::int64_t head_stride;
-    int heads;
-    int words;
+    UnownedRows::Tensor output;  // [total, query heads, words]
   };
 
   /// A block a row.
@@ -92,11 +89,12 @@ struct PaddingRows {
     }
     int const start = FindPrefillParts::bound(params.rows, row);
     int const end = FindPrefillParts::bound(params.rows, row + 1);
-    int const in_token = params.heads * params.words;
+    UnownedRows::Tensor const& output = params.output;
+    int const in_token = output.heads * output.words;
     for (int token = start; token < end; ++token) {
       for (int i = static_cast<int>(threadIdx.x); i < in_token; i += kThreads) {
-        params.output[token * params.token_stride + i / params.words * params.head_stride +
-                      i % params.words] = 0;
+        output.data[token * output.token_stride + i / output.words * output.head_stride +
+                    i % output.words] = 0;
       }
     }
   }
