@@ -138,7 +138,7 @@ class Launch {
   void check_accumulators(std::uintptr_t address, std::size_t bytes, Access kind, void* site);
   void check_nothing_in_flight();
   bool fenced(Epoch write, Thread const& thread) const;
-  void find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, void* site);
+  void find_pieces(WarpgroupOperand const& operand, std::uint32_t* pieces, void* site);
   void check_pieces(WarpgroupProduct& product, int first, void* site);
   void finish_product(WarpgroupProduct& product, int first, void* site);
   void touch_global(Array& array, std::uintptr_t address, std::size_t bytes, Access kind,

@@ -427,19 +427,47 @@ void warpgroup_arrive() {
   active->warpgroup_arrive();
 }
 
+namespace {
+
+void start_warpgroup_mma(detail::WarpgroupCall call) {
+  // A name for each instruction: lanes that are at different ones diverge.
+  static char const* const names[2][2][2][3] = {
+      {{{"wgmma.n32.bf16", "wgmma.n64.bf16", "wgmma.n128.bf16"},
+        {"wgmma.n32.bf16.trans", "wgmma.n64.bf16.trans", "wgmma.n128.bf16.trans"}},
+       {{"wgmma.n32.f16", "wgmma.n64.f16", "wgmma.n128.f16"},
+        {"wgmma.n32.f16.trans", "wgmma.n64.f16.trans", "wgmma.n128.f16.trans"}}},
+      {{{"wgmma.ss.n32.bf16", "wgmma.ss.n64.bf16", "wgmma.ss.n128.bf16"},
+        {"wgmma.ss.n32.bf16.trans", "wgmma.ss.n64.bf16.trans", "wgmma.ss.n128.bf16.trans"}},
+       {{"wgmma.ss.n32.f16", "wgmma.ss.n64.f16", "wgmma.ss.n128.f16"},
+        {"wgmma.ss.n32.f16.trans", "wgmma.ss.n64.f16.trans", "wgmma.ss.n128.f16.trans"}}}};
+  char const* const name =
+      names[call.a_is_shared][call.type != Element::kBFloat16][call.n_contiguous][call.n / 64];
+  collective(name, kFullWarp, call,
+             [](void* const* operands, std::uint32_t) { active->warpgroup_start(operands); });
+}
+
+}  // namespace
+
 void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint32_t const (&a)[4],
                    std::uint64_t b, float* d, bool adds) {
   Inside const guard;
-  detail::WarpgroupCall mine{{a[0], a[1], a[2], a[3]},   b, d, adds, type, n, n_contiguous,
-                             __builtin_return_address(0)};
-  // A name for each instruction: lanes that are at different ones diverge.
-  char const* const names[2][2][3] = {
-      {{"wgmma.n32.bf16", "wgmma.n64.bf16", "wgmma.n128.bf16"},
-       {"wgmma.n32.bf16.trans", "wgmma.n64.bf16.trans", "wgmma.n128.bf16.trans"}},
-      {{"wgmma.n32.f16", "wgmma.n64.f16", "wgmma.n128.f16"},
-       {"wgmma.n32.f16.trans", "wgmma.n64.f16.trans", "wgmma.n128.f16.trans"}}};
-  collective(names[type != Element::kBFloat16][n_contiguous][n / 64], kFullWarp, mine,
-             [](void* const* operands, std::uint32_t) { active->warpgroup_start(operands); });
+  start_warpgroup_mma({{a[0], a[1], a[2], a[3]},
+                       0,
+                       b,
+                       d,
+                       adds,
+                       type,
+                       n,
+                       n_contiguous,
+                       false,
+                       __builtin_return_address(0)});
+}
+
+void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint64_t a, std::uint64_t b,
+                   float* d, bool adds) {
+  Inside const guard;
+  start_warpgroup_mma(
+      {{}, a, b, d, adds, type, n, n_contiguous, true, __builtin_return_address(0)});
 }
 
 void warpgroup_commit() {

@@ -34,18 +34,31 @@ template <float (*Value)(std::uint32_t)>
 void multiply(WarpgroupProduct const& product, char const* shared) {
   int const n = product.n;
   float a[16][16];
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        a[lane / 4 + 8 * (i % 2)][2 * (lane % 4) + 8 * (i / 2) + half] =
-            Value(product.a[lane][i] >> 16 * half);
+  auto read_piece = [&](int piece, std::uint16_t (&elements)[kPieceCells]) {
+    std::memcpy(elements, shared + product.pieces[piece], sizeof(elements));
+  };
+  if (product.a_is_shared) {
+    for (int piece = 0; piece < kWarpgroupAPieces; ++piece) {
+      std::uint16_t elements[kPieceCells];
+      read_piece(2 * n + piece, elements);
+      for (int i = 0; i < kPieceCells; ++i) {
+        a[piece / 2][piece % 2 * 8 + i] = Value(elements[i]);
+      }
+    }
+  } else {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          a[lane / 4 + 8 * (i % 2)][2 * (lane % 4) + 8 * (i / 2) + half] =
+              Value(product.a[lane][i] >> 16 * half);
+        }
       }
     }
   }
   float b[16][kWarpgroupMaxN];
   for (int piece = 0; piece < 2 * n; ++piece) {
     std::uint16_t elements[kPieceCells];
-    std::memcpy(elements, shared + product.pieces[piece], sizeof(elements));
+    read_piece(piece, elements);
     for (int i = 0; i < kPieceCells; ++i) {
       float const value = Value(elements[i]);
       if (product.n_contiguous) {
@@ -120,7 +133,8 @@ void Launch::warpgroup_start(void* const* operands) {
       fail(Fault::kMisaligned, "wgmma with accumulators that are no array: not emulated",
            mine.site);
     }
-    if (call(lane).descriptor != mine.descriptor || call(lane).adds != mine.adds) {
+    if (call(lane).descriptor != mine.descriptor || call(lane).adds != mine.adds ||
+        call(lane).a_descriptor != mine.a_descriptor) {
       fail(Fault::kDivergence,
            "lanes of a warp give wgmma different descriptors, or scales of the accumulators",
            mine.site);
@@ -139,10 +153,18 @@ void Launch::warpgroup_start(void* const* operands) {
   product->n_contiguous = mine.n_contiguous;
   product->adds = mine.adds;
   product->group = queue.committed;
+  product->a_is_shared = mine.a_is_shared;
   for (int lane = 0; lane < 32; ++lane) {
     std::copy_n(call(lane).a, 4, product->a[lane]);
   }
-  find_pieces(mine.descriptor, *product, mine.site);
+  find_pieces({mine.descriptor, mine.n, mine.n_contiguous}, product->pieces, mine.site);
+  if (mine.a_is_shared) {
+    constexpr int kRows = 64;
+    std::uint32_t rows[2 * kRows];
+    find_pieces({mine.a_descriptor, kRows, false}, rows, mine.site);
+    std::copy_n(rows + kWarpgroupAPieces * (first / 32 % 4), kWarpgroupAPieces,
+                product->pieces + 2 * mine.n);
+  }
   check_pieces(*product, first, mine.site);
 
   // The accumulators are those of earlier products, or others.
@@ -183,9 +205,10 @@ void Launch::warpgroup_start(void* const* operands) {
   queue.products.push_back(std::move(product));
 }
 
-// The descriptor's fields, and the addresses of the pieces: B consists of atoms, 8 rows of 128 or
-// 64 bytes; bits of the row, in the address, are added to those of the piece in the row.
-void Launch::find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, void* site) {
+// The descriptor's fields, and the addresses of the pieces: an operand consists of atoms, 8 rows of
+// 128 or 64 bytes; bits of the row, in the address, are added to those of the piece in the row.
+void Launch::find_pieces(WarpgroupOperand const& operand, std::uint32_t* pieces, void* site) {
+  std::uint64_t const descriptor = operand.descriptor;
   auto field = [&](int bit) { return static_cast<std::uint32_t>(descriptor >> bit & 0x3fff) << 4; };
   std::uint32_t const start = field(0), leading = field(16), stride = field(32);
   std::uint32_t const layout = static_cast<std::uint32_t>(descriptor >> 62);
@@ -195,11 +218,11 @@ void Launch::find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, vo
              std::to_string(layout) + "), or with a base offset: not emulated",
          site);
   }
-  auto const n = static_cast<std::uint32_t>(product.n);
+  auto const n = static_cast<std::uint32_t>(operand.n);
   std::uint32_t const row_bytes = layout == 1 ? 128 : 64, atom = 8 * row_bytes;
   std::uint32_t const swizzle = layout == 1 ? 7 : 3;
   // How much of a row is used, from `start` on.
-  std::uint32_t const width = product.n_contiguous ? std::min(2 * n, row_bytes) : 32;
+  std::uint32_t const width = operand.n_contiguous ? std::min(2 * n, row_bytes) : 32;
   if (start % atom + width > row_bytes) {
     fail(Fault::kMisaligned,
          "wgmma on a tile at shared address " + std::to_string(start) +
@@ -207,7 +230,7 @@ void Launch::find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, vo
              " and a place in a row where its " + std::to_string(width) + " bytes fit",
          site);
   }
-  bool const leads = product.n_contiguous && 2 * n > row_bytes;
+  bool const leads = operand.n_contiguous && 2 * n > row_bytes;
   if (stride % atom != 0 || stride == 0 || (leads && (leading % atom != 0 || leading == 0))) {
     fail(Fault::kMisaligned,
          "wgmma with a stride of " + std::to_string(stride) + " and a leading dimension of " +
@@ -217,7 +240,7 @@ void Launch::find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, vo
   }
   for (std::uint32_t i = 0; i < 2 * n; ++i) {
     std::uint32_t address = start;
-    if (product.n_contiguous) {
+    if (operand.n_contiguous) {
       std::uint32_t const k = i / (n / 8), byte = i % (n / 8) * kPieceBytes;
       address += k / 8 * stride + k % 8 * row_bytes;
       address += byte / row_bytes * leading + byte % row_bytes;
@@ -229,13 +252,13 @@ void Launch::find_pieces(std::uint64_t descriptor, WarpgroupProduct& product, vo
       fail(Fault::kOutOfBounds,
            "wgmma reads past the end of shared memory, at offset " + std::to_string(address), site);
     }
-    product.pieces[i] = address;
+    pieces[i] = address;
   }
 }
 
 void Launch::check_pieces(WarpgroupProduct& product, int first, void* site) {
   Epoch* writes = product.writes;
-  for (int i = 0; i < 2 * product.n; ++i) {
+  for (int i = 0; i < product.count(); ++i) {
     // Lanes share the pieces.
     Thread const& thread = threads_[static_cast<std::size_t>(first + i % 32)];
     std::size_t const cell = product.pieces[i] / kCellBytes;
@@ -344,7 +367,7 @@ void Launch::check_nothing_in_flight() {
 
 void Launch::finish_product(WarpgroupProduct& product, int first, void* site) {
   Epoch const* writes = product.writes;
-  for (int i = 0; i < 2 * product.n; ++i) {
+  for (int i = 0; i < product.count(); ++i) {
     Thread const& thread = threads_[static_cast<std::size_t>(first + i % 32)];
     Epoch const now = Epoch::of(thread.linear, thread.clock);
     std::size_t const cell = product.pieces[i] / kCellBytes;

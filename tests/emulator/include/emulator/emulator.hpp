@@ -157,6 +157,9 @@ void warpgroup_wait(int pending);
 /// which of its dimensions is.
 void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint32_t const (&a)[4],
                    std::uint64_t b, float* d, bool adds);
+/// The same with A in shared memory, its rows contiguous: `a` is its descriptor.
+void warpgroup_mma(Element type, int n, bool n_contiguous, std::uint64_t a, std::uint64_t b,
+                   float* d, bool adds);
 
 /// fence.acq_rel of the device.
 void thread_fence();
