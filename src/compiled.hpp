@@ -8,6 +8,7 @@
 #include "retention/device/backward_plan.hpp"
 #include "retention/device/decode_plan.hpp"
 #include "retention/device/forward_plan.hpp"
+#include "retention/kernel/shared_bytes.hpp"
 
 namespace retention::device {
 
@@ -22,9 +23,9 @@ struct CompiledKernels {
   Status (*run_decode_reset)(DecodeResetArguments const& arguments, CUstream_st* stream);
   Status (*run_decode_rollback)(DecodeRollbackArguments const& arguments, CUstream_st* stream);
   // Of shared memory, that a block of some kernel takes.
-  std::size_t (*forward_shared_bytes)();
-  std::size_t (*backward_shared_bytes)();
-  std::size_t (*decode_shared_bytes)();
+  kernel::SharedBytes (*forward_shared_bytes)();
+  kernel::SharedBytes (*backward_shared_bytes)();
+  kernel::SharedBytes (*decode_shared_bytes)();
 };
 
 /// Defined in a source that the build generates from the table of configurations.
@@ -45,8 +46,10 @@ Status check_sizes(ForwardArguments const& arguments);
 int multiprocessors();
 /// Shared memory that a block can have on the current device, or on an H100.
 std::size_t shared_bytes();
+/// Whether code for the current device, or for an H100, may have main loops by wgmma.
+bool may_have_warpgroups();
 
 /// Whether the current device has as much for a block of kernels of this configuration.
-Status check_shared_bytes(Configuration const& configuration, std::size_t needed);
+Status check_shared_bytes(Configuration const& configuration, kernel::SharedBytes const& either);
 
 }  // namespace retention::device

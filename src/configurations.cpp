@@ -42,7 +42,8 @@ Status check_configuration(Configuration const& wanted) {
                 ": expected degree 2, head_dim and value_dim of 32, 64 or 128, and bf16 or fp16");
 }
 
-Status check_shared_bytes(Configuration const& configuration, std::size_t needed) {
+Status check_shared_bytes(Configuration const& configuration, kernel::SharedBytes const& either) {
+  std::size_t const needed = may_have_warpgroups() ? either.warpgroups : either.warps;
   std::size_t const available = shared_bytes();
   if (needed <= available) {
     return {};

@@ -44,4 +44,13 @@ std::size_t shared_bytes() {
   return bytes > 0 ? static_cast<std::size_t>(bytes) : kOfAnH100;
 }
 
+bool may_have_warpgroups() {
+  int major = 0;
+#ifdef __CUDACC__
+  major = attribute(cudaDevAttrComputeCapabilityMajor);
+#endif
+  constexpr int kOfAnH100 = 9;
+  return major == 0 || major >= kOfAnH100;
+}
+
 }  // namespace retention::device

@@ -356,9 +356,11 @@ def template_of(symbol: str) -> tuple[str, str, list[int]]:
     return (known + spaced + words + [symbol])[0], element, numbers
 
 
-def dynamic_shared(symbol: str) -> int:
-    """Bytes of shared memory that the kernel is launched with."""
-    return sum(map(int, re.findall(r"Lm(\d+)E", symbol)))
+def dynamic_shared(symbol: str, arch: str) -> int:
+    """Bytes of shared memory that the kernel is launched with: its name has those of code for
+    Hopper, and then those of other code."""
+    sizes = [int(x) for x in re.findall(r"Lm(\d+)E", symbol)]
+    return sizes[0 if arch.startswith("sm_9") else -1] if sizes else 0
 
 
 def read_dump(text: str) -> Iterator[Kernel]:
@@ -385,7 +387,7 @@ def read_dump(text: str) -> Iterator[Kernel]:
     for symbol, arch, used, code in functions:
         if not used.keys() >= {"REG", "STACK", "SHARED", "LOCAL"}:
             raise UsageError(f"{symbol} ({arch}): cannot read its resource usage")
-        used = used | {"SHARED": used["SHARED"] + dynamic_shared(symbol)}
+        used = used | {"SHARED": used["SHARED"] + dynamic_shared(symbol, arch)}
         if not code or any(x.address != 16 * i for i, x in enumerate(code)):
             raise UsageError(f"{symbol} ({arch}): cannot read its instructions, 16 bytes each")
         if not symbol.startswith("__cuda_"):  # the compiler's own

@@ -15,4 +15,6 @@ std::size_t shared_bytes() {
   return bytes == nullptr ? 227 * 1024 : std::strtoul(bytes, nullptr, 10);
 }
 
+bool may_have_warpgroups() { return false; }
+
 }  // namespace retention::device

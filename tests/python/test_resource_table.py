@@ -728,6 +728,6 @@ def test_a_compiled_kernel(suffix: str, tmp_path: Path, capsys: pytest.CaptureFi
 def test_dynamic_shared_memory_is_read_from_the_name():
     name = symbol("Output", d=64, dv=64)
     launched = name + "Lm98304E"
-    assert table.dynamic_shared(name) == 0
-    assert table.dynamic_shared(launched) == 98304
+    assert table.dynamic_shared(name, "sm_80") == 0
+    assert table.dynamic_shared(launched, "sm_90a") == 98304
     assert table.template_of(launched) == table.template_of(name)

@@ -44,11 +44,10 @@ struct BackwardKernels {
 
   static constexpr bool kScaled = Forward::kScaled;
   /// As of the forward kernels, some of which run here as well.
-  static constexpr std::size_t kSharedBytes = cute::max(
-      cute::max(Forward::kSharedBytes, sizeof(typename StateGradients::SharedStorage)),
-      cute::max(
-          kernel::shared_bytes<QueryGradient>(),
-          cute::max(kernel::shared_bytes<ValueGradient>(), kernel::shared_bytes<KeyGradient>())));
+  static constexpr auto kSharedBytes = kernel::SharedBytes::most(
+      {Forward::kSharedBytes, kernel::SharedBytes::of<StateGradients>(),
+       kernel::items_shared_bytes<QueryGradient>(), kernel::items_shared_bytes<ValueGradient>(),
+       kernel::items_shared_bytes<KeyGradient>()});
   static constexpr int kStateDim = static_cast<int>(SymmetricPower<HeadDim, 2>::kStateDim);
   static_assert(kernel::GatePiece::kTokens == BackwardPlan::kGateTokens &&
                     StateProducts::kParts == BackwardPlan::kProductParts &&

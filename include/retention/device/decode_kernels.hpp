@@ -36,10 +36,10 @@ struct DecodeKernels {
   using Step = kernel::DecodeStep<Element, HeadDim, ValueDim, MmaRows>;
 
   /// Of shared memory, that a block of the largest kernel takes.
-  static constexpr std::size_t kSharedBytes =
-      cute::max(sizeof(typename Fold::SharedStorage), sizeof(typename Step<1>::SharedStorage),
-                sizeof(typename Step<2>::SharedStorage), sizeof(typename Step<4>::SharedStorage),
-                sizeof(kernel::DecodeCopy::SharedStorage));
+  static constexpr auto kSharedBytes = kernel::SharedBytes::most(
+      {kernel::SharedBytes::of<Fold>(), kernel::SharedBytes::of<Step<1>>(),
+       kernel::SharedBytes::of<Step<2>>(), kernel::SharedBytes::of<Step<4>>(),
+       kernel::SharedBytes::of<kernel::DecodeCopy>()});
   static_assert(Fold::kMaxWindow == kMaxDecodeWindow && Step<1>::kMaxTokens == kMaxDecodeTokens &&
                     kernel::DecodeCopy::kMaxSlots == kMaxDecodeCopies,
                 "what the host side accepts");

@@ -114,8 +114,8 @@ struct ForwardKernels {
   static constexpr bool kScaled = cute::is_same_v<Element, cute::half_t>;
   /// Of shared memory, that a block of the largest kernel takes. The others get along with what
   /// every device has.
-  static constexpr std::size_t kSharedBytes =
-      cute::max(sizeof(typename ChunkStates::SharedStorage), kernel::shared_bytes<Output>());
+  static constexpr auto kSharedBytes = kernel::SharedBytes::most(
+      {kernel::SharedBytes::of<ChunkStates>(), kernel::items_shared_bytes<Output>()});
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
                     kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts &&

@@ -9,11 +9,13 @@
 #include <type_traits>
 
 #include "retention/device/status.hpp"
+#include "retention/kernel/shared_bytes.hpp"
 
 namespace retention::device {
 
-/// The size of the dynamic shared memory is an argument so that the kernel's name tells it.
-template <class Kernel, std::size_t kSharedBytes>
+/// The sizes of the dynamic shared memory are arguments so that the kernel's name tells them: that
+/// of code with main loops by wgmma, and that of other code.
+template <class Kernel, std::size_t kWarpgroupBytes, std::size_t kWarpBytes>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run_kernel(__grid_constant__ typename Kernel::Params const params) {
   extern __shared__ __align__(1024) char smem[];  // what tiles of wgmma need
@@ -38,83 +40,78 @@ struct CudaLauncher {
 
   template <class Kernel>
   Status launch(typename Kernel::Params const& params) const {
-    constexpr std::size_t kSharedBytes = sizeof(typename Kernel::SharedStorage);
-    constexpr std::size_t kDefaultSharedBytes = 48 * 1024;
-    auto const kernel = run_kernel<Kernel, kSharedBytes>;
-    if constexpr (kSharedBytes > kDefaultSharedBytes) {
-      if (Status status = allow_shared_bytes<Kernel>(kernel, kSharedBytes); !status) {
+    constexpr auto kShared = kernel::SharedBytes::of<Kernel>();
+    auto const kernel = run_kernel<Kernel, kShared.warpgroups, kShared.warps>;
+    Code code{kShared.warps, false};
+    constexpr std::size_t kDefaultSharedBytes = 48 * 1024;  // for which nobody need be asked
+    if constexpr (kStartsEarly<Kernel> || kShared.warpgroups != kShared.warps ||
+                  kShared.warps > kDefaultSharedBytes) {
+      if (Status status = prepare<Kernel>(kernel, kShared, code); !status) {
         return status;
       }
     }
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::grid(params);
     config.blockDim = Kernel::kThreads;
-    config.dynamicSmemBytes = kSharedBytes;
+    config.dynamicSmemBytes = code.shared_bytes;
     config.stream = stream;
     cudaLaunchAttribute attribute{};
     if constexpr (kStartsEarly<Kernel>) {
-      bool waits = false;
-      if (Status status = knows_how_to_wait<Kernel>(kernel, waits); !status) {
-        return status;
-      }
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
       config.attrs = &attribute;
-      config.numAttrs = waits ? 1 : 0;
+      config.numAttrs = code.waits ? 1 : 0;
     }
     return to_status(cudaLaunchKernelEx(&config, kernel, params), "launch of a kernel");
   }
 
  private:
-  // What is found out about a kernel once a device, for every launch would wait for it.
-  static constexpr int kDevices = 64;
+  /// Of a kernel, what the current device runs.
+  struct Code {
+    std::size_t shared_bytes;
+    bool waits;  // for the launch before, where it may start early
+  };
 
-  // Code for older devices runs on new ones, too, and does not wait for anything.
+  // Finds out, and lets blocks have their shared memory: once a device, for the calls cost as much
+  // as a launch.
   template <class Kernel, class Function>
-  static Status knows_how_to_wait(Function* kernel, bool& result) {
+  static Status prepare(Function* kernel, kernel::SharedBytes const& shared, Code& code) {
     constexpr int kHopper = 90;
-    enum class Answer : char { kUnknown, kWaits, kDoesNot };
-    static std::atomic<Answer> known[kDevices] = {};
+    constexpr int kDevices = 64;
+    enum class Known : char { kNothing, kForHopper, kForOthers };
+    static std::atomic<Known> known[kDevices] = {};
     int device = 0;
     if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {
       return status;
     }
-    Answer answer =
-        device < kDevices ? known[device].load(std::memory_order_relaxed) : Answer::kDoesNot;
-    if (answer == Answer::kUnknown) {
+    Known answer =
+        device < kDevices ? known[device].load(std::memory_order_relaxed) : Known::kNothing;
+    bool const is_new = answer == Known::kNothing;
+    if (is_new) {
+      // Code for older devices runs on new ones, too: it has no wgmma, and waits for nothing.
       cudaFuncAttributes attributes{};
       if (Status status =
               to_status(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
           !status) {
         return status;
       }
-      answer = attributes.ptxVersion >= kHopper ? Answer::kWaits : Answer::kDoesNot;
-      known[device].store(answer, std::memory_order_relaxed);
+      answer = attributes.ptxVersion >= kHopper ? Known::kForHopper : Known::kForOthers;
     }
-    result = answer == Answer::kWaits;
+    bool const for_hopper = answer == Known::kForHopper;
+    code = {for_hopper ? shared.warpgroups : shared.warps, for_hopper};
+    if (is_new) {
+      if (Status status =
+              to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(code.shared_bytes)),
+                        "shared memory of a kernel");
+          !status) {
+        return status;
+      }
+      if (device < kDevices) {
+        known[device].store(answer, std::memory_order_relaxed);
+      }
+    }
     return {};
-  }
-
-  // Once a device: the call costs as much as a launch.
-  template <class Kernel, class Function>
-  static Status allow_shared_bytes(Function* kernel, std::size_t bytes) {
-    static std::atomic<bool> allowed[kDevices] = {};
-    int device = 0;
-    if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {
-      return status;
-    }
-    bool const known = device < kDevices;
-    if (known && allowed[device].load(std::memory_order_relaxed)) {
-      return {};
-    }
-    Status status =
-        to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(bytes)),
-                  "shared memory of a kernel");
-    if (status && known) {
-      allowed[device].store(true, std::memory_order_relaxed);
-    }
-    return status;
   }
 };
 

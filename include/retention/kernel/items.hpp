@@ -17,6 +17,8 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
+#include "retention/kernel/shared_bytes.hpp"
+
 namespace retention::kernel {
 
 /// An item a block.
@@ -37,11 +39,15 @@ struct OneItem {
 template <class Kernel>
 struct InTurns {
   using Params = typename Kernel::Params;
-  struct SharedStorage {
-    typename Kernel::SharedStorage kernel;
+  template <class KernelStorage>
+  struct Storage {
+    KernelStorage kernel;
     // Where the block is, each warp's own: the work has no register to spare.
     int numbers[Kernel::kThreads / 32];
   };
+  using SharedStorage = Storage<typename Kernel::SharedStorage>;
+  template <bool Warpgroups>
+  using StorageOf = Storage<SharedStorageOf<Kernel, Warpgroups>>;
   static constexpr int kThreads = Kernel::kThreads;
   // With some more registers, for where a block is.
   static constexpr int kMinBlocks = std::max(1, Kernel::kMinBlocks - 1);
@@ -72,13 +78,13 @@ struct InTurns {
   }
 };
 
-/// Of shared memory, that a kernel takes in either way.
+/// Of a kernel that may run in turns, in either way.
 template <class Kernel>
-constexpr std::size_t shared_bytes() {
+constexpr SharedBytes items_shared_bytes() {
   if constexpr (Kernel::kTakesTurns) {
-    return sizeof(typename InTurns<Kernel>::SharedStorage);
+    return SharedBytes::of<InTurns<Kernel>>();
   } else {
-    return sizeof(typename Kernel::SharedStorage);
+    return SharedBytes::of<Kernel>();
   }
 }
 
