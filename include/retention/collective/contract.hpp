@@ -23,6 +23,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "retention/collective/row_tiling.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
@@ -31,8 +32,9 @@
 namespace retention::collective {
 
 /// `Multiplicity`: whether dphi is to be multiplied by the multiplicity of its rows, 2 where I < J.
-/// A block has `Warps` warps of 32 rows.
-template <class Element_, int HeadDim, int ValueDim, int Warps, bool Multiplicity>
+/// A block has `Warps` warps of 32 rows, `Interleaved` or not.
+template <class Element_, int HeadDim, int ValueDim, int Warps, bool Multiplicity,
+          bool Interleaved = false>
 struct Contract {
   using Element = Element_;
 
@@ -43,9 +45,10 @@ struct Contract {
   static constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
   static constexpr int kStateDim = kPairs * kTileRows;
   static constexpr int kThreads = 32 * Warps;
-  static constexpr int kMmaRows = 2;  // mma tiles of 16 rows in a warp
-  static constexpr int kWarpRows = 16 * kMmaRows;
-  static constexpr int kRows = kWarpRows * Warps;
+  using Tiling = RowTiling<2, Warps, Interleaved>;
+  static constexpr int kMmaRows = Tiling::kMmaRows;
+  static constexpr int kMmaPitch = Tiling::kMmaPitch;
+  static constexpr int kRows = Tiling::kRows;
 
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(HeadDim % 16 == 0 && ValueDim % 32 == 0, "what ldmatrix loads at once");
@@ -55,9 +58,11 @@ struct Contract {
   using ValueLayout = StagedTileLayout<kRows, ValueDim, 1>;            // y: [row, dv, 1]
   using StateLayout = StagedTileLayout<kTileRows, ValueDim, kStages>;  // [state row, dv, stage]
 
-  /// dx of a warp's rows in fp32 registers: (MMA, rows / 16, d / 8).
+  /// dx of a warp's rows in fp32 registers: (MMA, rows / 16, d / 8), that of 16 rows one after
+  /// another.
   using GradientLayout = cute::Layout<
-      cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kMmaRows>, cute::Int<kBlocks>>>;
+      cute::Shape<cute::Shape<cute::_2, cute::_2>, cute::Int<kMmaRows>, cute::Int<kBlocks>>,
+      cute::Stride<cute::Stride<cute::_1, cute::_2>, cute::Int<HeadDim / 2>, cute::_4>>;
 
   struct SharedStorage {
     alignas(128) Element state[cute::cosize_v<StateLayout>];
@@ -162,7 +167,7 @@ struct Contract {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int k = 0; k < ValueDim / 16; ++k) {
-        load_mma_a(y, first_row + 16 * m, 16 * k, lane, values[m][k]);
+        load_mma_a(y, first_row + kMmaPitch * m, 16 * k, lane, values[m][k]);
       }
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -252,14 +257,14 @@ struct Contract {
   CUTE_DEVICE void start(Values const& values, int stage,
                          float (&product)[kMmaRows][kTileRows / 2]) const {
     using Tile = WarpgroupTile<kTileRows, ValueDim>;
-    std::uint64_t const b = Tile::descriptor(shared_.state + stage * (kTileRows * ValueDim));
+    typename Tile::Start const b(shared_.state + stage * (kTileRows * ValueDim));
     cute::warpgroup_arrive();
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int k = 0; k < ValueDim / 16; ++k) {
-        warpgroup_multiply<Element, kTileRows, Major::K>(values[m][k], b + Tile::offset(0, 16 * k),
-                                                         product[m], k > 0);
+        warpgroup_multiply<Element, kTileRows, Major::K>(values[m][k], b.at(0, 16 * k), product[m],
+                                                         k > 0);
       }
       cute::warpgroup_commit_batch();
     }
@@ -293,7 +298,7 @@ struct Contract {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         auto const pair = *reinterpret_cast<std::uint32_t const*>(
-            &x(row, 8 * J + 2 * quad, 0) + RowLayout{}(16 * m + 8 * upper, 0, 0));
+            &x(row, 8 * J + 2 * quad, 0) + RowLayout{}(kMmaPitch * m + 8 * upper, 0, 0));
         native[m][upper][0] = multiplicity * detail::unpack_lo<Element>(pair);
         native[m][upper][1] = multiplicity * detail::unpack_hi<Element>(pair);
       }
@@ -306,8 +311,8 @@ struct Contract {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        uint4 const bits = *reinterpret_cast<uint4 const*>(&x(row, 8 * I, 0) +
-                                                           RowLayout{}(16 * m + 8 * upper, 0, 0));
+        uint4 const bits = *reinterpret_cast<uint4 const*>(
+            &x(row, 8 * I, 0) + RowLayout{}(kMmaPitch * m + 8 * upper, 0, 0));
         std::uint32_t const pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -354,7 +359,7 @@ struct Contract {
         std::uint32_t a[kMmaRows][4];
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
-          load_mma_a(x, first_row + 16 * m, 16 * k, lane, a[m]);
+          load_mma_a(x, first_row + kMmaPitch * m, 16 * k, lane, a[m]);
         }
         if (k >= n) {
           // The block (2 n + 1, 2 k) is not there where k == n: any other in its place is one of 0.
@@ -374,7 +379,7 @@ struct Contract {
       }
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
-        int const row = first_row + 16 * m + lane / 4;
+        int const row = first_row + kMmaPitch * m + lane / 4;
         float const lower = scale * sum_factor[row];
         float const upper = scale * sum_factor[row + 8];
 #pragma unroll

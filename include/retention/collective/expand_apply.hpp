@@ -18,6 +18,7 @@
 
 #include <cute/tensor.hpp>
 
+#include "retention/collective/row_tiling.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
@@ -25,17 +26,10 @@
 
 namespace retention::collective {
 
-/// How the warps of a block share a tile of query rows. A warp has all the columns of V, so that no
-/// score is computed twice: 64 or, for dv above 32, 128 outputs a lane.
-template <int ValueDim, int Warps_>
-struct RowTiling {
-  static constexpr int kWarps = Warps_;
-  static constexpr int kMmaRows = ValueDim > 64 ? 2 : 4;  // mma tiles of 16 rows in a warp
-  static constexpr int kWarpRows = 16 * kMmaRows;
-  static constexpr int kRows = kWarpRows * kWarps;
-
-  static_assert(ValueDim == 32 || ValueDim == 64 || ValueDim == 128, "what registers hold");
-};
+/// The rows of a block, so that no score is computed twice: a lane has 64 or, for dv above 32, 128
+/// outputs.
+template <int ValueDim, int Warps, bool Interleaved = false>
+using ApplyTiling = RowTiling<(ValueDim > 64 ? 2 : 4), Warps, Interleaved>;
 
 /// The output of a warp in fp32 registers: (MMA, rows / 16, columns / 8), that of 16 rows one after
 /// another.
@@ -65,6 +59,7 @@ struct ExpandApply {
 
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(kBlocks % 2 == 0, "blocks J are taken two at a time");
+  static_assert(ValueDim == 32 || ValueDim == 64 || ValueDim == 128, "what registers hold");
   static_assert(!kWarpgroups || Tiling::kWarps % 4 == 0, "warpgroups");
 
   // Keys have half their multiplicity, so that what differs from queries are pairs I == J alone:
@@ -190,7 +185,7 @@ struct ExpandApply {
                                          Output& output) {
     using Tile = WarpgroupTile<kTileRows, ValueDim>;
     constexpr int kSteps = kTileRows / 16;
-    std::uint64_t const b = Tile::descriptor(shared_.state + stage * (kTileRows * ValueDim));
+    typename Tile::Start const b(shared_.state + stage * (kTileRows * ValueDim));
     std::uint32_t a[kSteps][kMmaRows][4];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -201,8 +196,8 @@ struct ExpandApply {
       cute::warpgroup_arrive();
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
-        warpgroup_multiply<Element, ValueDim, Major::MN>(a[k][m], b + Tile::offset(16 * k, 0),
-                                                         &output(0, m, 0), true);
+        warpgroup_multiply<Element, ValueDim, Major::MN>(a[k][m], b.at(16 * k, 0), &output(0, m, 0),
+                                                         true);
       }
       cute::warpgroup_commit_batch();
       if (k > 0) {
@@ -234,7 +229,7 @@ struct ExpandApply {
   static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
 
   CUTE_DEVICE static int row_offset(int m, int upper) {
-    return QueryLayout{}(16 * m + 8 * upper, 0, 0);
+    return QueryLayout{}(Tiling::kMmaPitch * m + 8 * upper, 0, 0);
   }
 
   // Two elements of a row g or g + 8 of an mma tile.
@@ -310,7 +305,7 @@ struct ExpandApply {
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
           std::uint32_t a[4];
-          load_mma_a(query, first_row + 16 * m, 8 * J, lane, a);
+          load_mma_a(query, first_row + Tiling::kMmaPitch * m, 8 * J, lane, a);
           float (&c)[4] = product[m];
           MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[J],
                                            b[J + 1], c[0], c[1], c[2], c[3]);

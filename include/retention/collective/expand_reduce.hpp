@@ -229,8 +229,8 @@ struct ExpandReduce {
       multiply(operands.native, broadcast(outer[0], x), broadcast(outer[1], x),
                operands.product[x]);
     }
-    operands.value = Tile::descriptor(shared.value + stage * (kTileTokens * kValueTile)) +
-                     Tile::offset(16 * step, 0);
+    typename Tile::Start const value(shared.value + stage * (kTileTokens * kValueTile));
+    operands.value = value.at(16 * step, 0);
   }
 
   /// Adds a step's 16 tokens, each by its weight, and replaces its operands by those of `step` of

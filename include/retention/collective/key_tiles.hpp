@@ -35,13 +35,13 @@ struct TileRows {
   CUTE_DEVICE int token(int row) const { return first_token + tile_token(row); }
 };
 
-template <class Element_, int HeadDim, int ValueDim, int Threads>
+/// Tiles of `TileKeys` keys, `LoadTiles` of which are loaded at a time.
+template <class Element_, int HeadDim, int ValueDim, int Threads, int TileKeys, int LoadTiles>
 struct KeyTiles {
   using Element = Element_;
 
-  static constexpr int kTileKeys = 32;
-  // Of these, how many are loaded at a time: more of long rows would leave one block less room.
-  static constexpr int kLoadTiles = HeadDim > 64 ? 1 : 2;
+  static constexpr int kTileKeys = TileKeys;
+  static constexpr int kLoadTiles = LoadTiles;
   static constexpr int kLoadKeys = kLoadTiles * kTileKeys;
   static constexpr int kSlots = 2 * kLoadTiles;
   static constexpr int kThreads = Threads;
@@ -177,5 +177,9 @@ struct KeyTiles {
   static constexpr int kKeyPieces = HeadDim / 8;  // of 16 bytes in a row
   static constexpr int kValuePieces = ValueDim / 8;
 };
+
+/// For mma.sync. Of long rows more at a time would leave one block less room.
+template <class Element, int HeadDim, int ValueDim, int Threads>
+using WarpKeyTiles = KeyTiles<Element, HeadDim, ValueDim, Threads, 32, HeadDim <= 64 ? 2 : 1>;
 
 }  // namespace retention::collective

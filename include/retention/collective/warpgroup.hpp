@@ -1,10 +1,11 @@
 // Hopper's wgmma: a warpgroup of four warps multiplies 64 rows, which registers hold as they do for
-// mma.m16n8k16, 16 a warp, by a tile in shared memory, while its threads go on with something else.
+// mma.m16n8k16, 16 a warp, or which are in shared memory too, by a tile in shared memory, while its
+// threads go on with something else.
 //
-// Columns of a tile come in groups of 64, whose rows of 128 bytes have the swizzle of
-// StagedTileLayout: it is one that the instruction knows, if the tile starts at a multiple of 1024
-// bytes. Narrower values stay with mma: two to four times as many operands would have to be made
-// for a product, and registers are too few for those.
+// Columns of a tile come in groups of 64 (or all 32), whose rows of 128 (64) bytes have the swizzle
+// of StagedTileLayout: it is one that the instruction knows, if the tile starts at a multiple of
+// 1024 bytes. Narrower values stay with mma: two to four times as many operands would have to be
+// made for a product, and registers are too few for those.
 
 #pragma once
 
@@ -18,11 +19,15 @@
 
 namespace retention::collective {
 
-/// Whether the main loops for values of this width take wgmma on the device that they are compiled
-/// for, which has it if it is sm_90a; in tests the emulator may. For device code alone.
+/// Whether there are main loops by wgmma for values of this width.
+template <int ValueDim>
+inline constexpr bool kFitsWarpgroups = ValueDim % 64 == 0;
+
+/// Whether they are taken on the device that is compiled for, which has wgmma if it is sm_90a; in
+/// tests the emulator may. For device code alone.
 template <int ValueDim>
 #if defined(CUTE_ARCH_MMA_SM90A_ENABLED) || defined(RETENTION_EMULATE_WARPGROUP)
-inline constexpr bool kTakesWarpgroups = ValueDim % 64 == 0;
+inline constexpr bool kTakesWarpgroups = kFitsWarpgroups<ValueDim>;
 #else
 inline constexpr bool kTakesWarpgroups = false;
 #endif
@@ -45,35 +50,56 @@ struct WarpgroupOperation;
   struct WarpgroupOperation<element, n, kMajor> {                                          \
     using type = cute::SM90::GMMA::MMA_64x##n##x16_F32##name##name##_RS<Major::K, kMajor>; \
   };
+RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 32, BF16)
 RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 64, BF16)
 RETENTION_WARPGROUP_OPERATION(cute::bfloat16_t, 128, BF16)
+RETENTION_WARPGROUP_OPERATION(cute::half_t, 32, F16)
 RETENTION_WARPGROUP_OPERATION(cute::half_t, 64, F16)
 RETENTION_WARPGROUP_OPERATION(cute::half_t, 128, F16)
 #undef RETENTION_WARPGROUP_OPERATION
 
-/// A tile of StagedTileLayout<Rows, Columns, 1> as the B operand.
+/// With both operands in shared memory, of rows that are contiguous.
+template <class Element>
+struct SharedWarpgroupOperation;
+template <>
+struct SharedWarpgroupOperation<cute::bfloat16_t> {
+  using type = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<Major::K, Major::K>;
+};
+template <>
+struct SharedWarpgroupOperation<cute::half_t> {
+  using type = cute::SM90::GMMA::MMA_64x64x16_F32F16F16_SS<Major::K, Major::K>;
+};
+
+/// A tile of StagedTileLayout<Rows, Columns, 1> as an operand.
 template <int Rows, int Columns>
 struct WarpgroupTile {
-  static_assert(Columns % 64 == 0, "the swizzle of rows of 128 bytes");
+  static_assert(Columns == 32 || Columns % 64 == 0, "swizzles of rows of 64 and 128 bytes");
   using Layout = StagedTileLayout<Rows, Columns, 1>;
 
-  /// What follows is added to a tile's descriptor: from its start, in units of 16 bytes.
-  CUTE_HOST_DEVICE static constexpr std::uint64_t offset(int row, int column) {
-    return static_cast<std::uint64_t>(byte_offset<Layout>(row, column)) / 16;
-  }
+  /// Where a tile starts. The rest of its descriptor is known when this is compiled, and so takes
+  /// no register for each of the operands.
+  class Start {
+   public:
+    CUTE_DEVICE explicit Start(void const* tile)
+        : low_(((cute::cast_smem_ptr_to_uint(tile) >> 4) & 0x3fff) | kLeading << 16) {}
 
-  CUTE_DEVICE static std::uint64_t descriptor(void const* tile) {
-    cute::GmmaDescriptor descriptor;
-    descriptor.bitfield.start_address_ =
-        (cute::cast_smem_ptr_to_uint(tile) >> 4) & 0x3fff;  // 14 bits
-    // From one group of 64 columns to the next, where there are more and they are N.
-    descriptor.bitfield.leading_byte_offset_ = byte_offset<Layout>(0, 64 % Columns) / 16;
-    descriptor.bitfield.stride_byte_offset_ = byte_offset<Layout>(8, 0) / 16;
-    descriptor.bitfield.base_offset_ = 0;
-    descriptor.bitfield.layout_type_ =
-        static_cast<std::uint8_t>(cute::SM90::GMMA::LayoutType::B128);
-    return descriptor;
-  }
+    /// The descriptor of an operand that starts there in the tile.
+    CUTE_DEVICE std::uint64_t at(int row, int column) const {
+      auto const offset = static_cast<std::uint32_t>(byte_offset<Layout>(row, column)) / 16;
+      return std::uint64_t{kHigh} << 32 | (low_ + offset);
+    }
+
+   private:
+    // In units of 16 bytes: from one group of 64 columns to the next, where there are more and they
+    // are N, and from eight rows to the next.
+    static constexpr std::uint32_t kLeading = byte_offset<Layout>(0, 64 % Columns) / 16;
+    static constexpr std::uint32_t kStride = byte_offset<Layout>(8, 0) / 16;
+    static constexpr auto kSwizzle =
+        Columns == 32 ? cute::SM90::GMMA::LayoutType::B64 : cute::SM90::GMMA::LayoutType::B128;
+    static constexpr std::uint32_t kHigh = kStride | static_cast<std::uint32_t>(kSwizzle) << 30;
+
+    std::uint32_t low_;
+  };
 };
 
 /// c (+)= a b: of each of its 16 rows a warp has the A operand and the sums as in mma.m16n8k16,
@@ -90,6 +116,19 @@ template <class Element, int N, Major kMajor>
 CUTE_DEVICE void warpgroup_multiply(std::uint32_t const (&a)[4], std::uint64_t b, float* c,
                                     bool adds) {
   warpgroup_multiply<Element, N, kMajor>(a, b, c, adds, std::make_index_sequence<N / 2>{});
+}
+
+/// The same of 64 columns, of rows of A that descriptor `a` is of.
+template <class Element, std::size_t... I>
+CUTE_DEVICE void warpgroup_multiply_shared(std::uint64_t a, std::uint64_t b, float (&c)[32],
+                                           bool adds, std::index_sequence<I...>) {
+  SharedWarpgroupOperation<Element>::type::fma(
+      a, b, c[I]..., adds ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+}
+template <class Element>
+CUTE_DEVICE void warpgroup_multiply_shared(std::uint64_t a, std::uint64_t b, float (&c)[32],
+                                           bool adds) {
+  warpgroup_multiply_shared<Element>(a, b, c, adds, std::make_index_sequence<32>{});
 }
 
 /// Of this thread's cp.async, waits for all groups but the last `Pending`. Where they went all

@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #include "retention/collective/contract.hpp"
-#include "retention/collective/intra_key_gradient.hpp"
+#include "retention/collective/sm90/intra_key_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/key_rows.hpp"
 #include "retention/kernel/sequence.hpp"
@@ -47,22 +47,32 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
 
-  using Contract = collective::Contract<Element, kHeadDim, kValueDim, kWarps, true>;
-  using Tiling = collective::WarpRows<Contract::kMmaRows, kWarps>;
-  using Intra = collective::IntraKeyGradient<Element, kHeadDim, kValueDim, Tiling,
-                                             collective::RowGradient::kKey>;
+  static constexpr bool kWarpgroups =
+      collective::kTakesWarpgroups<kValueDim> &&
+      collective::kKeyGradientFitsWarpgroups<kHeadDim, kValueDim, collective::RowGradient::kKey>;
+  template <bool Warpgroups>
+  using ContractOf = collective::Contract<Element, kHeadDim, kValueDim, kWarps, true, Warpgroups>;
+  template <bool Warpgroups>
+  using TilingOf = typename ContractOf<Warpgroups>::Tiling;
+  template <bool Warpgroups>
+  using IntraOf = collective::IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
+                                                 collective::RowGradient::kKey, Warpgroups>;
+  using Contract = ContractOf<kWarpgroups>;
+  using Tiling = TilingOf<kWarpgroups>;
+  using Intra = IntraOf<kWarpgroups>;
   static constexpr int kRows = Tiling::kRows;
   using Rows = KeyRows<kRows>;
 
-  struct SharedStorage {
+  template <bool Warpgroups>
+  struct StorageOf {
     alignas(128) Element key[cute::cosize_v<typename Intra::KeyLayout>];
     alignas(128) Element value[cute::cosize_v<typename Intra::ValueLayout>];
     union {
       typename Contract::SharedStorage contract;
-      typename Intra::SharedStorage intra;
+      typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
-    typename Intra::Work work;
+    typename IntraOf<Warpgroups>::Work work;
     int exponent;     // of da in the accumulators
     Element* target;  // the first row's gradient; null for not wanted
     float* gate_target;
@@ -71,6 +81,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
     detail::CumulativeGate row_gate[kRows + 1];  // and that of the chunk's last token
     float ones[kRows];
   };
+  using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
   static_assert(collective::kKeepsAlignment<typename Intra::ValueLayout>, "tiles of wgmma follow");
 
@@ -142,7 +153,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
       int const state_exponent = exponent(params.gradient_exponents.state, slot_head);
       int const key_sum_exponent = exponent(params.gradient_exponents.key_sum, slot_head);
       contract(shared.key, shared.value, shared.ones, detail::power_of_two(state_exponent),
-               detail::power_of_two(key_sum_exponent), thread / 32 * Tiling::kWarpRows, thread % 32,
+               detail::power_of_two(key_sum_exponent), Tiling::first_row(thread / 32), thread % 32,
                gradient);
       __syncthreads();  // the queries come where the state was
       Intra::prefetch(shared.intra, shared.work);
@@ -167,15 +178,14 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
                products);
 
     int const last_thread = Intra::this_thread();
-    int const first_row = last_thread / 32 * Tiling::kWarpRows;
     float const unit = detail::power_of_two(1 - shared.exponent);
     if (shared.target != nullptr) {
-      store_rows(shared.target, params.d_key_stride.token, first_row, shared.work.rows, unit,
-                 last_thread % 32, gradient);
+      store_rows<Tiling>(shared.target, params.d_key_stride.token, shared.work.rows, unit,
+                         last_thread, gradient);
     }
     if (shared.gate_target != nullptr) {
-      store_gates(shared, params.row_stride, params.d_gate_stride.token, first_row, -0.5f * unit,
-                  last_thread % 32, products);
+      store_gates(shared, params.row_stride, params.d_gate_stride.token, -0.5f * unit, last_thread,
+                  products);
     }
   }
 
@@ -197,7 +207,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
     cute::Tensor key =
         cute::make_tensor(cute::make_smem_ptr(shared.key), typename Intra::KeyLayout{});
     int const thread = Intra::this_thread();
-    int const row = thread / 32 * Tiling::kWarpRows + thread % 32 / 4;
+    int const row = Tiling::first_row(thread / 32) + thread % 32 / 4;
 #pragma unroll
     for (int m = 0; m < Tiling::kMmaRows; ++m) {
 #pragma unroll
@@ -207,7 +217,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           auto const pair = *reinterpret_cast<std::uint32_t const*>(
-              &key(row + 16 * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
+              &key(row + Tiling::kMmaPitch * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
           sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
                      sum);
           sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
@@ -221,16 +231,17 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   CUTE_DEVICE static void store_state_gates(SharedStorage const& shared, std::int64_t stride,
                                             typename Intra::KeyProducts const& products) {
     int const thread = Intra::this_thread();
+    int const first_row = Tiling::first_row(thread / 32) + thread % 32 / 4;
     float const unit = 0.5f * detail::power_of_two(1 - shared.exponent);
 #pragma unroll
     for (int m = 0; m < Tiling::kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = thread / 32 * Tiling::kWarpRows + thread % 32 / 4 + 16 * m + 8 * upper;
+        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
         float const sum = sum_of_quad(products[m][upper]);
         if (thread % 4 == 0 && row < shared.work.rows) {
           shared.state_gate_target[row * stride] =
-              unit * Intra::row_unit(shared.intra, shared.row_gate[row]) * sum;
+              unit * Intra::row_unit(shared.intra, m, shared.row_gate[row]) * sum;
         }
       }
     }
@@ -238,13 +249,15 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
 
   // What queries have, and factor k . dk.
   CUTE_DEVICE static void store_gates(SharedStorage& shared, TokenStride const& row_stride,
-                                      std::int64_t stride, int first_row, float factor, int lane,
+                                      std::int64_t stride, float factor, int thread,
                                       typename Intra::KeyProducts const& products) {
+    int const lane = thread % 32;
+    int const first_row = Tiling::first_row(thread / 32) + lane / 4;
 #pragma unroll
     for (int m = 0; m < Tiling::kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = first_row + lane / 4 + 16 * m + 8 * upper;
+        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
         bool const valid = row < shared.work.rows;
         float sum = factor * products[m][upper];
         if (valid) {

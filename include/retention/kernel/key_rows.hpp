@@ -176,16 +176,18 @@ CUTE_DEVICE void load_rows(Element const* source, std::int64_t stride, int count
   }
 }
 
-/// Stores `factor` times the rows g and g + 8 of each mma tile of a warp, the first of which is
-/// `first_row` of the tile, as far as there are `count`. `target` is the tile's first row.
-template <class Element, class Gradient>
-CUTE_DEVICE void store_rows(Element* target, std::int64_t stride, int first_row, int count,
-                            float factor, int lane, Gradient const& gradient) {
+/// Stores `factor` times the rows g and g + 8 of each mma tile of a warp, as far as the tile has
+/// `count`. `target` is the tile's first row.
+template <class Tiling, class Element, class Gradient>
+CUTE_DEVICE void store_rows(Element* target, std::int64_t stride, int count, float factor,
+                            int thread, Gradient const& gradient) {
+  int const lane = thread % 32;
+  int const first_row = Tiling::first_row(thread / 32) + lane / 4;
 #pragma unroll
   for (int m = 0; m < cute::size<1>(gradient); ++m) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      int const row = first_row + lane / 4 + 16 * m + 8 * upper;
+      int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
 #pragma unroll
       for (int first = 0; first < cute::size<2>(gradient); first += 4) {
         std::uint32_t x[4];

@@ -15,7 +15,8 @@
 #include <cstdint>
 
 #include "retention/collective/expand_apply.hpp"
-#include "retention/collective/intra_chunk.hpp"
+#include "retention/collective/sm80/intra_chunk.hpp"
+#include "retention/collective/sm90/intra_chunk.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/rescale.hpp"
 #include "retention/kernel/items.hpp"
@@ -29,16 +30,19 @@ struct OutputTraits {
   using Element = Element_;
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kValueDim = ValueDim;
-  using Tiling = collective::RowTiling<ValueDim, Warps>;
+  static constexpr int kWarps = Warps;
 };
 
 template <class Traits>
 struct Output : OneItem<Output<Traits>> {
   using Element = typename Traits::Element;
-  using Tiling = typename Traits::Tiling;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
+  template <bool Warpgroups>
+  using TilingOf = collective::ApplyTiling<kValueDim, Traits::kWarps, Warpgroups>;
+  using Tiling = TilingOf<kWarpgroups>;
   // Long rows leave no register for turns, and take far longer than idle blocks.
   static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kRows = Tiling::kRows;
@@ -53,23 +57,30 @@ struct Output : OneItem<Output<Traits>> {
   static constexpr int kWeightExponent = kHasExponents ? 13 : 0;
 
   using Apply = collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling>;
-  using Intra = collective::IntraChunk<Element, kHeadDim, kValueDim, Tiling>;
+  template <bool Warpgroups>
+  using IntraOf = cute::conditional_t<
+      Warpgroups && collective::kFitsWarpgroups<kValueDim>,
+      collective::sm90::IntraChunk<Element, kHeadDim, kValueDim, TilingOf<true>>,
+      collective::sm80::IntraChunk<Element, kHeadDim, kValueDim, TilingOf<false>>>;
+  using Intra = IntraOf<kWarpgroups>;
   using Tiles = RowTiles<kRows>;
   using Tile = typename Tiles::Tile;
   using Rows = collective::TileRows;
   using QueryLayout = typename Apply::QueryLayout;
 
-  struct SharedStorage {
+  template <bool Warpgroups>
+  struct StorageOf {
     alignas(128) Element query[cute::cosize_v<QueryLayout>];
     union {
       typename Apply::SharedStorage apply;
-      typename Intra::SharedStorage intra;
+      typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
-    typename Intra::Work work;
+    typename IntraOf<Warpgroups>::Work work;
     detail::CumulativeGate row_gate[kRows];  // since the chunk's start, less weight_exponent
   };
+  using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
 
   /// Every row of d or dv elements is aligned to 16 bytes.
@@ -150,7 +161,7 @@ struct Output : OneItem<Output<Traits>> {
       shared.work = work;
     }
     Element const* query = params.query + at(params.query_stride, head * params.group);
-    int const first_row = thread / 32 * Tiling::kWarpRows;
+    int const first_row = Tiling::first_row(thread / 32);
     float normalizer[kMmaRows][2] = {};
     cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
     cute::clear(output);
@@ -181,9 +192,9 @@ struct Output : OneItem<Output<Traits>> {
             detail::power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
       }
       Intra::prefetch(shared.intra, shared.work);
-      // The rest of the decay, from the first of the warp's rows to each, is that of earlier keys.
-      float const decay =
-          detail::exp2(shared.row_gate[first_row].total() + static_cast<float>(weight_exponent));
+      // The rest of the decay, from that row to each, is that of earlier keys.
+      float const decay = detail::exp2(shared.row_gate[Intra::reference_row(thread)].total() +
+                                       static_cast<float>(weight_exponent));
       scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
@@ -271,7 +282,7 @@ struct Output : OneItem<Output<Traits>> {
                                 Tensor const& output, float const (&normalizer)[kMmaRows][2]) {
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
-    int const first_row = thread / 32 * Tiling::kWarpRows + lane / 4;
+    int const first_row = Tiling::first_row(thread / 32) + lane / 4;
     int const head = blockIdx.y;
     Sequence const sequence = params.sequences.get(tile.sequence);
     int const first_token = tile.chunk * sequence.chunk_size;
@@ -293,7 +304,7 @@ struct Output : OneItem<Output<Traits>> {
         float const scaled = sum > FLT_MIN ? sum * unit : cute::min(sum * unit, sum);
         float const inverse = scaled <= FLT_MIN ? 0.0f : 1.0f / sum;
 
-        int const row = first_row + 16 * m + 8 * upper;
+        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
         bool const valid = row < rows.count();
         int const token = first_token + rows.token(row);
         int const query_head = head * params.group + rows.head(row);

@@ -17,7 +17,8 @@
 #include <cstdint>
 
 #include "retention/collective/contract.hpp"
-#include "retention/collective/intra_query_gradient.hpp"
+#include "retention/collective/sm80/intra_query_gradient.hpp"
+#include "retention/collective/sm90/intra_query_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
 #include "retention/kernel/items.hpp"
@@ -48,13 +49,21 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
 
-  using Contract = collective::Contract<Element, kHeadDim, kValueDim, kWarps, false>;
-  using Intra = collective::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps>;
+  static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
+  using Contract = collective::Contract<Element, kHeadDim, kValueDim, kWarps, false, kWarpgroups>;
+  using Tiling = typename Contract::Tiling;
+  template <bool Warpgroups>
+  using IntraOf = cute::conditional_t<
+      Warpgroups && collective::kFitsWarpgroups<kValueDim>,
+      collective::sm90::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps,
+                                           Contract::kMmaRows>,
+      collective::sm80::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps>>;
+  using Intra = IntraOf<kWarpgroups>;
   using QueryLayout = typename Contract::RowLayout;
   using OutputLayout = typename Contract::ValueLayout;
 
-  static constexpr int kRows = Contract::kRows;
-  static constexpr int kMmaRows = Contract::kMmaRows;
+  static constexpr int kRows = Tiling::kRows;
+  static constexpr int kMmaRows = Tiling::kMmaRows;
 
   using Tiles = RowTiles<kRows>;
   using Tile = typename Tiles::Tile;
@@ -62,22 +71,24 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
 
   static_assert(kRows == kThreads, "a thread has a row");
 
-  struct SharedStorage {
+  template <bool Warpgroups>
+  struct StorageOf {
     alignas(128) Element query[cute::cosize_v<QueryLayout>];
     alignas(128) Element d_output[cute::cosize_v<OutputLayout>];
     union {
       typename Contract::SharedStorage contract;
-      typename Intra::SharedStorage intra;
+      typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
-    typename Intra::Work work;
-    typename Intra::RowFactors rows;
+    typename IntraOf<Warpgroups>::Work work;
+    typename IntraOf<Warpgroups>::RowFactors rows;
     float key_sum_factor[kRows];  // -delta_i
     float state_weight[kRows];    // w_i 2^{f_c}: see `GradientExponents`
     float scale[kRows];           // of what is accumulated; 0 where the row has no gradient
     int exponent;                 // of da in the accumulators
   };
+  using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
   static_assert(collective::kKeepsAlignment<OutputLayout>, "tiles of wgmma follow");
 
@@ -178,7 +189,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
     prepare_rows(params, shared, work, sequence, first_token, score_exponent, weight_exponent,
                  thread);
 
-    int const first_row = thread / 32 * Contract::kWarpRows;
+    int const first_row = Tiling::first_row(thread / 32);
     cute::Tensor gradient = cute::make_tensor<float>(typename Contract::GradientLayout{});
     typename Intra::QueryProducts products = {};
     if (has_state) {
@@ -234,7 +245,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
                                        int thread) {
     Rows const& rows = work.rows;
     float inverse = 0.0f, delta = 0.0f, scale = 0.0f;
-    detail::CumulativeGate gate{0.0f, 0.0f};
+    detail::CumulativeGate gate{0.0f, 0.0f}, reference_gate{0.0f, 0.0f};
     if (thread < rows.count()) {
       int const token = rows.token(thread);
       std::int64_t const offset =
@@ -245,16 +256,15 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
       scale = params.scale[offset];
       if (work.gate != nullptr) {
         gate = work.gate[token * work.gate_stride];
+        int const reference = rows.token(Intra::reference_row(thread));
+        reference_gate = work.gate[reference * work.gate_stride];
       }
     }
     // delta is anything where there is no weight.
     bool const has_gradient = inverse > 0.0f;
     float const factor = inverse * detail::power_of_two(score_exponent);
     float const shift = has_gradient ? -delta * factor : 0.0f;
-    // The warp's rows are its lanes'.
-    detail::CumulativeGate const first_gate{__shfl_sync(0xffffffffu, gate.high, 0),
-                                            __shfl_sync(0xffffffffu, gate.low, 0)};
-    float const decay = has_gradient ? detail::exp2(gate.since(first_gate)) : 0.0f;
+    float const decay = has_gradient ? detail::exp2(gate.since(reference_gate)) : 0.0f;
     shared.rows.gate[thread] = gate;
     shared.rows.factor[thread] = {factor, shift};
     shared.rows.early_factor[thread] = {decay * factor, decay * shift};
@@ -268,12 +278,12 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   template <class Tensor>
   CUTE_DEVICE static void multiply_rows(float const* factors, Tensor& gradient) {
     int const thread = Intra::this_thread();
-    int const first_row = thread / 32 * Contract::kWarpRows + thread % 32 / 4;
+    int const first_row = Tiling::first_row(thread / 32) + thread % 32 / 4;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        float const factor = factors[first_row + 16 * m + 8 * upper];
+        float const factor = factors[first_row + Tiling::kMmaPitch * m + 8 * upper];
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           gradient(cute::make_coord(0, upper), m, n) *= factor;
@@ -289,7 +299,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
                                            typename Intra::QueryProducts& products) {
     cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
     int const thread = Intra::this_thread();
-    int const row = thread / 32 * Contract::kWarpRows + thread % 32 / 4;
+    int const row = Tiling::first_row(thread / 32) + thread % 32 / 4;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
@@ -298,7 +308,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           auto const pair = *reinterpret_cast<std::uint32_t const*>(
-              &query(row + 16 * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
+              &query(row + Tiling::kMmaPitch * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
           sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
                      sum);
           sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
@@ -314,7 +324,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
                                 typename Intra::QueryProducts const& products) {
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
-    int const first_row = thread / 32 * Contract::kWarpRows + lane / 4;
+    int const first_row = Tiling::first_row(thread / 32) + lane / 4;
     int const head = blockIdx.y;
     Rows const rows = shared.work.rows;
     Sequence const sequence = params.sequences.get(shared.tile.sequence);
@@ -323,7 +333,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = first_row + 16 * m + 8 * upper;
+        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
         bool const valid = row < rows.count();
         float const scale = shared.scale[row];
         // Not a product with zero: without weight, what was accumulated may be anything.

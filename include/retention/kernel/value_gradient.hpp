@@ -12,7 +12,7 @@
 #include <cstdint>
 
 #include "retention/collective/expand_apply.hpp"
-#include "retention/collective/intra_key_gradient.hpp"
+#include "retention/collective/sm90/intra_key_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/key_rows.hpp"
 #include "retention/kernel/sequence.hpp"
@@ -24,16 +24,19 @@ struct ValueGradientTraits {
   using Element = Element_;
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kValueDim = ValueDim;
-  using Tiling = collective::RowTiling<ValueDim, Warps>;
+  static constexpr int kWarps = Warps;
 };
 
 template <class Traits>
 struct ValueGradient : OneItem<ValueGradient<Traits>> {
   using Element = typename Traits::Element;
-  using Tiling = typename Traits::Tiling;
 
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
+  static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
+  template <bool Warpgroups>
+  using TilingOf = collective::ApplyTiling<kValueDim, Traits::kWarps, Warpgroups>;
+  using Tiling = TilingOf<kWarpgroups>;
   // Long rows leave no register for turns, and take far longer than idle blocks.
   static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kRows = Tiling::kRows;
@@ -48,22 +51,26 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
 
   using Apply =
       collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling, collective::Expanded::kKeys>;
-  using Intra = collective::IntraKeyGradient<Element, kHeadDim, kValueDim, Tiling,
-                                             collective::RowGradient::kValue>;
+  template <bool Warpgroups>
+  using IntraOf = collective::IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
+                                                 collective::RowGradient::kValue, Warpgroups>;
+  using Intra = IntraOf<kWarpgroups>;
   using Rows = KeyRows<kRows>;
 
-  struct SharedStorage {
+  template <bool Warpgroups>
+  struct StorageOf {
     alignas(128) Element key[cute::cosize_v<typename Intra::KeyLayout>];
     union {
       typename Apply::SharedStorage apply;
-      typename Intra::SharedStorage intra;
+      typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
-    typename Intra::Work work;
+    typename IntraOf<Warpgroups>::Work work;
     int state_exponent;  // of what the state gives, in units of the accumulators
     Element* target;     // the first row's gradient
     detail::CumulativeGate row_gate[kRows + 1];  // and that of the chunk's last token
   };
+  using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
 
   struct Params : KeyRowsParams<Element> {
@@ -124,7 +131,7 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
           }
         });
     if (has_state) {
-      apply(shared.key, thread / 32 * Tiling::kWarpRows, thread % 32, gradient);
+      apply(shared.key, Tiling::first_row(thread / 32), thread % 32, gradient);
       __syncthreads();  // the queries come where the state was
       Intra::prefetch(shared.intra, shared.work);
       Intra::set_reach(shared.intra, shared.work, shared.row_gate);
@@ -137,9 +144,8 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
     typename Intra::KeyProducts none;
     Intra::run(shared.intra, shared.work, shared.key, nullptr, shared.row_gate, gradient, none);
     int const last_thread = Intra::this_thread();
-    store_rows(shared.target, params.d_value_stride.token, last_thread / 32 * Tiling::kWarpRows,
-               shared.work.rows, detail::power_of_two(-kWeightExponent), last_thread % 32,
-               gradient);
+    store_rows<Tiling>(shared.target, params.d_value_stride.token, shared.work.rows,
+                       detail::power_of_two(-kWeightExponent), last_thread, gradient);
   }
 
  private:

@@ -19,11 +19,11 @@
 #include "retention/collective/tile.hpp"
 #include "retention/detail/packed.hpp"
 
-namespace retention::collective {
+namespace retention::collective::sm80 {
 
 template <class Element_, int HeadDim, int ValueDim, class Tiling_>
-struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> {
-  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps>;
+struct IntraChunk : WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> {
+  using Tiles = WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps>;
   using Element = Element_;
   using Tiling = Tiling_;
   using Tiles::kLoadKeys;
@@ -72,6 +72,9 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
     shared.reach[thread] = {work.rows, first_row, Tiling::kWarpRows};
     Tiles::prefetch(shared, work);
   }
+
+  /// The row from whose token on R_i decays the rows of a thread's warp.
+  CUTE_DEVICE static int reference_row(int thread) { return thread / 32 * Tiling::kWarpRows; }
 
   /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
   /// as `work` is. `output` and `normalizer` are over R_i, the decay since the first token of the
@@ -332,4 +335,4 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps> 
   }
 };
 
-}  // namespace retention::collective
+}  // namespace retention::collective::sm80

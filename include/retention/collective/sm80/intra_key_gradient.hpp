@@ -28,38 +28,31 @@
 
 #include <cute/tensor.hpp>
 
-#include "retention/collective/key_tiles.hpp"
+#include "retention/collective/query_tiles.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/packed.hpp"
 
-namespace retention::collective {
-
-/// The gradient of a key head that a row of accumulators is.
-enum class RowGradient { kKey, kValue };
-
-/// A block of warps, each with 16 * MmaRows rows.
-template <int MmaRows, int Warps_>
-struct WarpRows {
-  static constexpr int kWarps = Warps_;
-  static constexpr int kMmaRows = MmaRows;
-  static constexpr int kWarpRows = 16 * kMmaRows;
-  static constexpr int kRows = kWarpRows * kWarps;
-};
+namespace retention::collective::sm80 {
 
 template <class Element_, int HeadDim, int ValueDim, class Tiling_, RowGradient kGradient>
-struct IntraKeyGradient {
+struct IntraKeyGradient
+    : WarpQueryTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, kGradient> {
+  using Tiles = WarpQueryTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, kGradient>;
   using Element = Element_;
   using Tiling = Tiling_;
+  using Tiles::kIsKey;
+  using Tiles::kLoadQueries;
+  using Tiles::kLoadTiles;
+  using Tiles::kSlots;
+  using Tiles::kThreads;
+  using Tiles::kTileQueries;
+  using Tiles::load;
+  using Tiles::this_thread;
+  using typename Tiles::Columns;
+  using typename Tiles::OutputGradientLayout;
+  using typename Tiles::QueryLayout;
+  using typename Tiles::Work;
 
-  static constexpr bool kIsKey = kGradient == RowGradient::kKey;
-  // Tiles of columns are like those of keys: queries have their width, gradients of outputs that of
-  // values.
-  using Tiles = KeyTiles<Element, HeadDim, ValueDim, 32 * Tiling::kWarps>;
-  static constexpr int kTileQueries = Tiles::kTileKeys;  // tokens of one head
-  static constexpr int kLoadTiles = Tiles::kLoadTiles;
-  static constexpr int kLoadQueries = Tiles::kLoadKeys;
-  static constexpr int kSlots = Tiles::kSlots;
-  static constexpr int kThreads = Tiles::kThreads;
   static constexpr int kMmaRows = Tiling::kMmaRows;
   static constexpr int kWidth = kIsKey ? HeadDim : ValueDim;  // of the gradient
   /// Of rows g and g + 8 of each mma tile, a lane's part of k_j . dk_j.
@@ -78,29 +71,13 @@ struct IntraKeyGradient {
 
   using KeyLayout = StagedTileLayout<Tiling::kRows, HeadDim, 1>;     // [row, d, 1]
   using ValueLayout = StagedTileLayout<Tiling::kRows, ValueDim, 1>;  // [row, dv, 1]
-  using QueryLayout = typename Tiles::KeyLayout;                     // [query, d, slot]
-  using OutputGradientLayout = typename Tiles::ValueLayout;          // [query, dv, slot]
 
-  /// Where a thread reads of the next columns.
-  struct alignas(16) Source {
-    Element const* query;
-    Element const* d_output;
-  };
   /// Where a thread reads its first operands of ldmatrix, in bytes from the start of each tile.
   struct alignas(16) Offsets {
     int head_rows;  // of width d: the A operand from rows and, transposed, the B operand
     int value_rows;
     int head_columns;  // the B operand
     int value_columns;
-  };
-  /// Columns that are loaded at a time: kLoadQueries tokens of a head of the group.
-  struct alignas(8) Columns {
-    int token;  // the first
-    int head;
-
-    CUTE_DEVICE Columns next(int group) const {
-      return head + 1 < group ? Columns{token, head + 1} : Columns{token - kLoadQueries, 0};
-    }
   };
   /// Of a warp's rows, tokens in the chunk.
   struct alignas(16) Reach {
@@ -109,55 +86,20 @@ struct IntraKeyGradient {
     detail::CumulativeGate reference;  // r
   };
 
-  struct SharedStorage {
-    alignas(128) Element query[cute::cosize_v<QueryLayout>];
-    alignas(128) Element d_output[cute::cosize_v<OutputGradientLayout>];
-    alignas(16) float inverse[kSlots][kTileQueries];
-    alignas(16) detail::CumulativeGate gate[kSlots][kTileQueries];
-    alignas(16) float delta[kIsKey ? kSlots : 1][kTileQueries];
+  struct SharedStorage : Tiles::SharedStorage {
     // Each warp's own, of a tile and the next.
     alignas(16) float factor[2][Tiling::kWarps][kTileQueries];
     alignas(16) detail::CumulativeGate exact_gate[2][Tiling::kWarps][kTileQueries];
     // Each thread's own: here they take no registers.
-    Source source[kThreads];
     Offsets offsets[kThreads];
     Reach reach[kThreads];
-    Columns columns[kThreads];  // loaded last
     alignas(16) float products[kSharesProducts ? kThreads : 1][kMmaRows][2];
-  };
-
-  /// What the loop needs beside its registers, all of which gradients and scores take: it stays in
-  /// shared memory, out of reach of whoever moves code out of loops.
-  struct Work {
-    Element const* query;     // of the chunk's first token and the group's first head, as d_output,
-    Element const* d_output;  // inverse and delta
-    float const* inverse;
-    float const* delta;
-    detail::CumulativeGate const* gate;  // of the chunk's first token; null for none
-    // Strides.
-    std::int64_t query_token, query_head;
-    std::int64_t d_output_token, d_output_head;
-    std::int64_t row_token, row_head;
-    std::int64_t gate_token;
-    int group;
-    int first_token;    // of the rows, in the chunk
-    int rows;           // that stand for something
-    int end_token;      // of the chunk
-    int unit_exponent;  // c_i are inverse_i times 2^unit_exponent
-
-    CUTE_DEVICE float half_unit() const { return 0.5f * static_cast<float>(unit_exponent); }
   };
 
   /// Starts the first loads.
   CUTE_DEVICE static void prefetch(SharedStorage& shared, Work const& work) {
     int const thread = this_thread();
     int const lane = thread % 32;
-    Columns const first = first_columns(work);
-    auto const source = [&](Element const* tensor, std::int64_t stride, int pieces) {
-      return tensor + (first.token + thread / pieces) * stride + thread % pieces * 8;
-    };
-    shared.source[thread] = {source(work.query, work.query_token, HeadDim / 8),
-                             source(work.d_output, work.d_output_token, ValueDim / 8)};
     // (rows 0-7, columns 0-7), (8-15, 0-7), (0-7, 8-15), (8-15, 8-15) for A and the transposed B;
     // (0-7, 0-7), (0-7, 8-15), (8-15, 0-7), (8-15, 8-15) for B.
     int const b_row = lane % 8 + lane / 16 * 8;
@@ -166,7 +108,7 @@ struct IntraKeyGradient {
                               byte_offset<OutputGradientLayout>(lane % 16, lane / 16 * 8),
                               byte_offset<QueryLayout>(b_row, b_column),
                               byte_offset<OutputGradientLayout>(b_row, b_column)};
-    load(shared, work, first, 0);
+    Tiles::prefetch(shared, work);
   }
 
   /// To be called before `scale` and `run`, when `row_gate` is in shared memory: of every row of
@@ -220,8 +162,8 @@ struct IntraKeyGradient {
     });
   }
 
-  /// R_j, which sums are over before `run`, for a row of this gate.
-  CUTE_DEVICE static float row_unit(SharedStorage const& shared,
+  /// R_j, which sums are over before `run`, for a row of this gate in any mma tile of the warp.
+  CUTE_DEVICE static float row_unit(SharedStorage const& shared, int,
                                     detail::CumulativeGate const& gate) {
     Reach const reach = shared.reach[this_thread()];
     return reach.end_exact == INT_MAX ? 1.0f : detail::exp2(reach.reference.since(gate));
@@ -284,14 +226,7 @@ struct IntraKeyGradient {
              shared.columns[this_thread()].token >= work.first_token);
   }
 
-  CUTE_DEVICE static int this_thread() { return Tiles::this_thread(); }
-
  private:
-  CUTE_DEVICE static Columns first_columns(Work const& work) {
-    int const tokens = work.end_token - work.first_token;
-    return {work.first_token + (tokens - 1) / kLoadQueries * kLoadQueries, 0};
-  }
-
   /// The A operand of a warp's rows in registers, or nothing.
   template <bool Holds, int Depth>
   struct HeldRows {
@@ -574,49 +509,6 @@ struct IntraKeyGradient {
       }
     }
   }
-
-  // Starts the copies of `columns`, to tiles from `slot` on; zeros beyond the chunk's end.
-  CUTE_DEVICE static void load(SharedStorage& shared, Work const& work, Columns const& columns,
-                               int slot) {
-    int const thread = this_thread();
-    shared.columns[thread] = columns;
-    if (columns.token >= work.first_token) {
-      int const left = work.end_token - columns.token;
-      Source const source = shared.source[thread];
-      Tiles::template copy<HeadDim, QueryLayout>(source.query, work.query_token, shared.query, slot,
-                                                 left, thread);
-      Tiles::template copy<ValueDim, OutputGradientLayout>(source.d_output, work.d_output_token,
-                                                           shared.d_output, slot, left, thread);
-      if (columns.head + 1 < work.group) {
-        shared.source[thread] = {source.query + work.query_head,
-                                 source.d_output + work.d_output_head};
-      } else {
-        int const heads = work.group - 1;
-        shared.source[thread] = {
-            source.query - heads * work.query_head - kLoadQueries * work.query_token,
-            source.d_output - heads * work.d_output_head - kLoadQueries * work.d_output_token};
-      }
-      if (thread < kLoadQueries) {
-        using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>;
-        int const tile = slot + thread / kTileQueries;
-        int const column = thread % kTileQueries;
-        std::int64_t const token = columns.token + thread;
-        bool const valid = thread < left;
-        std::int64_t const row = token * work.row_token + columns.head * work.row_head;
-        Copy::copy(work.inverse[row], shared.inverse[tile][column], valid);
-        if constexpr (kIsKey) {
-          Copy::copy(work.delta[row], shared.delta[tile][column], valid);
-        }
-        using CopyGate = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<detail::CumulativeGate>;
-        bool const gated = work.gate != nullptr;
-        // Without gates nothing is read, from an address that is aligned.
-        CopyGate::copy(gated ? work.gate[token * work.gate_token]
-                             : *reinterpret_cast<detail::CumulativeGate const*>(work.query),
-                       shared.gate[tile][column], valid && gated);
-      }
-    }
-    cute::cp_async_fence();
-  }
 };
 
-}  // namespace retention::collective
+}  // namespace retention::collective::sm80

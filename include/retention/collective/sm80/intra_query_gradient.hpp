@@ -18,15 +18,16 @@
 #include <cute/tensor.hpp>
 
 #include "retention/collective/key_tiles.hpp"
+#include "retention/collective/query_factors.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/detail/packed.hpp"
 
-namespace retention::collective {
+namespace retention::collective::sm80 {
 
 /// A block has `Warps` warps of 32 rows.
 template <class Element_, int HeadDim, int ValueDim, int Warps>
-struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
-  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps>;
+struct IntraQueryGradient : WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
+  using Tiles = WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Warps>;
   using Element = Element_;
   using Tiles::kLoadKeys;
   using Tiles::kSlots;
@@ -49,18 +50,8 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
   using QueryLayout = StagedTileLayout<kRows, HeadDim, 1>;    // q: [row, d, 1]
   using OutputLayout = StagedTileLayout<kRows, ValueDim, 1>;  // do: [row, dv, 1]
 
-  /// Of a row: r and -delta r; also both times R.
-  struct alignas(8) Factor {
-    float scale;
-    float shift;
-  };
-
-  /// In shared memory, the factors of each row; those of rows that have no gradient are zero.
-  struct RowFactors {
-    detail::CumulativeGate gate[kRows];
-    Factor factor[kRows];
-    Factor early_factor[kRows];  // for keys before the first token of the warp's rows
-  };
+  using RowFactors = QueryFactors<kRows>;
+  using Factor = typename RowFactors::Factor;
 
   /// Where a thread reads its first operands, in bytes from the start of each tile.
   struct alignas(16) Offsets {
@@ -102,6 +93,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
     shared.reach[thread] = {work.rows, first_row, kWarpRows};
     Tiles::prefetch(shared, work);
   }
+
+  /// The row from whose token on R_i decays the rows of a thread's warp.
+  CUTE_DEVICE static int reference_row(int thread) { return thread / 32 * kWarpRows; }
 
   /// Adds to `gradient`, (MMA, rows / 16, d / 8), of the warp's rows, and to `products` in the same
   /// units. The tiles of rows `query` and
@@ -390,4 +384,4 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps> {
   }
 };
 
-}  // namespace retention::collective
+}  // namespace retention::collective::sm80
