@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -311,6 +313,37 @@ class RetentionCache:
         self.check_slots("source", source)
         self.check_slots("target", target, len(source))
         _operators.decode_copy(*self.pool, source, target)
+
+    @torch.no_grad()
+    def select(self, slots: Tensor) -> RetentionCache:
+        """A new cache of as many slots as are named, of which slot i holds what ``slots[i]`` holds.
+
+        Args:
+            slots: int32 ``[n]``, n at least 1, each in range; a slot may be there more than once.
+
+        Raises:
+            TypeError, ValueError: ``slots`` of another type, dtype, shape or device; on a CPU also
+                for one that is out of range.
+        """
+        self.check_slots("slots", slots)
+        if slots.device.type == "cpu":
+            for slot in slots.tolist():
+                if not 0 <= slot < self.slots:
+                    raise ValueError(f"slots: expected 0 to {self.slots - 1}, got {slot}")
+        new = copy.copy(self)
+        new._layout = dataclasses.replace(self._layout, slots=len(slots))
+        checks.check_integer("slots", len(slots), 1)
+        new.pool = new._layout.allocate(self.device)
+        for name, x in new.pool.remembered().items():
+            torch.index_select(self.pool.remembered()[name], 0, slots, out=x)
+        new._checked = set()
+        return new
+
+    def to(self, device: torch.device | str) -> RetentionCache:
+        """Moves all tensors to a device, and returns the cache itself."""
+        self.pool = pool.Pool(*(None if x is None else x.to(device) for x in self.pool))
+        self._checked.clear()
+        return self
 
     @torch.no_grad()
     def state(self, slots: Tensor) -> tuple[Tensor, Tensor]:

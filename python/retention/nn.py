@@ -31,7 +31,10 @@ __all__ = [
     "Rotation",
     "all_or_nothing",
     "apply_rotary",
+    "log_gates",
     "rotary_angles",
+    "rotate",
+    "rotation",
 ]
 
 # Cosines and sines of rotary embedding.
@@ -72,19 +75,21 @@ def apply_rotary(x: Tensor, angles: Tensor) -> Tensor:
     rotated key may be folded into a state and never be touched again. Computed in float32 or wider;
     the result has the dtype of `x`.
     """
-    return _rotate(x, _rotation(angles, torch.promote_types(x.dtype, torch.float32)))
+    return rotate(x, rotation(angles, torch.promote_types(x.dtype, torch.float32)))
 
 
-def _rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
-    """Of angles `[..., d/2]`: `[..., 1, d]` each, in `dtype`."""
+def rotation(angles: Tensor, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines for `rotate`, of angles `[..., d/2]`: `[..., 1, d]` each, in `dtype`."""
     angles = angles.to(dtype)
     # In the first half the other channel is subtracted.
     signed = torch.cat((-angles, angles), dim=-1)[..., None, :]
     return signed.cos(), signed.sin()
 
 
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    cos, sin = rotation
+def rotate(x: Tensor, by: Rotation) -> Tensor:
+    """`apply_rotary` of `x` `[b, t, h, d]` by what `rotation` makes of its angles: heads and layers
+    may share that. The result has the dtype of `x`."""
+    cos, sin = by
     first, second = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 
@@ -92,8 +97,8 @@ def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
 class GateProjection(nn.Linear):
     """Logits of the gates, computed and returned in float32 (float64 for float64 parameters).
 
-    A linear layer `[..., in_features]` to `[..., num_heads]` with a bias, whose parameters may be
-    of any dtype: a log gate near -1/4096 added thousands of times needs more than bfloat16's eight
+    A linear layer `[..., in_features]` to `[..., num_heads]`, whose parameters may be of any dtype:
+    a log gate near -1/4096 added thousands of times needs more than bfloat16's eight
     bits. Autocast does not lower it either.
 
     The biases start such that head 0 remembers 4096 tokens and the last one 16, and those between
@@ -103,6 +108,7 @@ class GateProjection(nn.Linear):
         in_features: width of the input.
         num_heads: gates a token.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
+        bias: False where gates are to be as a checkpoint has them, without. Default: True.
     """
 
     def __init__(
@@ -111,26 +117,55 @@ class GateProjection(nn.Linear):
         num_heads: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        bias: bool = True,
     ):
-        super().__init__(in_features, num_heads, bias=True, device=device, dtype=dtype)
+        super().__init__(in_features, num_heads, bias=bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Weights as in `torch.nn.Linear`, biases by the heads' memories."""
         super().reset_parameters()
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(self.initial_bias())
+
+    def initial_bias(self) -> Tensor:
+        """What biases start as, `[num_heads]` float64 where the device has it."""
         # Made of the bias itself, not of a plain tensor, which could not be copied to a sharded
         # one: head [num_heads] is 0, 1, 2, ... wherever the bias is.
-        with torch.no_grad():
-            head = torch.ones_like(self.bias, dtype=torch.int64).cumsum(0) - 1
-            longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
-            step = (shortest - longest) / max(1, self.out_features - 1)
-            memory = torch.exp2(longest + step * head.to(widest(head.device)))
-            # What a token leaves behind falls to 1/e after `memory` more.
-            self.bias.copy_(torch.log(memory - 1))
+        head = torch.ones_like(self.bias, dtype=torch.int64).cumsum(0) - 1
+        longest, shortest = math.log2(_LONGEST_MEMORY), math.log2(_SHORTEST_MEMORY)
+        step = (shortest - longest) / max(1, self.out_features - 1)
+        memory = torch.exp2(longest + step * head.to(widest(head.device)))
+        # What a token leaves behind falls to 1/e after `memory` more.
+        return torch.log(memory - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         with without_autocast(x.device):
-            return F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
+            bias = None if self.bias is None else self.bias.to(wide)
+            return F.linear(x.to(wide), self.weight.to(wide), bias)
+
+
+def log_gates(projection: nn.Module, x: Tensor) -> Tensor:
+    """`logsigmoid(projection(x))` in float32 or wider, under autocast too.
+
+    Args:
+        projection: a `GateProjection`, or what stands in its place, wrapped or quantised. It is
+            called; its weights are not read.
+        x: `[..., in_features]`.
+
+    Returns:
+        `[..., num_heads]`, float64 where the logits are.
+    """
+    # What a wrapper adds is computed as the logits are, unless its parameters have fewer bits:
+    # then autocast may have to bring x to their dtype.
+    dtypes = {parameter.dtype for parameter in projection.parameters()}
+    if dtypes and dtypes <= {torch.float32, torch.float64}:
+        with without_autocast(x.device):
+            logits = projection(x.to(torch.promote_types(x.dtype, torch.float32)))
+    else:
+        logits = projection(x)
+    return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 @contextlib.contextmanager
@@ -288,17 +323,7 @@ class PowerRetention(nn.Module):
         return query, key, value, self._log_gate(x)
 
     def _log_gate(self, x: Tensor) -> Tensor | None:
-        if self.g_proj is None:
-            return None
-        # What a wrapper adds is computed as the logits are, unless its parameters have fewer bits:
-        # then autocast may have to bring x to their dtype.
-        dtypes = {parameter.dtype for parameter in self.g_proj.parameters()}
-        if dtypes and dtypes <= {torch.float32, torch.float64}:
-            with without_autocast(x.device):
-                logits = self.g_proj(x.to(torch.promote_types(x.dtype, torch.float32)))
-        else:
-            logits = self.g_proj(x)
-        return F.logsigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        return None if self.g_proj is None else log_gates(self.g_proj, x)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Retention over whole sequences.
@@ -452,7 +477,7 @@ class PowerRetention(nn.Module):
         projected = query.dtype
         if rotation is not None:
             # At once: a step of few tokens takes as long as its operations are many.
-            both = _rotate(torch.cat((query, key), dim=2), rotation)
+            both = rotate(torch.cat((query, key), dim=2), rotation)
             query, key = both.split((query.shape[2], key.shape[2]), dim=2)
         if cache is None:
             cache = self.init_cache(b, device=key.device, dtype=key.dtype)
@@ -495,7 +520,7 @@ class PowerRetention(nn.Module):
         positions = self._positions(x, cache, slots, attention_mask)
         angles = rotary_angles(positions, self.head_dim, self.rope_theta)
         dtype = x.dtype if cache is None else cache.dtype
-        return _rotation(angles, torch.promote_types(dtype, torch.float32))
+        return rotation(angles, torch.promote_types(dtype, torch.float32))
 
     def _positions(
         self,

@@ -775,6 +775,55 @@ def test_a_cache_that_was_saved_goes_on(way: Any):
     assert other.positions.tolist() != cache.positions.tolist()
 
 
+@pytest.mark.parametrize("formats", FORMATS)
+def test_selected_slots_go_on_as_the_originals(formats: tuple[torch.dtype, torch.dtype]):
+    """Also where one is selected twice: each goes its own way."""
+    config = Config(formats, slots=3)
+    cache, slots = config.cache(), indices(0, 1, 2)
+    cache.prefill(**config.tokens(0, 3, 9), slots=slots, keep=4)
+    cache.step(**config.tokens(1, 2, 1), slots=slots[:2])
+    source = indices(2, 0, 0, 1)
+    chosen = cache.select(source)
+    assert chosen.slots == 4
+    assert chosen.nbytes == Config(formats, slots=4).cache().nbytes
+    assert torch.equal(chosen.positions, torch.tensor([9, 10, 10, 10]))
+    for step in range(2, 9):  # a window of 5 ends among them
+        new = config.tokens(step, 4, 2)
+        # The originals take what the copies take, but for the one that is there twice.
+        got = chosen.step(**new, slots=indices(0, 1, 2, 3))
+        rest = {name: x[[0, 1, 3]] for name, x in new.items()}
+        wanted = cache.step(**rest, slots=indices(2, 0, 1))
+        if formats[1] == BF16:
+            # States are rounded at random by the slot's number.
+            torch.testing.assert_close(got[[0, 1, 3]], wanted, rtol=0.1, atol=0.1)
+        else:
+            assert torch.equal(got[[0, 1, 3]], wanted)
+
+
+def test_slots_to_select_that_are_not_there():
+    cache = Config().cache()
+    for wrong, message in ((indices(0, 4), "0 to 3, got 4"), (indices(-1), "got -1")):
+        with pytest.raises(ValueError, match=message):
+            cache.select(wrong)
+    with pytest.raises(ValueError, match="slots"):
+        cache.select(indices())
+
+
+def test_a_cache_moves_to_another_device_with_all_it_has():
+    config = Config()
+    cache = config.cache()
+    tokens, slots = config.tokens(0, 4, 3), config.indices(0, 1, 2, 3)
+    cache.step(**tokens, slots=slots)
+    before = snapshot(cache)
+    assert cache.to("cpu") is cache
+    for got, wanted in zip(snapshot(cache), before, strict=True):
+        assert torch.equal(got, wanted)
+    assert cache.to("meta").device.type == "meta"
+    assert {x.device.type for x in cache.pool if x is not None} == {"meta"}
+    with pytest.raises(ValueError, match="expected device meta"):
+        cache.step(**tokens, slots=slots)
+
+
 def test_state_dicts_that_do_not_fit():
     cache = used(Config((BF16, F32)))
     own = cache.state_dict()

@@ -18,9 +18,11 @@ from torch.utils.checkpoint import checkpoint
 import retention
 from retention import functional
 from retention.nn import (
+    GateProjection,
     PowerRetention,
     all_or_nothing,
     apply_rotary,
+    log_gates,
     rotary_angles,
 )
 from retention.ops import decoding
@@ -330,6 +332,17 @@ def test_gates_start_with_a_spread_of_long_memories():
     torch.testing.assert_close(memory[[0, -1]], torch.tensor([4096.0, 16.0]), rtol=1e-2, atol=0)
     ratios = memory[:-1] / memory[1:]
     torch.testing.assert_close(ratios, torch.full((7,), 256 ** (1 / 7)), rtol=1e-2, atol=0)
+
+
+def test_gates_of_a_checkpoint_without_biases():
+    torch.manual_seed(0)
+    gate = GateProjection(16, 3, bias=False, dtype=torch.bfloat16)
+    assert dict(gate.named_parameters()).keys() == {"weight"}
+    x = torch.randn(2, 5, 16)
+    wanted = (x.double() @ gate.weight.double().mT).sigmoid().log()
+    got = log_gates(gate, x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, **SINGLE)
 
 
 def test_autocast_keeps_gates_in_float32(monkeypatch: pytest.MonkeyPatch):
