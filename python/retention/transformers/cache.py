@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class _Tokens(NamedTuple):
             return self
         pairs = zip(before, self, strict=True)
         return _Tokens(*(None if x is None else torch.cat((x, y), dim=1) for x, y in pairs))
+
+    def detached(self) -> _Tokens:
+        return _Tokens(*(None if x is None else x.detach() for x in self))
 
     def last(self, count: int) -> _Tokens:
         return _Tokens(*(None if x is None else x[:, x.shape[1] - count :] for x in self))
@@ -135,27 +138,41 @@ class PowerRetentionLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states, log_gates is not None, degree)
         new = _Tokens(key_states, value_states, log_gates)
+        out = None
         if torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (query_states, *new)
         ):
-            out = self._with_gradients(query_states, new, cu_seqlens)
-        elif self.record_past:
-            out = self._recorded(query_states, new)
-        else:
-            out = self._taken(query_states, new, cu_seqlens)
+            out = self._read(query_states, new, cu_seqlens)
+            query_states, new = query_states.detach(), new.detached()
+        take = self._take_recorded if self.record_past else self._take
+        taken = take(query_states, new, cu_seqlens)
+        out = taken if out is None else out
         self.seen += key_states.shape[1]
         if not blend:
             return out, None
         return out, self._keys_and_values(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
-    def _taken(self, queries: Tensor, new: _Tokens, cu_seqlens: Tensor | None) -> Tensor:
+    def _read(self, queries: Tensor, new: _Tokens, cu_seqlens: Tensor | None) -> Tensor:
+        """What the queries read, with gradients, which a memory has none of."""
+        state, sum_of_keys = self.memory.state(self.slots)
+        out = power_retention(
+            queries,
+            *new,
+            state,
+            deg=self.memory.deg,
+            sum_of_keys=sum_of_keys,
+            cu_seqlens=cu_seqlens,
+        )
+        return cast(Tensor, out)
+
+    def _take(self, queries: Tensor, new: _Tokens, cu_seqlens: Tensor | None) -> Tensor:
         """By a step where they are few enough, else as a prompt."""
         self._pending = None
         few = cu_seqlens is None and queries.shape[1] <= self.memory.max_tokens_per_step
         take = self.memory.step if few else self.memory.prefill
         return take(queries, *new, self.slots, cu_seqlens)
 
-    def _recorded(self, queries: Tensor, new: _Tokens) -> Tensor:
+    def _take_recorded(self, queries: Tensor, new: _Tokens, cu_seqlens: Tensor | None) -> Tensor:
         """Such that all tokens since the last `crop`, up to a window, can be taken back."""
         before = 0 if self._pending is None else self._pending.keys.shape[1]
         if before:
@@ -163,34 +180,13 @@ class PowerRetentionLayer(CacheLayerMixin):
             shape = (queries.shape[0], before, *queries.shape[2:])
             queries = torch.cat((queries.new_zeros(shape), queries), dim=1)
         tokens = new.after(self._pending)
-        total = queries.shape[1]
-        kept = min(total, self.memory.window)
-        if total <= self.memory.max_tokens_per_step:
+        kept = min(queries.shape[1], self.memory.window)
+        if queries.shape[1] <= self.memory.max_tokens_per_step:
             out = self.memory.step(queries, *tokens, self.slots)
         else:
             out = self.memory.prefill(queries, *tokens, self.slots, keep=kept)
         self._pending = tokens.last(kept)
         return out[:, before:]
-
-    def _with_gradients(self, queries: Tensor, new: _Tokens, cu_seqlens: Tensor | None) -> Tensor:
-        state, sum_of_keys = self.memory.state(self.slots)
-        out, state, sum_of_keys = power_retention(
-            queries,
-            *new,
-            state,
-            return_final_state=True,
-            deg=self.memory.deg,
-            sum_of_keys=sum_of_keys,
-            cu_seqlens=cu_seqlens,
-        )
-        if cu_seqlens is None:
-            tokens = torch.full_like(self.slots, queries.shape[1])
-        else:
-            tokens = cu_seqlens.diff()
-        positions = self.memory.positions[self.slots] + tokens
-        self.memory.set_state(self.slots, state.detach(), sum_of_keys.detach(), positions)
-        self._pending = None
-        return out
 
     def _keys_and_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.softmax is None:
@@ -208,9 +204,9 @@ class PowerRetentionLayer(CacheLayerMixin):
             tokens_to_remove: their number as a negative one, or 0.
 
         Raises:
-            ValueError: for a positive number, and for more tokens than can be taken back: those
-                since the last `crop` where the past is recorded, up to the window of 128, else
-                those that are not in the state yet. Nothing has changed then.
+            ValueError: for a positive number, and for more tokens than are not in a state yet:
+                where the past is recorded, those since the last `crop` up to a window of 128 are
+                not. Nothing has changed then.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -220,8 +216,6 @@ class PowerRetentionLayer(CacheLayerMixin):
         count = -tokens_to_remove
         if self.is_initialized and count:
             room = int(self.memory.lengths[self.slots].min())
-            if self._pending is not None:
-                room = self._pending.keys.shape[1]
             if count > room:
                 raise ValueError(
                     f"tokens_to_remove: expected at least -{room}, since all before are in a state "

@@ -379,8 +379,8 @@ class RetentionModel(RetentionPreTrainedModel):
                 Without a mask and a cache, a sequence starts wherever they do not go on by 1: so
                 packed sequences are told apart.
             cache: of transformers, or a `SlotCache`; changed in place.
-            use_cache: whether to make a `DynamicCache` where there is none; packed sequences have
-                none. Default: the configuration's.
+            use_cache: whether to make a `DynamicCache` where there is none; packed sequences, and a
+                model that trains, have none. Default: the configuration's.
             cu_seq_lens_q: int32 `[n + 1]`, where packed sequences, b = 1, begin and end.
 
         Raises:
@@ -395,7 +395,8 @@ class RetentionModel(RetentionPreTrainedModel):
         starts = None
         if cache is None and cu_seqlens is None and attention_mask is None:
             starts = _sequence_starts(position_ids, inputs_embeds)
-        if use_cache and cache is None and starts is None and cu_seqlens is None:
+        trains = self.training and torch.is_grad_enabled()
+        if use_cache and cache is None and not trains and starts is None and cu_seqlens is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = _positions(inputs_embeds, cache, cu_seqlens)
