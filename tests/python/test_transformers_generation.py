@@ -16,7 +16,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import retention.transformers as rt
 from retention.nn import all_or_nothing
 
-KINDS = ("retention", "no gates", "mixed", "brumby", "powercoder")
+KINDS = ("retention", "no gates", "mixed")
 NEW = 24  # a window of 16 ends among them
 
 
@@ -479,10 +479,10 @@ def indices(*slots: int) -> Tensor:
     return torch.tensor(slots, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("kind", ["retention", "brumby", "powercoder"])
-def test_rows_in_slots_at_different_positions(models: dict, kind: str):
+@pytest.mark.parametrize("kind", ["no gates", "brumby", "powercoder"])
+def test_rows_in_slots_at_different_positions(kind: str):
     """A server's work: prompts in packed pieces, steps of those that are there, slots used again."""
-    model = models[kind]
+    model = make_model(kind)
     cache = rt.SlotCache(model.config, 5, dtype=torch.float64, max_tokens_per_step=3)
     texts: dict[int, Tensor] = {}
 
@@ -564,12 +564,12 @@ def test_long_texts_in_sixteen_bits(dtype: torch.dtype):
     exact = make_model("retention", initializer_range=0.1)
     model = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict(model.state_dict())
-    ids = tokens(1, 600)
+    ids = tokens(1, 350)
     with torch.no_grad():
         wanted = exact(ids).logits
         whole = model(ids, use_cache=False).logits.double()
         cache = model(ids[:, :100]).cache
-        parts = [model(ids[:, i : i + 1], cache=cache).logits for i in range(100, 600)]
+        parts = [model(ids[:, i : i + 1], cache=cache).logits for i in range(100, 350)]
     assert cache.layers[0].memory.state_dtype == torch.float32
     error_of_steps = (torch.cat(parts, 1).double() - wanted[:, 100:]).square().mean().sqrt()
     error_of_whole = (whole - wanted)[:, 100:].square().mean().sqrt()
