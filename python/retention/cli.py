@@ -1,4 +1,5 @@
-"""The `retention` command: train a model, generate from it, measure, say what is built in."""
+"""The `retention` command: train a model, generate from it, convert others, measure, say what is
+built in."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ _NEEDS = {
     "train": ("rich", "matplotlib", "safetensors"),
     "generate": ("safetensors",),
     "bench": ("rich", "matplotlib"),
+    "convert": ("transformers",),
 }
+# The extra with what a command needs, where it is not `train`.
+_EXTRAS = {"bench": "bench", "convert": "transformers"}
 _INTERRUPTED = 130
 _STANDARD_INPUT = Path("-")
 
@@ -92,7 +96,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if missing:
             raise UsageError(
                 f"needs {' and '.join(missing)}, not installed here: pip install "
-                f"'power-retention[{'bench' if command == 'bench' else 'train'}]'",
+                f"'power-retention[{_EXTRAS.get(command, 'train')}]'",
             )
         return options.run(options)
     except KeyboardInterrupt:
@@ -161,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)
+    _add_convert(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="what is built in and which devices are there")
     info.set_defaults(run=_info)
@@ -264,6 +269,39 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         "--device", metavar="NAME", help="where to run (default: cuda where there is one, else cpu)"
     )
     _add_dtype(generate, "float32", "float32")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="put power retention in place of a transformer's attention",
+        description="Write a checkpoint of transformers (Llama, Mistral, Qwen2, Qwen3, StarCoder2) "
+        "anew, with power retention in place of its attention. It computes what it was until it is "
+        "trained on, while the blend of both goes from 1 to 0.",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", type=_path, metavar="SOURCE", help="the checkpoint's folder")
+    convert.add_argument("out", type=_path, metavar="OUT", help="a folder that is not there yet")
+    convert.add_argument(
+        "--layers",
+        type=_non_negative,
+        nargs="+",
+        metavar="N",
+        help="layers to convert, counted from 0 (default: all)",
+    )
+    convert.add_argument(
+        "--gating",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether heads forget (default: they do)",
+    )
+    convert.add_argument(
+        "--blend",
+        type=_non_negative_float,
+        default=1.0,
+        metavar="X",
+        help="1: softmax attention's output; 0: power retention's (default: 1)",
+    )
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -465,6 +503,27 @@ def _generate(options: argparse.Namespace) -> int:
         for i, progress in enumerate(statistics.each, start=1):
             print(f"{i}: {progress}", file=sys.stderr)
     print(f"{statistics}, {statistics.state_bytes:,} bytes of state", file=sys.stderr)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    try:
+        from transformers.utils import logging
+
+        from retention.transformers import convert_checkpoint
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        model = convert_checkpoint(
+            options.source, options.out, options.layers, options.gating, options.blend
+        )
+    except (ImportError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    kinds = model.config.layer_types
+    _write(
+        f"{options.out}: {kinds.count('power_retention')} of {len(kinds)} layers are power "
+        f"retention, {model.num_parameters():,} parameters, blend {model.config.softmax_blend:g}\n"
+    )
     return 0
 
 

@@ -9,9 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# First, since it keeps transformers offline.
-from transformers_cases import EXACT, VOCABULARY, greedy, tokens
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -28,7 +25,10 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import retention.transformers  # noqa: F401  (registers it)
+import retention.transformers
+
+# First, since it keeps transformers offline.
+from transformers_cases import EXACT, VOCABULARY, greedy, tokens
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -178,11 +178,15 @@ def test_it_is_another_function_than_softmax():
             "one that hides earlier tokens of a sequence, as a window does",
         ),
         (
-            Gemma2Config(**SMALL, head_dim=8, attn_logit_softcapping=50.0, layer_types=["full_attention"] * 2),
+            Gemma2Config(
+                **SMALL, head_dim=8, attn_logit_softcapping=50.0, layer_types=["full_attention"] * 2
+            ),
             "softcap: expected None",
         ),
         (
-            GptOssConfig(**SMALL, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * 2),
+            GptOssConfig(
+                **SMALL, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * 2
+            ),
             "s_aux: expected None",
         ),
     ],
@@ -201,6 +205,32 @@ def test_dropout_of_weights():
     model.eval()(tokens(1, 9))
     with pytest.raises(ValueError, match=r"dropout: expected 0 with power_retention, got 0\.1"):
         model.train()(tokens(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"is_causal": False}, "is_causal: expected True with power_retention, got False"),
+        ({"position_bias": torch.zeros(1)}, "position_bias: expected None"),
+        ({"dropout": 0.5}, "dropout: expected 0 with power_retention, got 0.5"),
+    ],
+)
+def test_calls_that_it_cannot_answer(arguments: dict, message: str):
+    q, module = torch.zeros(1, 2, 3, 8), torch.nn.Module()
+    with pytest.raises(ValueError, match=message):
+        retention.transformers.power_retention_attention(module, q, q, q, None, **arguments)
+
+
+def test_queries_of_the_last_tokens_where_nobody_made_a_mask():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
+    module = torch.nn.Module()
+    whole, _ = retention.transformers.power_retention_attention(module, q, k, v, None)
+    last, weights = retention.transformers.power_retention_attention(
+        module, q[:, :, 6:], k, v, None
+    )
+    assert weights is None
+    torch.testing.assert_close(last, whole[:, 6:], **EXACT)
 
 
 def test_an_encoder():

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
-
-# First, since it keeps transformers offline.
-from transformers_cases import EXACT, formula, greedy, make_config, make_model, tokens
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import retention.transformers as rt
 from retention.nn import all_or_nothing
+
+# First, since it keeps transformers offline.
+from transformers_cases import EXACT, formula, greedy, make_config, make_model, tokens
 
 KINDS = ("retention", "no gates", "mixed")
 NEW = 24  # a window of 16 ends among them
@@ -47,9 +47,7 @@ OPTIONS = {"do_sample": False, "max_new_tokens": NEW}
 
 
 def test_greedy(model: rt.RetentionForCausalLM, greedy_tokens: Tensor):
-    out = model.generate(
-        tokens(2, 9), **OPTIONS, return_dict_in_generate=True, output_logits=True
-    )
+    out = model.generate(tokens(2, 9), **OPTIONS, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(out.sequences, greedy_tokens)
     logits = torch.stack(out.logits, dim=1).double()
     # The library keeps logits in float32.
@@ -79,7 +77,10 @@ def test_several_sequences_of_a_prompt(models: dict):
     for use_cache in (True, False):
         torch.manual_seed(7)
         out = model.generate(
-            *(tokens(2, 9),), do_sample=True, num_return_sequences=3, max_new_tokens=8,
+            *(tokens(2, 9),),
+            do_sample=True,
+            num_return_sequences=3,
+            max_new_tokens=8,
             use_cache=use_cache,
         )
         drawn.append(out)
@@ -104,7 +105,9 @@ def test_beams(model: rt.RetentionForCausalLM):
     assert torch.equal(found[0].sequences, found[1].sequences)
     torch.testing.assert_close(found[0].sequences_scores, found[1].sequences_scores)
     # Beams did change places, else this shows nothing.
-    assert not torch.equal(found[0].beam_indices[:, :NEW], found[0].beam_indices[:, :1].expand(-1, NEW))
+    assert not torch.equal(
+        found[0].beam_indices[:, :NEW], found[0].beam_indices[:, :1].expand(-1, NEW)
+    )
 
 
 @pytest.mark.parametrize("count", [1, 5])
@@ -133,26 +136,25 @@ def test_prefill_in_chunks(model: rt.RetentionForCausalLM, greedy_tokens: Tensor
     assert torch.equal(out, greedy_tokens)
 
 
-def test_right_padding_in_a_cache(model: rt.RetentionForCausalLM):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"gating": False}, {"layer_types": ["full_attention", "power_retention"]}],
+    ids=["gates", "no gates", "mixed"],
+)
+def test_right_padding_in_a_cache(more: dict):
     """A prompt that is padded on the right, and goes on: huggingface/transformers#48256."""
-    if "sliding_attention" in model.config.layer_types:
-        prompt = 4  # a window counts what is padded
-    else:
-        prompt = 6
-    ids = tokens(1, prompt)
-    mask = torch.ones(1, 9, dtype=torch.int64)
-    mask[:, prompt:] = 0
-    cache = model(torch.nn.functional.pad(ids, (0, 9 - prompt)), attention_mask=mask).cache
-    next_token = tokens(1, 1, seed=5)
+    model, ids = make_model(**more), tokens(1, 6)
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    cache = model(torch.nn.functional.pad(ids, (0, 3)), attention_mask=mask).cache
+    new = tokens(1, 1, seed=5)
     got = model(
-        next_token,
-        attention_mask=torch.cat((mask, torch.ones_like(next_token)), 1),
-        position_ids=torch.tensor([[prompt]]),
+        new,
+        attention_mask=torch.cat((mask, torch.ones_like(new)), 1),
+        position_ids=torch.tensor([[6]]),
         cache=cache,
     ).logits
-    if "sliding_attention" not in model.config.layer_types:
-        wanted = model(torch.cat((ids, next_token), 1), use_cache=False).logits[:, -1:]
-        torch.testing.assert_close(got, wanted, **EXACT)
+    wanted = model(torch.cat((ids, new), 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(got, wanted, **EXACT)
 
 
 def test_continuation(model: rt.RetentionForCausalLM, greedy_tokens: Tensor):
@@ -189,9 +191,7 @@ def test_gradients_through_a_cache(model: rt.RetentionForCausalLM):
     with torch.no_grad():
         cache = model(ids[:, :13]).cache
     out = model(ids[:, 13:], cache=cache)
-    torch.testing.assert_close(
-        out.logits, model(ids, use_cache=False).logits[:, 13:], **EXACT
-    )
+    torch.testing.assert_close(out.logits, model(ids, use_cache=False).logits[:, 13:], **EXACT)
     got = torch.autograd.grad(out.logits.square().sum(), parameters)
     assert all(x.abs().max() > 0 for x in got)
     # Moving all weights moves the same logits by as much, with the past held.
@@ -255,7 +255,7 @@ def test_an_assistant(models: dict, assistants: dict, who: str, prompt: int):
 
 
 def test_sampling_with_an_assistant(models: dict, assistants: dict):
-    """Of a model that is its own assistant every draft is taken: as many as the schedule grows to."""
+    """Of a model that is its own assistant, every draft is taken."""
     model, ids = models["retention"], tokens(1, 9)
     torch.manual_seed(0)
     out = model.generate(
@@ -300,7 +300,9 @@ def test_what_cannot_be_taken_back():
     plain = DynamicCache(config=model.config)
     for cache, count, room in ((plain, 1, 0), (recorded, 129, 128)):
         model(tokens(1, 200), cache=cache)
-        with pytest.raises(ValueError, match=rf"tokens_to_remove: expected at least -{room}, .* got"):
+        with pytest.raises(
+            ValueError, match=rf"tokens_to_remove: expected at least -{room}, .* got"
+        ):
             cache.crop(-count)
         with pytest.raises(ValueError, match="tokens_to_remove: expected a negative number"):
             cache.crop(1)
@@ -346,9 +348,7 @@ def test_compiled_steps(kind: dict):
     ids = torch.cat((tokens(1, 9), torch.nn.functional.pad(tokens(1, 6), (3, 0))))
     mask = (ids != 0).long()
     options = {"attention_mask": mask, **OPTIONS}
-    out = model.generate(
-        ids, **options, cache_implementation="static", compile_config=config
-    )
+    out = model.generate(ids, **options, cache_implementation="static", compile_config=config)
     assert torch.equal(out, model.generate(ids, **options))
     assert len(graphs) == 1
     torch._dynamo.reset()
@@ -424,13 +424,14 @@ def test_rows_are_repeated_and_selected(blend: float, recorded: bool):
     model(ids[:, :17], cache=cache)
     model(ids[:, 17:18], cache=cache)
     rows = torch.arange(3)
-    for change in (
-        lambda: (cache.batch_repeat_interleave(2), rows.repeat_interleave(2))[1],
-        lambda: (cache.reorder_cache(torch.tensor([5, 0, 1, 1, 4, 2])), rows[[5, 0, 1, 1, 4, 2]])[1],
-        lambda: (cache.batch_select_indices(torch.tensor([4, 0, 2])), rows[[4, 0, 2]])[1],
-        lambda: (cache.batch_select_indices(torch.tensor([True, False, True])), rows[[0, 2]])[1],
+    for change, argument, chosen in (
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+        ("reorder_cache", torch.tensor([5, 0, 1, 1, 4, 2]), [5, 0, 1, 1, 4, 2]),
+        ("batch_select_indices", torch.tensor([4, 0, 2]), [4, 0, 2]),
+        ("batch_select_indices", torch.tensor([True, False, True]), [0, 2]),
     ):
-        rows = change()
+        getattr(cache, change)(argument)
+        rows = rows[chosen]
         probe = copy.deepcopy(cache)
         got = model(ids[rows, 18:], cache=probe).logits
         wanted = model(ids[rows], use_cache=False).logits[:, 18:]
@@ -481,7 +482,7 @@ def indices(*slots: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["no gates", "brumby", "powercoder"])
 def test_rows_in_slots_at_different_positions(kind: str):
-    """A server's work: prompts in packed pieces, steps of those that are there, slots used again."""
+    """A server's work: prompts in packed pieces, steps of those that are there, slots reused."""
     model = make_model(kind)
     cache = rt.SlotCache(model.config, 5, dtype=torch.float64, max_tokens_per_step=3)
     texts: dict[int, Tensor] = {}
@@ -574,4 +575,5 @@ def test_long_texts_in_sixteen_bits(dtype: torch.dtype):
     error_of_steps = (torch.cat(parts, 1).double() - wanted[:, 100:]).square().mean().sqrt()
     error_of_whole = (whole - wanted)[:, 100:].square().mean().sqrt()
     assert error_of_steps < 1.5 * error_of_whole
-    assert math.isfinite(error_of_steps) and error_of_whole > 0
+    assert math.isfinite(error_of_steps)
+    assert error_of_whole > 0

@@ -1,8 +1,8 @@
 """One of several processes that share a model of transformers: `transformers_worker.py FOLDER`.
 
 RANK, WORLD_SIZE and the like are in the environment, as launchers have them. The process writes
-`FOLDER/trained-<RANK>.pt`, losses and whole parameters after `train`, and `FOLDER/tensors-<RANK>.pt`,
-logits and tokens of a model that is sharded by its tensor-parallel plan.
+`FOLDER/trained-<RANK>.pt`, losses and whole parameters after `train`, and
+`FOLDER/tensors-<RANK>.pt`, what models give that are sharded by their tensor-parallel plans.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-# First, since it keeps transformers offline.
-from transformers_cases import tokens
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import retention.transformers as rt
+
+# First, since it keeps transformers offline.
+from transformers_cases import tokens
 
 PROCESSES = 2
 STEPS = 3
@@ -52,7 +52,7 @@ def whole(x: Tensor) -> Tensor:
 
 
 def train(folder: Path, processes: int) -> dict:
-    """What `Trainer` makes of the checkpoint `folder/blend`, of which processes hold a share each."""
+    """What `Trainer` makes of the checkpoint `folder/blend`, of which each process has a share."""
     shared = DistributedConfig(fsdp_size=processes) if processes > 1 else None
     model = AutoModelForCausalLM.from_pretrained(folder / "blend", distributed_config=shared)
     losses = Losses()
@@ -86,7 +86,7 @@ def train(folder: Path, processes: int) -> dict:
 
 
 def tensor_parallel(folder: Path) -> dict:
-    """Logits, gradients and greedy tokens of checkpoints in `folder`, sharded as they are loaded."""
+    """Logits, gradients and greedy tokens of checkpoints in `folder`, sharded while they load."""
     done = {}
     for kind in ("brumby", "powercoder", "mixed"):
         shared = DistributedConfig(tp_size=PROCESSES)

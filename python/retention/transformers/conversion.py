@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from retention.nn import GateProjection
@@ -73,6 +74,7 @@ def convert(
             f"model: expected a {' or '.join(_SOURCES)}, for causal language modelling, got "
             f"{checks.describe(model)}"
         )
+    _check_blend(blend)
     config = _configuration(model, layers, gating, blend)
     with torch.device("meta"):
         converted = RetentionForCausalLM(config)
@@ -88,7 +90,7 @@ def convert(
     device = converted.model.embed_tokens.weight.device
     converted.model.rotary_emb = RetentionRotaryEmbedding(config).to(device)
     converted.generation_config = copy.deepcopy(model.generation_config)
-    if model.is_gradient_checkpointing:
+    if model.is_activation_checkpointing:
         converted.activation_checkpointing_enable()
     return converted.train(model.training)
 
@@ -112,26 +114,29 @@ def _configuration(
     window = getattr(source, "sliding_window", None)
     types = getattr(source, "layer_types", None) or [FULL if window is None else SLIDING] * count
     options: dict[str, Any] = {name: getattr(source, name) for name in _COMMON}
-    return RetentionConfig(
-        **options,
-        head_dim=attention.head_dim,
-        layer_types=[RETENTION if i in chosen else kind for i, kind in enumerate(types)],
-        softmax_types=types,
-        softmax_blend=blend,
-        sliding_window=window,
-        gating=gating,
-        attention_bias=attention.q_proj.bias is not None,
-        attention_out_bias=attention.o_proj.bias is not None,
-        qk_norm=hasattr(attention, "q_norm"),
-        norm_type="layer" if isinstance(model.model.norm, nn.LayerNorm) else "rms",
-        norm_eps=getattr(source, "rms_norm_eps", None) or source.norm_epsilon,
-        mlp_type="gated" if hasattr(mlp, "gate_proj") else "plain",
-        mlp_bias=(mlp.down_proj if hasattr(mlp, "down_proj") else mlp.c_proj).bias is not None,
-        rope_parameters=rope,
-        residual_dropout=getattr(source, "residual_dropout", 0.0),
-        embedding_dropout=getattr(source, "embedding_dropout", 0.0),
-        dtype=model.dtype,
-    )
+    options |= {
+        "head_dim": attention.head_dim,
+        "layer_types": [RETENTION if i in chosen else kind for i, kind in enumerate(types)],
+        "softmax_types": types,
+        "softmax_blend": blend,
+        "sliding_window": window,
+        "gating": gating,
+        "attention_bias": attention.q_proj.bias is not None,
+        "attention_out_bias": attention.o_proj.bias is not None,
+        "qk_norm": hasattr(attention, "q_norm"),
+        "norm_type": "layer" if isinstance(model.model.norm, nn.LayerNorm) else "rms",
+        "norm_eps": getattr(source, "rms_norm_eps", None) or source.norm_epsilon,
+        "mlp_type": "gated" if hasattr(mlp, "gate_proj") else "plain",
+        "mlp_bias": (mlp.down_proj if hasattr(mlp, "down_proj") else mlp.c_proj).bias is not None,
+        "rope_parameters": rope,
+        "residual_dropout": getattr(source, "residual_dropout", 0.0),
+        "embedding_dropout": getattr(source, "embedding_dropout", 0.0),
+        "dtype": model.dtype,
+    }
+    try:
+        return RetentionConfig(**options, attn_implementation=source._attn_implementation)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {error.__cause__}") from None
 
 
 def _gate(planned: GateProjection, key: nn.Module) -> GateProjection:
@@ -159,10 +164,14 @@ def set_blend(model: nn.Module, blend: float) -> None:
     configs = [m.config for m in model.modules() if isinstance(m, RetentionForCausalLM)]
     if not configs:
         raise TypeError(f"model: expected one of convert(), got {checks.describe(model)}")
-    if not 0 <= blend <= 1:
-        raise ValueError(f"blend: expected 0 to 1, got {blend}")
+    _check_blend(blend)
     for config in configs:
         config.softmax_blend = blend
+
+
+def _check_blend(blend: float) -> None:
+    if not 0 <= blend <= 1:
+        raise ValueError(f"blend: expected 0 to 1, got {blend}")
 
 
 class BlendSchedule(transformers.TrainerCallback):
