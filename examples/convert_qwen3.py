@@ -3,10 +3,10 @@
     python examples/convert_qwen3.py --out runs/convert
 
 From one checkpoint the model goes on in three ways, over the same batches: as it was, with softmax
-attention; converted, with a blend that goes from softmax attention to power retention; and converted
-at once. `curves.png` and `curves.json` show the loss on files that were held out, and `converted/`
-is the second model, as `AutoModelForCausalLM.from_pretrained` loads it. It takes some minutes on two
-cores. Bytes are the tokens, so nothing is fetched.
+attention; converted, with a blend that goes from softmax attention to power retention; and
+converted at once. `curves.png` and `curves.json` show the loss on files that were held out, and
+`converted/` is the second model, as `AutoModelForCausalLM.from_pretrained` loads it. Bytes are the
+tokens, so nothing is fetched.
 """
 
 from __future__ import annotations
