@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import math
@@ -798,6 +799,29 @@ def test_selected_slots_go_on_as_the_originals(formats: tuple[torch.dtype, torch
             torch.testing.assert_close(got[[0, 1, 3]], wanted, rtol=0.1, atol=0.1)
         else:
             assert torch.equal(got[[0, 1, 3]], wanted)
+
+
+def test_slots_whose_places_need_more_than_32_bits(monkeypatch: pytest.MonkeyPatch):
+    """As vllm-project/vllm#35275 had them: the last slot's state begins beyond 2^31 elements."""
+    zeros = torch.zeros
+
+    def lazy(shape: tuple[int, ...], **options: Any) -> Tensor:
+        # Memory that nobody writes to is not there, so few of these gigabytes are.
+        return (torch.empty if math.prod(shape) > 2**30 else zeros)(shape, **options)
+
+    config = Config((BF16, BF16), d=128, dv=128, h=8, slots=260, window=8, most=1)
+    small = dataclasses.replace(config, slots=2).cache()
+    monkeypatch.setattr(pool.torch, "zeros", lazy)
+    large = config.cache()
+    assert large.pool.high[-1].storage_offset() > 2**31
+    for seed in range(12):  # a window of 8 goes into the state
+        tokens = config.tokens(seed, 1, 1)
+        got = large.step(**tokens, slots=indices(config.slots - 1))
+        wanted = small.step(**tokens, slots=indices(1))
+        # bfloat16, and windows that end at different tokens.
+        torch.testing.assert_close(got, wanted, rtol=0.05, atol=0.05)
+    assert large.pool.high[-1].abs().max() > 0
+    assert large.positions.tolist() == [0] * (config.slots - 1) + [12]
 
 
 def test_slots_to_select_that_are_not_there():

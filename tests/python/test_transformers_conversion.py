@@ -236,6 +236,10 @@ def test_a_schedule_takes_the_blend_to_nothing(tmp_path: Path):
     )
     trainer.train()
     torch.testing.assert_close(seen.blends, [1.0, 0.8, 0.6, 0.4, 0.2] + [0.0] * 5)
+    evaluated = trainer.evaluate(batch)
+    assert evaluated["eval_loss"] == pytest.approx(
+        converted.eval()(ids, labels=ids).loss.item(), rel=1e-4
+    )
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.config.softmax_blend == 0

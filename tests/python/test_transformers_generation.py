@@ -354,6 +354,31 @@ def test_compiled_steps(kind: dict):
     torch._dynamo.reset()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks", [None, 16])
+def test_compiled_steps_on_a_gpu(dtype: torch.dtype, chunks: int | None):
+    """As generate() compiles them of its own accord, with captured graphs; kernels and PyTorch."""
+    torch._dynamo.reset()
+    options = {"hidden_size": 128, "head_dim": 64, "num_hidden_layers": 3, "initializer_range": 0.1}
+    kinds = ["power_retention", "power_retention", "full_attention"]
+    model = make_model(dtype=dtype, layer_types=kinds, **options).cuda()
+    short = torch.nn.functional.pad(tokens(1, 30), (10, 0))
+    ids = torch.cat((tokens(1, 40), short)).cuda()
+    arguments = {"attention_mask": (ids != 0).long(), "do_sample": False, "max_new_tokens": 150}
+    for _ in range(2):  # the second time from what was compiled
+        out = model.generate(
+            ids, **arguments, cache_implementation="static", prefill_chunk_size=chunks
+        )
+        mask = torch.nn.functional.pad(arguments["attention_mask"], (0, 150), value=1)
+        logits = model(out, attention_mask=mask, use_cache=False).logits.float()[:, 39:-1]
+        chosen = logits.gather(2, out[:, 40:, None])[..., 0]
+        # Each token is as likely as the likeliest, but for the roundings of the model's dtype.
+        tolerance = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype] * logits.abs().max()
+        assert (logits.amax(-1) - chosen).max() <= tolerance
+    torch._dynamo.reset()
+
+
 def test_a_static_cache_is_used_again(models: dict):
     """From memory that stays where it is, for compiled steps and captured graphs."""
     model, ids = models["retention"], tokens(2, 9)
@@ -522,6 +547,27 @@ def test_rows_in_slots_at_different_positions(kind: str):
     for memory, positions in zip(cache.memories, before, strict=True):
         assert torch.equal(memory.positions, positions)
     take([0, 3], [1, 1], 32, step=True)
+
+
+def test_a_prefix_is_kept_without_the_drafts_that_were_rejected(models: dict):
+    """Drafts are verified in the very slot that prefixes are copied from: vllm-project/vllm#53912
+    and #40875."""
+    model, ids = models["retention"], tokens(1, 23)
+    cache = rt.SlotCache(model.config, 2, dtype=torch.float64, max_tokens_per_step=4)
+    cache.rows = indices(0)
+    model(ids[:, :14], cache=cache)
+    for start in range(14, 19):
+        # One draft of four is right. A window of 16 ends meanwhile.
+        drafts = torch.cat((ids[:, start : start + 1], tokens(1, 3, seed=start)), dim=1)
+        model(drafts, cache=cache)
+        for memory in cache.memories:
+            memory.rollback(indices(0), 3)
+    for memory in cache.memories:
+        memory.copy(indices(0), indices(1))
+    for slot in (1, 0):
+        cache.rows = indices(slot)
+        got = model(ids[:, 19:], cache=cache).logits
+        torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, 19:], **EXACT)
 
 
 def test_padding_in_slots_touches_nothing(models: dict):

@@ -527,6 +527,7 @@ def test_configurations_by_name():
     assert stored["rms_norm_eps"] == 0.5
     assert "norm_eps" not in stored
     assert rt.PowerCoderConfig(norm_epsilon=0.5).norm_eps == 0.5
+    assert rt.BrumbyConfig(p=4).degree == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -347,8 +347,8 @@ STATIC_LAYER_TYPE_MAPPING[RETENTION] = PowerRetentionStaticLayer
 class SlotCache(Cache):
     """Many sequences in slots of a fixed size, of which every call names its own.
 
-    For servers: sequences come and go, each at a position of its own, and all memory is allocated
-    here. A call decodes or prefills the rows that `rows` names:
+    For servers of a model on one device: sequences come and go, each at a position of its own, and
+    all memory is allocated here. A call decodes or prefills the rows that `rows` names:
 
         cache.rows = slots                             # int32 [b]
         model(input_ids, cache=cache)                  # [b, t], of every sequence the next t tokens
