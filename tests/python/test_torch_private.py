@@ -63,6 +63,8 @@ def test_where_pytorch_does_not_tell(monkeypatch):
     monkeypatch.setattr(torch_private, "_functorch_is_active", None)
     monkeypatch.setattr(torch_private, "_levels", torch_private.SimpleNamespace(_current_level=0))
     monkeypatch.setattr(torch_private, "_CUDA_IS_NEXT", None)
+    monkeypatch.delattr(torch._dynamo, "mark_static_address")
+    torch_private.stays_in_place(torch.zeros(1))
     assert torch_private.functorch_is_active(unknown=True)
     assert not torch_private.functorch_is_active(unknown=False)
     assert torch_private.forward_mode_is_active()

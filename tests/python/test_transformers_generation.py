@@ -332,7 +332,7 @@ def test_static_cache(model: rt.RetentionForCausalLM, greedy_tokens: Tensor):
 
 
 @pytest.mark.parametrize(
-    "kind", [{}, {"layer_types": ["full_attention", "power_retention"]}], ids=["alone", "mixed"]
+    "kind", [{}, {"layer_types": ["power_retention", "full_attention"]}], ids=["alone", "mixed"]
 )
 def test_compiled_steps(kind: dict):
     """In one graph, compiled once for all steps: as on a GPU, but for what makes code of it."""
@@ -389,7 +389,9 @@ def test_a_static_cache_is_used_again(models: dict):
         out = model.generate(ids, **OPTIONS, cache=cache)
         assert torch.equal(out, greedy(model, ids, NEW))
         layer = cache.layers[0]
-        now = [x.data_ptr() for x in (*layer.memory.pool, layer.slots, layer.seen) if x is not None]
+        kept = [x for x in (*layer.memory.pool, layer.slots, layer.seen) if x is not None]
+        assert all(hasattr(x, "_dynamo_static_input_type") for x in kept)  # the compiler knows
+        now = [x.data_ptr() for x in kept]
         assert places in (None, now)
         places = now
         cache.reset()
@@ -407,7 +409,10 @@ def test_a_static_cache_does_not_blend():
 
 BLENDED = {
     "softmax_blend": 0.3,
-    "softmax_types": ["sliding_attention", "full_attention"],
+    "num_hidden_layers": 3,
+    # The first keeps its window alone, and the second blends with one.
+    "layer_types": ["sliding_attention", "power_retention", "power_retention"],
+    "softmax_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 6,
 }
 

@@ -434,12 +434,22 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str):
         torch.testing.assert_close(x, y, **EXACT)
 
 
-def test_dropouts_are_those_of_training():
-    model, ids = make_model("powercoder", residual_dropout=0.5, embedding_dropout=0.5), tokens(1, 9)
+@pytest.mark.parametrize("name", ["residual_dropout", "embedding_dropout"])
+def test_dropouts_are_those_of_training(name: str):
+    model, ids = make_model("powercoder", **{name: 0.5}), tokens(1, 9)
     plain = make_model("powercoder")
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, **EXACT)
     model.train()
     assert (model(ids).logits - plain(ids).logits).abs().max() > 0.1
+
+
+def test_a_model_that_trains_makes_no_cache():
+    model, ids = make_model("retention"), tokens(1, 9)
+    assert model(ids).cache is not None
+    model.train()
+    assert model(ids, labels=ids).cache is None
+    with torch.no_grad():  # as generate() of a model that was left in training
+        assert model(ids).cache is not None
 
 
 def test_autocast():

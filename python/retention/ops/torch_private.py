@@ -114,3 +114,14 @@ _functorch_is_active: Callable[[], bool] | None = _find("_are_functorch_transfor
 def functorch_is_active(unknown: bool) -> bool:
     """Whether a transform of ``torch.func`` is; ``unknown`` where PyTorch does not tell."""
     return unknown if _functorch_is_active is None else _functorch_is_active()
+
+
+# ---- compilation --------------------------------------------------------------------------------
+
+
+def stays_in_place(x: Tensor) -> None:
+    """Tells torch.compile that a tensor keeps its address, and is changed there. Where PyTorch has
+    no way to, what is compiled copies it before it is captured in a CUDA graph."""
+    mark = getattr(torch._dynamo, "mark_static_address", None)
+    if mark is not None:
+        mark(x)

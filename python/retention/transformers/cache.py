@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 from retention.cache import RetentionCache
 from retention.functional import power_retention
 from retention.ops import checks
+from retention.ops.torch_private import stays_in_place
 from retention.transformers.configuration import RETENTION, RetentionConfig
 
 # Drafts that can be taken back. Longer windows fold more slowly than they save (docs/design.md).
@@ -325,7 +326,7 @@ class PowerRetentionStaticLayer(PowerRetentionLayer):
         if not torch.compiler.is_compiling():
             for x in (*self.memory.pool, self.slots, self.seen):
                 if x is not None:
-                    torch._dynamo.mark_static_address(x)
+                    stays_in_place(x)
 
     def _keys_and_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(

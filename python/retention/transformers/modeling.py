@@ -210,13 +210,17 @@ class RetentionAttention(nn.Module):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Args:
-        hidden_states: `[b, t, hidden_size]`.
-        position_embeddings: of `RetentionRotaryEmbedding`.
-        attention_mask: `[b, t]`, 0 where a row is padded, for power retention.
-        softmax_mask: as transformers makes it for the attention that is configured.
-        sequence_starts: bool `[b, t]`, where packed sequences start, if `cu_seq_lens_q` is not
-            given, which says the same.
+        """What the layer's tokens read of each other and, from a cache, of those before.
+
+        Args:
+            hidden_states: `[b, t, hidden_size]`.
+            position_embeddings: of `RetentionRotaryEmbedding`.
+            attention_mask: `[b, t]`, 0 where a row is padded, for power retention.
+            softmax_mask: as transformers makes it for the attention that is configured.
+            sequence_starts: bool `[b, t]`, where packed sequences start, if `cu_seq_lens_q` is not
+                given, which says the same.
+            cache: of transformers, or a `SlotCache`; changed in place.
+            cu_seq_lens_q: int32 `[n + 1]`, where packed sequences, b = 1, begin and end.
 
         Returns:
             `[b, t, hidden_size]`, and the weights of softmax attention where that gives them.
@@ -371,7 +375,9 @@ class RetentionModel(RetentionPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Args:
+        """The last layer's hidden states `[b, t, hidden_size]`, normalised, and the cache.
+
+        Args:
             input_ids: `[b, t]`; or `inputs_embeds` `[b, t, hidden_size]`.
             attention_mask: `[b, n]`, n at least t, 0 where a row is padded, on either side, of
                 which the last t are those of the tokens. Default: no padding.
