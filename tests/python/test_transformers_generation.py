@@ -583,6 +583,7 @@ def test_padding_in_slots_touches_nothing(models: dict):
     model(tokens(3, 5), cache=cache)
     before = [x.clone() for m in cache.memories for x in m.pool.remembered().values()]
     cache.rows = indices(-1, 7, -1)
+    assert cache.positions.tolist() == [0, 0, 0]
     out = model(tokens(3, 1), cache=cache)
     assert out.logits.isfinite().all()
     after = [x for m in cache.memories for x in m.pool.remembered().values()]
