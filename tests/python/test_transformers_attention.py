@@ -221,6 +221,18 @@ def test_calls_that_it_cannot_answer(arguments: dict, message: str):
         retention.transformers.power_retention_attention(module, q, q, q, None, **arguments)
 
 
+def test_bounds_of_packed_sequences_alone():
+    """Where positions say nothing of them."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
+    attend, module = retention.transformers.power_retention_attention, torch.nn.Module()
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out, _ = attend(module, q, k, v, None, cu_seq_lens_q=bounds)
+    for part in (slice(0, 4), slice(4, 9)):
+        alone, _ = attend(module, *(x[:, :, part] for x in (q, k, v)), None)
+        torch.testing.assert_close(out[:, part], alone, **EXACT)
+
+
 def test_queries_of_the_last_tokens_where_nobody_made_a_mask():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
