@@ -373,6 +373,24 @@ def test_packed_sequences_do_not_see_each_other(kind: str, how: str):
     torch.testing.assert_close(out.loss.double(), mean, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("named", [False, True], ids=["position_ids", "cu_seq_lens_q"])
+def test_packing_and_padding_while_a_model_is_converted(named: bool):
+    """The softmax attention of a blend sees what power retention sees."""
+    model = make_model("retention", softmax_blend=0.3)
+    sequences = [tokens(n, seed=n) for n in (7, 1, 12)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=named)(
+        [{"input_ids": x.tolist()} for x in sequences]
+    )
+    if named:
+        batch["position_ids"] = None
+    wanted = [model(x[None], use_cache=False).logits[0] for x in sequences]
+    torch.testing.assert_close(model(**batch).logits[0], torch.cat(wanted), **EXACT)
+    ids = torch.stack([F.pad(sequences[0], (5, 0)), sequences[2]])
+    got = model(ids, attention_mask=(ids != 0).long()).logits
+    torch.testing.assert_close(got[0, 5:], wanted[0], **EXACT)
+    torch.testing.assert_close(got[1], wanted[2], **EXACT)
+
+
 def test_packed_rows_of_a_batch():
     model, ids = make_model("retention"), tokens(2, 10)
     positions = torch.tensor([[*range(4), *range(6)], [*range(7), *range(3)]])
