@@ -16,7 +16,7 @@ targets of BRA.DIV and what BRA.CONV jumps over, as these kernels' warps stay to
 
 Which loop is which: RULES names the loops of each kernel and says whether they multiply packed
 pairs (HMUL2, HFMA2), as only loops do that build phi in registers, for every HMMA, and, where that
-tells loops apart, whether they load operands transposed (ldmatrix.trans). Of the loops
+tells loops apart, whether they read operands transposed (ldmatrix.trans, HGMMA's tnspB). Of the loops
 that fit, and hold no other loop that fits, the one with the most HMMA is meant, and any with at
 least half as many, which are other versions of it. That tells expand-apply, with its 64 HMMA and
 more, from the few of the sum of keys nested in it, and from the intra-chunk loop, whose weights
@@ -46,7 +46,7 @@ from pathlib import Path
 class LoopRule:
     name: str
     packed: bool  # whether its operands come from packed multiplies
-    transposed: bool | None = None  # whether ldmatrix transposes some of them; None: either way
+    transposed: bool | None = None  # whether some of them are read transposed; None: either way
     max_wavefronts: float = float("inf")  # of shared memory, an HMMA
     min_share: float = 0.0  # of HMMA in the instructions
 
@@ -121,7 +121,9 @@ class Instruction:
     def wavefronts(self) -> int:
         """Of shared memory, without bank conflicts; cp.async (LDGSTS) is not counted."""
         if self.is_a("HGMMA"):
-            return self.columns // 16  # 16 rows of two bytes a column, for four warps
+            # 16 rows of two bytes a column, for four warps; of A each its own 16, of 32 bytes.
+            a_is_shared = re.match(r"R\d+, gdesc", self.operands) is not None
+            return self.columns // 16 + 4 * a_is_shared
         if self.guard == "@!PT":
             return 0  # never runs: the compiler puts LDS of this kind before LDGSTS
         if self.is_a("LDSM"):
@@ -130,6 +132,12 @@ class Instruction:
         if self.is_a("LDS", "STS"):
             return max(1, self.width // 4)
         return int(self.is_a("SHFL"))
+
+    @property
+    def reads_transposed(self) -> bool:
+        return (self.is_a("LDSM") and ".MT" in self.opcode) or (
+            self.is_a("HGMMA") and ".tnspB" in self.operands
+        )
 
     @property
     def multiplies_packed(self) -> bool:
@@ -153,7 +161,7 @@ class Counts:
             other=sum(not x.hmma for x in code),
             wavefronts=sum(x.wavefronts for x in code),
             packed=sum(x.multiplies_packed for x in code),
-            transposed=sum(x.is_a("LDSM") and ".MT" in x.opcode for x in code),
+            transposed=sum(x.reads_transposed for x in code),
         )
 
     @property

@@ -145,6 +145,24 @@ def test_an_hgmma_is_the_hmma_of_a_warp(opcode: str, hmma: int, wavefronts: int)
     assert counts.other == read(loop("a", HMMA)).loops[0].counts.other + 1
 
 
+def test_an_hgmma_reads_the_rows_of_a_from_shared_memory_too():
+    """Its own 16 of 32 bytes, which are four wavefronts."""
+    kernel = read(loop("a", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24"))
+    assert kernel.loops[0].counts.wavefronts == 4 + 4
+
+
+def test_contract_by_hgmma_is_the_loop_that_reads_no_operand_transposed():
+    contract = loop("contract", "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24")
+    intra = loop(
+        "intra",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT",
+        "HGMMA.64x64x16.F32.BF16 R56, R4, gdesc[UR8].tnspB, R56",
+    )
+    kernel = read(output(contract, intra), kernel=symbol("QueryGradient", d=64, dv=64))
+    assert [x.name for x in kernel.loops] == ["contract", "intra-chunk"]
+    assert kernel.violations == []
+
+
 def test_an_hgmma_whose_shape_cannot_be_told():
     kernel = read(loop("a", "HGMMA.SP.F32 R24, R4, gdesc[UR8], R24"))
     assert kernel.violations == ["cannot tell the shape of HGMMA.SP.F32"]

@@ -355,6 +355,7 @@ def test_compiled_steps(kind: dict):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # what inductor would like
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunks", [None, 16])
 def test_compiled_steps_on_a_gpu(dtype: torch.dtype, chunks: int | None):

@@ -35,11 +35,14 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   using Tiles::load;
   using Tiles::prefetch;
   using Tiles::this_thread;
-  using typename Tiles::SharedStorage;
   using typename Tiles::Work;
 
   static constexpr int kMmaRows = Tiling::kMmaRows;  // tiles of 64 rows
   static constexpr int kTileRows = 64;
+
+  struct SharedStorage : Tiles::SharedStorage {
+    alignas(8) float factor[Tiling::kWarps][kTileKeys];  // each warp's own
+  };
 
   /// The row from whose token on R_i decays the rows of a thread's warp.
   CUTE_DEVICE static int reference_row(int) { return 0; }
@@ -60,12 +63,17 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
       Operands const operands(shared, query, first_key / kTileKeys % kSlots);
       int const first_token = work.rows.first_token;
       if (first_key + kTileKeys <= first_token) {
-        Factors factors;
-        column_factors(shared, work, row_gate[0], operands.slot, factors);
+        float (&factors)[kTileKeys] = shared.factor[this_thread() / 32];  // C_j times the unit
+        set_column_decays<false, Tiles>(shared, operands.slot, work.gate, row_gate[0], work.unit,
+                                        factors);
         auto const weigh_early = [&](int, Score& score) {
 #pragma unroll
-          for (int i = 0; i < kTileKeys / 2; ++i) {
-            score[i] = score[i] * factors[i / 4][i % 2] * score[i];
+          for (int n = 0; n < kTileKeys / 8; ++n) {
+            float2 const factor = column_pair(factors, n, this_thread());
+#pragma unroll
+            for (int i = 4 * n; i < 4 * n + 4; ++i) {
+              score[i] = score[i] * (i % 2 == 0 ? factor.x : factor.y) * score[i];
+            }
           }
         };
         if (work.rows.count() > kTileRows * (kMmaRows - 1)) {
@@ -192,25 +200,6 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
       apply(operands, m, weight, output);
     }
     finish(weight, output);
-  }
-
-  // C_j times the unit, of a lane's columns.
-  using Factors = float[kTileKeys / 8][2];
-  CUTE_DEVICE static void column_factors(SharedStorage const& shared, Work const& work,
-                                         detail::CumulativeGate const& row_gate, int slot,
-                                         Factors& factors) {
-    int const gate_offset =
-        static_cast<int>(sizeof(detail::CumulativeGate)) * 2 * (this_thread() % 4);
-#pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      if (work.gate == nullptr) {
-        factors[n][0] = factors[n][1] = work.unit;
-      } else {
-        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
-        factors[n][0] = detail::exp2(row_gate.since(key.gate[0]));
-        factors[n][1] = detail::exp2(row_gate.since(key.gate[1]));
-      }
-    }
   }
 
   // Scores to weights, in place.

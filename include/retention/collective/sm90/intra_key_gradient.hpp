@@ -31,6 +31,7 @@
 #include "retention/collective/query_tiles.hpp"
 #include "retention/collective/row_tiling.hpp"
 #include "retention/collective/sm80/intra_key_gradient.hpp"
+#include "retention/collective/sm90/row_decays.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
@@ -290,21 +291,19 @@ struct IntraKeyGradient
     return factors;
   }
 
-  // A lane's two of each eight columns.
-  CUTE_DEVICE static float2 pair_of(float const* columns, int n) {
-    return *reinterpret_cast<float2 const*>(columns + 8 * n + 2 * (this_thread() % 4));
-  }
-
-  // The weight of an element, in s, given its factor less the square of `root`; for keys also that
-  // times the score, in u.
-  CUTE_DEVICE static void weigh(float root, float factor, float delta, float& s, float& u) {
+  // The weight of an element, in s; for keys also that times the score, in u. Its factors are one
+  // of the column, one of the row, and the square of `root`: one after the other, for the first two
+  // may be infinite together where a key is zero.
+  CUTE_DEVICE static void weigh(float root, float factor, float row_factor, float delta, float& s,
+                                float& u) {
     float const score = s * root;
+    float const weight = score * factor * row_factor;
     if constexpr (kIsKey) {
-      float const d_score = score * factor * (u - delta);
+      float const d_score = weight * (u - delta);
       s = d_score * root;
       u = d_score * score;
     } else {
-      s = score * factor * score;
+      s = weight * score;
     }
   }
 
@@ -314,14 +313,15 @@ struct IntraKeyGradient
                                            float (&products)[2]) {
 #pragma unroll
     for (int n = 0; n < kTileQueries / 8; ++n) {
-      float2 const factor = pair_of(factors, n);
+      float2 const factor = column_pair(factors, n, this_thread());
       float2 delta{};
       if constexpr (kIsKey) {
-        delta = pair_of(shared.delta[slot], n);
+        delta = column_pair(shared.delta[slot], n, this_thread());
       }
 #pragma unroll
       for (int i = 4 * n; i < 4 * n + 4; ++i) {
-        weigh(1.0f, i % 2 == 0 ? factor.x : factor.y, i % 2 == 0 ? delta.x : delta.y, s[i], u[i]);
+        weigh(1.0f, i % 2 == 0 ? factor.x : factor.y, 1.0f, i % 2 == 0 ? delta.x : delta.y, s[i],
+              u[i]);
       }
       add_up(u, n, products);
       pack(s, n, weight);
@@ -348,18 +348,18 @@ struct IntraKeyGradient
       if (8 * n + 7 < first_row) {
         continue;  // these see none of the rows: the mask leaves nothing of them
       }
-      float2 const inverse = pair_of(shared.inverse[slot], n);
-      float2 const factor = pair_of(factors, n);
+      float2 const inverse = column_pair(shared.inverse[slot], n, this_thread());
+      float2 const factor = column_pair(factors, n, this_thread());
       float4 const gates =
           *reinterpret_cast<float4 const*>(&shared.gate[slot][8 * n + 2 * (lane % 4)]);
       float2 delta{};
       if constexpr (kIsKey) {
-        delta = pair_of(shared.delta[slot], n);
+        delta = column_pair(shared.delta[slot], n, this_thread());
       }
       if (reach.factorises && 8 * n >= first_row + 15) {
 #pragma unroll
         for (int i = 4 * n; i < 4 * n + 4; ++i) {
-          weigh(1.0f, (i % 2 == 0 ? factor.x : factor.y) * row_factor[i / 2 % 2],
+          weigh(1.0f, i % 2 == 0 ? factor.x : factor.y, row_factor[i / 2 % 2],
                 i % 2 == 0 ? delta.x : delta.y, s[i], u[i]);
         }
       } else {
@@ -371,7 +371,7 @@ struct IntraKeyGradient
           float const decay = gate.since(row_gate[i / 2 % 2]);
           // Of E_ij times the unit.
           float const root = c > 0.0f ? detail::exp2(fmaf(0.5f, decay, half_unit)) : 0.0f;
-          weigh(root, c, i % 2 == 0 ? delta.x : delta.y, s[i], u[i]);
+          weigh(root, c, 1.0f, i % 2 == 0 ? delta.x : delta.y, s[i], u[i]);
         }
       }
       __syncwarp();  // else registers would have all columns' factors at once

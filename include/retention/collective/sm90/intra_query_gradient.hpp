@@ -38,7 +38,6 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   using Tiles::load;
   using Tiles::prefetch;
   using Tiles::this_thread;
-  using typename Tiles::SharedStorage;
   using typename Tiles::Work;
 
   static constexpr int kTileRows = 64;
@@ -48,6 +47,10 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   /// Of rows g and g + 8 of each mma tile, a lane's part of q_i . dq_i.
   using QueryProducts = float[MmaRows][2];
   using RowFactors = QueryFactors<kRows>;
+
+  struct SharedStorage : Tiles::SharedStorage {
+    alignas(8) float root[Warps][kTileKeys];  // each warp's own
+  };
 
   /// The row from whose token on R_i decays the rows of a thread's warp.
   CUTE_DEVICE static int reference_row(int) { return 0; }
@@ -83,7 +86,6 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   using ValueTile = WarpgroupTile<kTileKeys, ValueDim>;
   using Product = float[kTileKeys / 2];             // [key / 8][4], as accumulators are
   using Weight = std::uint32_t[kTileKeys / 16][4];  // as the A operand
-  using Factors = float[kTileKeys / 8][2];          // of a lane's columns
 
   // Whether a product ends before the next ones: gradients of long rows leave no registers for the
   // weights of one beside what the others give.
@@ -173,31 +175,25 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   };
 
   // Roots of C_j.
-  CUTE_DEVICE static void column_roots(SharedStorage const& shared, Work const& work,
-                                       detail::CumulativeGate const& row_gate, int slot,
-                                       Factors& roots) {
-    int const gate_offset =
-        static_cast<int>(sizeof(detail::CumulativeGate)) * 2 * (this_thread() % 4);
-#pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      if (work.gate == nullptr) {
-        roots[n][0] = roots[n][1] = 1.0f;
-      } else {
-        auto const key = Tiles::column_gates(shared, slot, gate_offset, n);
-        roots[n][0] = RowDecays<true>::decay(row_gate, key.gate[0]);
-        roots[n][1] = RowDecays<true>::decay(row_gate, key.gate[1]);
-      }
-    }
+  CUTE_DEVICE static float const* set_roots(SharedStorage& shared, Work const& work,
+                                            RowFactors const& rows, int slot) {
+    float (&roots)[kTileKeys] = shared.root[this_thread() / 32];
+    set_column_decays<true, Tiles>(shared, slot, work.gate, rows.gate[0], 1.0f, roots);
+    return roots;
   }
 
-  CUTE_DEVICE static void weigh_early(Factors const& roots, RowFactors const& rows, int m,
-                                      Product& s, Product const& u, QueryProducts& products) {
+  CUTE_DEVICE static void weigh_early(float const* roots, RowFactors const& rows, int m, Product& s,
+                                      Product const& u, QueryProducts& products) {
     RowPair const pair(rows.early_factor, m);
 #pragma unroll
-    for (int i = 0; i < kTileKeys / 2; ++i) {
-      float product;
-      weigh(roots[i / 4][i % 2], pair.factor[i / 2 % 2], u[i], s[i], product);
-      products[m][i / 2 % 2] += product;
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      float2 const root = column_pair(roots, n, this_thread());
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + 4; ++i) {
+        float product;
+        weigh(i % 2 == 0 ? root.x : root.y, pair.factor[i / 2 % 2], u[i], s[i], product);
+        products[m][i / 2 % 2] += product;
+      }
     }
   }
 
@@ -232,11 +228,10 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
 
   // A tile of keys all of which are before the block's rows, of which each row tile has some.
   template <class Gradient>
-  CUTE_DEVICE static void add_to_all(SharedStorage const& shared, Work const& work,
+  CUTE_DEVICE static void add_to_all(SharedStorage& shared, Work const& work,
                                      Operands const& operands, RowFactors const& rows,
                                      Gradient& gradient, QueryProducts& products) {
-    Factors roots;
-    column_roots(shared, work, rows.gate[0], operands.slot, roots);
+    float const* const roots = set_roots(shared, work, rows, operands.slot);
     Weight weight;
 #pragma unroll
     for (int m = 0; m < MmaRows; ++m) {
@@ -254,9 +249,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
 
   // Another one, one row tile after the other: ptxas does not let wgmma run on over a branch.
   template <class Gradient>
-  CUTE_DEVICE static void add(SharedStorage const& shared, Work const& work,
-                              Operands const& operands, RowFactors const& rows, int first_key,
-                              bool is_early, Gradient& gradient, QueryProducts& products) {
+  CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Operands const& operands,
+                              RowFactors const& rows, int first_key, bool is_early,
+                              Gradient& gradient, QueryProducts& products) {
 #pragma unroll
     for (int m = 0; m < MmaRows; ++m) {
       int const last_row = cute::min(kTileRows * (m + 1), work.rows.count()) - 1;
@@ -267,9 +262,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
       Weight weight;
       multiply(operands, m, s, u, weight);
       if (is_early) {
-        Factors roots;
-        column_roots(shared, work, rows.gate[0], operands.slot, roots);
-        weigh_early(roots, rows, m, s, u, products);
+        weigh_early(set_roots(shared, work, rows, operands.slot), rows, m, s, u, products);
       } else {
         weigh_late(shared, work, rows, operands.slot, first_key, m, s, u, products);
       }

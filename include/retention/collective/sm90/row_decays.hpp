@@ -75,4 +75,24 @@ class RowDecays {
   int last_[2];  // of rows g and g + 8, from the lane's first key on
 };
 
+/// Of each key of a tile the decay up to a token, or its square root, or without gates `unit`, to
+/// the warp's own `factors`: two exponentials a lane serve all of its rows.
+template <bool Root, class Tiles>
+CUTE_DEVICE void set_column_decays(typename Tiles::SharedStorage const& shared, int slot,
+                                   detail::CumulativeGate const* gates,
+                                   detail::CumulativeGate const& to, float unit,
+                                   float (&factors)[Tiles::kTileKeys]) {
+#pragma unroll
+  for (int i = 0; i < Tiles::kTileKeys; i += 32) {
+    int const key = Tiles::this_thread() % 32 + i;
+    factors[key] = gates == nullptr ? unit : RowDecays<Root>::decay(to, shared.gate[slot][key]);
+  }
+  __syncwarp();
+}
+
+/// A lane's two of each n-th eight columns.
+CUTE_DEVICE float2 column_pair(float const* columns, int n, int thread) {
+  return *reinterpret_cast<float2 const*>(columns + 8 * n + 2 * (thread % 4));
+}
+
 }  // namespace retention::collective::sm90
