@@ -77,9 +77,9 @@ def power_retention(
         cu_seqlens: int32 ``[n + 1]``: b is 1 and sequence i is tokens ``cu_seqlens[i]`` to
             ``cu_seqlens[i + 1]``, each with a state of its own. A sequence of length 0 hands its
             initial state through, and costs next to nothing where there are no states. Tokens
-            behind the last sequence are nobody's: their outputs and gradients are 0, and nothing of
-            what they hold is read. Values on a CUDA device are not checked by the kernels, which
-            would have to wait for them: they are clamped to [0, t].
+            before the first sequence and behind the last are nobody's: their outputs and gradients
+            are 0, and nothing of what they hold is read. Values on a CUDA device are not checked by
+            the kernels, which would have to wait for them: they are clamped to [0, t].
         keep_states: keep the states before each chunk for backward, where kernels take the call:
             n h D dv elements of Q's dtype for every chunk of c tokens. Default False: backward
             computes them again, and what is kept are the inputs and twice the output.

@@ -120,7 +120,7 @@ CHUNKED = [
 ]
 
 PACKED = [
-    (packed([1, T]), ValueError, r"cu_seqlens: expected to start at 0, got 1"),
+    (packed([-1, T]), ValueError, r"cu_seqlens: expected to start at 0 or later, got -1"),
     (
         packed([*range(4), *[4] * 9000, 2, T]),
         ValueError,

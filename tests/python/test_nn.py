@@ -913,8 +913,8 @@ def test_wrong_inputs():
     for bounds in (torch.tensor([0]), torch.tensor(3)):
         with pytest.raises(ValueError, match=r"cu_seqlens: expected"):
             layer(torch.randn(1, 3, 32), bounds.int())
-    with pytest.raises(ValueError, match=r"cu_seqlens: expected to start at 0, got 1"):
-        layer(torch.randn(1, 3, 32), torch.tensor([1, 3], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected to start at 0 or later, got -1"):
+        layer(torch.randn(1, 3, 32), torch.tensor([-1, 3], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"batch_size: .*at least 1, got 0"):
         layer.init_cache(0)
     with pytest.raises(ValueError, match=r"switch_over_seq_len: .*at least 1, got 0"):

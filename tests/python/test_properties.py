@@ -107,21 +107,24 @@ def test_quadratic_chunked_and_token_by_token_agree(case, seed, switch_over):
     st.integers(0, 2**31),
     st.lists(st.integers(0, 12) | st.just(0), min_size=1, max_size=9),
     st.integers(0, 5),
+    st.integers(0, 5),
 )
-def test_packed_sequences_know_nothing_of_each_other_nor_of_what_lies_behind(
-    case, seed, lengths, tail
+def test_packed_sequences_know_nothing_of_each_other_nor_of_what_lies_around(
+    case, seed, lengths, first, tail
 ):
-    end = sum(lengths)
+    end = first + sum(lengths)
     case = dataclasses.replace(case, t=end + tail, b=1)
     inputs = make(case, seed, sequences=len(lengths))
     for name in ("Q", "K", "V", "log_G"):
         if inputs[name] is not None:
+            inputs[name][:, :first] = torch.nan
             inputs[name][:, end:] = torch.nan
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    bounds = torch.tensor([first, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     actual = run(retention.power_retention, inputs, case, torch.float64, cu_seqlens=bounds)
     expected = run(retention.reference, inputs, case, torch.float64, cu_seqlens=bounds)
     assert_close(actual, expected, TOLERANCE)
     for name in ("out", "d_Q", "d_K", "d_V", "d_log_G"):
+        assert name not in actual or not actual[name][:, :first].any()
         assert name not in actual or not actual[name][:, end:].any()
     # Cut by the test, not by what it tests.
     for n, start in enumerate(bounds[:-1].tolist()):

@@ -148,13 +148,13 @@ def check_cu_seqlens(cu_seqlens: Any, Q: Tensor) -> None:
 
 
 def sequence_bounds(cu_seqlens: Tensor, t: int) -> list[int]:
-    """Where packed sequences begin, and where the last ends: [n + 1], from 0 to at most t.
+    """Where packed sequences begin, and where the last ends: [n + 1], from 0 or more to at most t.
 
     Reads the values, so a CUDA tensor synchronises.
     """
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
+    if bounds[0] < 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0 or later, got {bounds[0]}")
     for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop < start:
             raise ValueError(

@@ -58,6 +58,8 @@ def _check_lengths(cu_seqlens: Tensor | None, t: int, most: int) -> None:
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     bounds = checks.sequence_bounds(cu_seqlens, t)
+    if bounds[0] != 0:  # every row of a batch of new tokens is somebody's
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
     longest = max(stop - start for start, stop in itertools.pairwise(bounds))
     if longest > most:
         raise ValueError(

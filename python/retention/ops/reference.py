@@ -57,8 +57,12 @@ def reference(
             q, k, v = (x[:, start:stop] for x in (Q, K, V))
             parts.append(_sequence(q, k, v, gate, S, z, deg, scale))
         outs, states, sums = zip(*parts, strict=True)
-        nobodys = Q.new_zeros(1, Q.shape[1] - bounds[-1], Q.shape[2], V.shape[3])
-        out, state, keys = torch.cat((*outs, nobodys), dim=1), torch.cat(states), torch.cat(sums)
+        before, behind = (
+            Q.new_zeros(1, tokens, Q.shape[2], V.shape[3])
+            for tokens in (bounds[0], Q.shape[1] - bounds[-1])
+        )
+        out = torch.cat((before, *outs, behind), dim=1)
+        state, keys = torch.cat(states), torch.cat(sums)
     return (out, state, keys) if return_final_state else out
 
 

@@ -98,10 +98,11 @@ def without_tokens(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens[1:] == cu_seqlens[:-1]
 
 
-def clear_behind(cu_seqlens: Tensor | None, *results: Tensor | None) -> None:
-    """Zeros in ``[b, t, ...]`` where tokens lie behind the last sequence: they are nobody's."""
+def clear_unowned(cu_seqlens: Tensor | None, *results: Tensor | None) -> None:
+    """Zeros in ``[b, t, ...]`` before the first sequence and behind the last: nobody's tokens."""
     if cu_seqlens is not None:
-        end = int(cu_seqlens[-1])
+        start, end = int(cu_seqlens[0]), int(cu_seqlens[-1])
         for x in results:
             if x is not None:
+                x[:, :start] = 0
                 x[:, end:] = 0

@@ -88,7 +88,7 @@ def forward(operands: Operands, options: Options, saves_output: bool) -> tuple[T
                 batch.put(x, written)
             if options.return_final_state:
                 state[batch.states], keys[batch.states] = sequence.split_state(S)
-        packed.clear_behind(cu_seqlens, out, norm, residual)
+        packed.clear_unowned(cu_seqlens, out, norm, residual)
         if cu_seqlens is not None and options.return_final_state:
             empty = packed.without_tokens(cu_seqlens)
             _hand_through(empty, (state, keys), (initial_state, sum_of_keys))
@@ -125,7 +125,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, ...]:
             if initial_wanted:
                 S = sequence.split_state(dS)
                 d_initial_state[batch.states], d_sum_of_keys[batch.states] = S
-        packed.clear_behind(cu_seqlens, *of_tokens)
+        packed.clear_unowned(cu_seqlens, *of_tokens)
         if cu_seqlens is not None and initial_wanted:
             empty = packed.without_tokens(cu_seqlens)
             _hand_through(empty, (d_initial_state, d_sum_of_keys), (d_state, d_keys))
