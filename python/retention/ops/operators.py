@@ -152,7 +152,7 @@ _library.impl("backward", _backward_elsewhere, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("retention::forward", lib=_library)
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+def forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options = forward_call(arguments)
     _check_forward(operands, options)
     saves_output = _saves_output(operands, options.deg)

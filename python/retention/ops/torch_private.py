@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -125,3 +126,20 @@ def stays_in_place(x: Tensor) -> None:
     mark = getattr(torch._dynamo, "mark_static_address", None)
     if mark is not None:
         mark(x)
+
+
+# ---- process groups -----------------------------------------------------------------------------
+
+# For where PyTorch does not find a group by its name.
+_groups: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+# The process group of a name.
+process_group: Callable[[str], Any] = _find(
+    "_distributed_c10d._resolve_process_group", _groups.__getitem__
+)
+
+
+def group_name(group: Any) -> str:
+    """A name by which ``process_group`` finds it."""
+    if process_group == _groups.__getitem__:
+        _groups[group.group_name] = group
+    return group.group_name
