@@ -111,13 +111,15 @@ def power_retention(
     options = (deg, chunk_size, switch_over_seq_len)
     call = _Call(operands, place, payload, options, keep_states)
     if cu_seqlens is None:
-        out, *states = call.share(operands, None, None, return_final_state)
+        out, state, keys = call.share(operands, None, None, return_final_state)
     else:
         start = place.rank * Q.shape[1] if share_start is None else share_start
-        out, *states = _packed(call, start, return_final_state)
+        out, state, keys = _packed(call, start, return_final_state)
         if return_final_state and all_final_states:
-            states = [torch.ops.retention.sum_over_ranks(x, place.group) for x in states]
-    return (out, *states) if return_final_state else out
+            state, keys = (
+                torch.ops.retention.sum_over_ranks(x, place.group) for x in (state, keys)
+            )
+    return (out, state, keys) if return_final_state else out
 
 
 class _Call(NamedTuple):
@@ -158,9 +160,11 @@ class _Call(NamedTuple):
         return out, state, keys
 
 
-def _packed(call: _Call, start: int, return_final_state: bool) -> tuple[Tensor, ...]:
-    """Packed sequences: one that comes from an earlier rank, the head; one that begins here and goes
-    on, the tail; and those between, of which no other rank needs to know.
+def _packed(
+    call: _Call, start: int, return_final_state: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Packed sequences: one that comes from an earlier rank, the head; one that begins here and
+    goes on, the tail; and those between, of which no other rank needs to know.
 
     They are three calls on all tokens, with bounds that differ. Where sequences begin only the
     device knows, and nothing waits for it.
@@ -184,7 +188,7 @@ def _packed(call: _Call, start: int, return_final_state: bool) -> tuple[Tensor, 
     between = call.local(operands._replace(cu_seqlens=cut.between), return_final_state)
     out = out + tail[0] + between[0]  # each is 0 where another one is not
     if not return_final_state:
-        return (out,)
+        return out, None, None
     return out, *cut.final_states(States(*between[1:]), States(*of_head), call.place)
 
 

@@ -42,9 +42,12 @@ class States(NamedTuple):
         decay = log_decay.exp()[..., None]
         return States(self.state * decay[..., None], self.keys * decay)
 
-    def __add__(self, other: tuple[Tensor, ...]) -> States:  # type: ignore[override]
-        state, keys = other
+    def plus(self, state: Tensor, keys: Tensor) -> States:
         return States(self.state + state, self.keys + keys)
+
+    def of(self, rank: int) -> tuple[Tensor, Tensor]:
+        """One rank's, of those of all ranks."""
+        return self.state[rank], self.keys[rank]
 
     def where(self, there: Tensor | None) -> States:
         """Zeros unless ``there`` [1]; None: as they are."""
@@ -53,7 +56,7 @@ class States(NamedTuple):
         return States(self.state.where(there, 0), self.keys.where(there, 0))
 
     def zeros(self) -> States:
-        return States(torch.zeros_like(self.state), torch.zeros_like(self.keys))
+        return States(*(x.new_zeros(x.shape) for x in self))
 
 
 class Gathering:
@@ -106,7 +109,7 @@ def passed_on(states: States, log_decays: Tensor, start: States, ranks: Iterable
     """What is left of ``start`` behind the shares of ``ranks``, one after another, with what each
     adds: ``states`` [ranks, n, ..] of all ranks, ``log_decays`` [ranks, n, h]."""
     for rank in ranks:
-        start = start.decayed(log_decays[rank]) + (states.state[rank], states.keys[rank])
+        start = start.decayed(log_decays[rank]).plus(*states.of(rank))
     return start
 
 

@@ -64,7 +64,7 @@ _library.define(
 # ---- what a call runs ---------------------------------------------------------------------------
 
 
-def _log(
+def log(
     what: str,
     operands: Operands,
     reason: str | None,
@@ -104,7 +104,7 @@ def _forward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 def _run_on_cuda(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     plan = plan_forward(arguments)
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("forward", Operands(*arguments[:7]), plan.reason, plan.head_dims)
+        log("forward", Operands(*arguments[:7]), plan.reason, plan.head_dims)
     if plan.reason is None:
         return launch.forward(plan, arguments)
     operands, options = forward_call(arguments)
@@ -115,7 +115,7 @@ def _forward_elsewhere(*arguments: Any) -> tuple[Tensor, ...]:
     operands, options = forward_call(arguments)
     _check_forward(operands, options)
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("forward", operands, _device_reason(operands))
+        log("forward", operands, _device_reason(operands))
     return run.forward(operands, options, _saves_output(operands, options.deg))
 
 
@@ -128,7 +128,7 @@ def _backward_cuda(*arguments: Any) -> tuple[Tensor, ...]:
         plan.checked.add(signature)
     reason = plan.reason or plan.backward_reason
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("backward", call.operands, reason, plan.head_dims)
+        log("backward", call.operands, reason, plan.head_dims)
     if reason is not None:
         return run.backward(call)
     gradients = run.allocate_backward(call.operands, call.wanted)
@@ -141,7 +141,7 @@ def _backward_elsewhere(*arguments: Any) -> tuple[Tensor, ...]:
     _check_forward(call.operands, call.options)
     _check_backward(call)
     if _logger.isEnabledFor(logging.DEBUG):
-        _log("backward", call.operands, _device_reason(call.operands))
+        log("backward", call.operands, _device_reason(call.operands))
     return run.backward(call)
 
 

@@ -18,6 +18,7 @@ checkpointing see one call, and all ranks make theirs in the same order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,11 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retention.ops import exchange, operators
-from retention.ops.call import Operands, Options
+from retention.ops.call import BackwardCall, Operands, Options, OutputGradients, Saved
 from retention.ops.cuda import coverage
+from retention.ops.cuda import shares as cuda
+from retention.ops.cuda.plans import plan_forward
 from retention.ops.exchange import Gathering, Place, States, passed_on
+from retention.ops.pytorch import run
+from retention.ops.pytorch import shares as pytorch
 from retention.ops.torch_private import process_group
 
+_logger = logging.getLogger("retention")
 _library = torch.library.Library("retention", "FRAGMENT")
 
 _library.define(
@@ -56,7 +62,7 @@ _library.define(
 _library.define("sum_over_ranks(Tensor x, str group) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
-class ForwardShare(NamedTuple):
+class ForwardArguments(NamedTuple):
     """The arguments of ``share_forward``, in groups."""
 
     operands: Operands
@@ -67,9 +73,9 @@ class ForwardShare(NamedTuple):
     options: Options
 
 
-def _forward_share(arguments: tuple[Any, ...]) -> ForwardShare:
+def _forward_arguments(arguments: tuple[Any, ...]) -> ForwardArguments:
     tail_state, tail_keys, passes = arguments[7:10]
-    return ForwardShare(
+    return ForwardArguments(
         Operands(*arguments[:7]),
         None if tail_state is None else States(tail_state, tail_keys),
         passes,
@@ -80,50 +86,40 @@ def _forward_share(arguments: tuple[Any, ...]) -> ForwardShare:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, tail, passes, place, payload, options = _forward_share(arguments)
+    call = _forward_arguments(arguments)
+    operands, tail, passes, place, payload, options = call
     initial = None
     if operands.initial_state is not None and place.rank == 0:
         initial = States(operands.initial_state, operands.sum_of_keys)
     operands = operands._replace(initial_state=None, sum_of_keys=None)
 
-    own = _added(operands, options)
+    steps = _forward_steps(operands, options._replace(return_final_state=False))
+    own = steps.added()
     log_decay = exchange.sum_of_gates(operands.log_G, own, operands.cu_seqlens)
-    added = own
-    if initial is not None:
-        added = initial.decayed(log_decay) + added
+    added = own if initial is None else initial.decayed(log_decay).plus(*own)
     if passes is not None:
-        added = added.where(passes) + tail
+        added = added.where(passes).plus(*tail)
     passing = log_decay if passes is None else log_decay.where(passes, -torch.inf)
     gathering = Gathering(place, added, [passing], payload)
+    steps.meanwhile()
     state, keys, log_decays = gathering.wait()
+
     all_added = States(state, keys)
     nothing = own.zeros()
     if initial is None:
         before = passed_on(all_added, log_decays, nothing, range(place.rank))
     else:
         before = States(*(x.clone() for x in initial))
-
-    results = torch.ops.retention.forward(
-        *operands._replace(initial_state=before.state, sum_of_keys=before.keys),
-        *options._replace(return_final_state=False),
-    )
-    out, norm, no_state, no_keys, residual, kept = results
-    end = States(no_state, no_keys)
-    if options.return_final_state:
-        if passes is None:
-            end = passed_on(all_added, log_decays, nothing, range(place.ranks))
-        else:
-            end = before.decayed(log_decay) + own
+    out, norm, residual, kept = steps.results(before)
+    end = States(state.new_empty(0, 0, 0, 0), keys.new_empty(0, 0, 0))
+    if options.return_final_state and passes is None:
+        end = passed_on(all_added, log_decays, nothing, range(place.ranks))
+    elif options.return_final_state:
+        end = before.decayed(log_decay).plus(*own)
     return out, norm, *end, residual, kept, *before, log_decays
 
 
-def _added(operands: Operands, options: Options) -> States:
-    """What a share's tokens add to the state, and to the sum of keys."""
-    options = Options(*options[:3], return_final_state=True)
-    return States(*torch.ops.retention.forward(*operands, *options)[2:4])
-
-
-class BackwardShare(NamedTuple):
+class BackwardArguments(NamedTuple):
     """The arguments of ``share_backward``, in groups. The operands' states are those before the
     share."""
 
@@ -131,7 +127,7 @@ class BackwardShare(NamedTuple):
     d_end: States | None
     operands: Operands
     passes: Tensor | None
-    saved: tuple[Tensor, ...]  # out, residual, kept, norm
+    saved: Saved
     log_decays: Tensor
     place: Place
     payload: torch.dtype
@@ -139,14 +135,14 @@ class BackwardShare(NamedTuple):
     wanted: Sequence[bool]  # of Q, K, V, log_G, initial_state and sum_of_keys
 
 
-def _backward_share(arguments: tuple[Any, ...]) -> BackwardShare:
+def _backward_arguments(arguments: tuple[Any, ...]) -> BackwardArguments:
     d_out, d_state, d_keys = arguments[:3]
-    return BackwardShare(
+    return BackwardArguments(
         d_out,
         None if d_state is None else States(d_state, d_keys),
         Operands(*arguments[3:10]),
         arguments[10],
-        arguments[11:15],
+        Saved(*arguments[11:15]),
         arguments[15],
         Place(*arguments[16:19]),
         arguments[19],
@@ -156,7 +152,7 @@ def _backward_share(arguments: tuple[Any, ...]) -> BackwardShare:
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _backward_share(arguments)
+    call = _backward_arguments(arguments)
     operands, place, passes = call.operands, call.place, call.passes
     nothing = States(operands.initial_state, operands.sum_of_keys).zeros()
     # Of a final state every rank may have a gradient, and all of them add up. That of a packed
@@ -165,36 +161,57 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     of_final = []
     if passes is None and call.options.return_final_state:
         of_final = [*(nothing if call.d_end is None else call.d_end)]
+    wanted = [*call.wanted]
+    if place.rank > 0:
+        wanted[4:] = [False, False]  # nothing of an initial state comes in here
 
-    alone = _run_backward(call, of_end, (False,) * 4 + (True,) * 2)[4:]
-    gathering = Gathering(place, [*alone, *of_final], [], call.payload)
+    steps = _backward_steps(call, of_end, wanted)
+    gathering = Gathering(place, [*steps.alone(), *of_final], [], call.payload)
+    steps.meanwhile()
     state, keys, *finals = gathering.wait()
 
     after = nothing
     if of_final:
         for rank in range(place.ranks):
-            after = after + (finals[0][rank], finals[1][rank])
+            after = after.plus(*States(*finals).of(rank))
     later = range(place.ranks - 1, place.rank, -1)
     after = passed_on(States(state, keys), call.log_decays, after, later)
-    d_end = after.where(passes)
-    if of_end is not None:
-        d_end = d_end + of_end
-    wanted = [*call.wanted]
-    if place.rank > 0:
-        wanted[4:] = [False, False]  # nothing of an initial state comes in here
-    gradients = [*_run_backward(call, d_end, wanted)]
+    gradients = [*steps.results(after.where(passes))]
     if call.wanted[4] and place.rank > 0:
         gradients[4:] = nothing
     return *gradients, *(after if passes is not None else (x.new_empty(0) for x in after))
 
 
-def _run_backward(
-    call: BackwardShare, d_end: States | None, wanted: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    d_states = (None, None) if d_end is None else d_end
-    return torch.ops.retention.backward(
-        call.d_out, *d_states, *call.operands, *call.saved, *call.options[:3], wanted
+def _forward_steps(operands: Operands, options: Options) -> Any:
+    """How the share is computed, with a step before the exchange and one after it."""
+    reason = _reason(operands, options)
+    if _logger.isEnabledFor(logging.DEBUG):
+        operators.log("share, forward", operands, reason)
+    if reason is None:
+        return cuda.ForwardShare(operands, options)
+    saves_output = coverage.saves_output(operands.Q, operands.V, options.deg)
+    return pytorch.ForwardShare(operands, options, saves_output)
+
+
+def _backward_steps(call: BackwardArguments, of_end: States | None, wanted: Sequence[bool]) -> Any:
+    backward = BackwardCall(
+        OutputGradients(call.d_out, *(of_end or (None, None))),
+        call.operands,
+        call.saved,
+        Options(*call.options[:3], save_for_backward=True),
+        wanted,
     )
+    reason = _reason(call.operands, backward.options)
+    if _logger.isEnabledFor(logging.DEBUG):
+        operators.log("share, backward", call.operands, reason)
+    return pytorch.BackwardShare(backward) if reason else cuda.BackwardShare(backward)
+
+
+def _reason(operands: Operands, options: Options) -> str | None:
+    """Why the PyTorch path is taken."""
+    device = operands.Q.device
+    reason = coverage.device_reason(device.type, device.index)
+    return plan_forward((*operands, *options)).reason if reason is None else reason
 
 
 def _sum(x: Tensor, group: str) -> Tensor:
@@ -210,7 +227,7 @@ _library.impl("sum_over_ranks", _sum, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("retention::share_forward", lib=_library)
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    operands, _, _, place, _, options = _forward_share(arguments)
+    operands, _, _, place, _, options = _forward_arguments(arguments)
     of_state = options._replace(return_final_state=True)
     out, norm, state, keys, residual, kept = operators.forward_fake(*operands, *of_state)
     end = (state, keys)
@@ -223,8 +240,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("retention::share_backward", lib=_library)
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _backward_share(arguments)
-    gradients = _run_backward(call, None, call.wanted)
+    call = _backward_arguments(arguments)
+    gradients = run.allocate_backward(call.operands, call.wanted)
     states = call.operands[4:6]
     tail = [x.new_empty(x.shape if call.passes is not None else 0) for x in states]
     return *gradients, *tail
@@ -239,7 +256,7 @@ def _sum_fake(x: Tensor, group: str) -> Tensor:
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    share = _forward_share(inputs)
+    share = _forward_arguments(inputs)
     out, norm, _, _, residual, kept, *before, log_decays = output
     ctx.share = (*share.place, share.payload, *share.options[:4])
     has_out = coverage.saves_output(share.operands.Q, share.operands.V, share.options.deg)
@@ -266,8 +283,8 @@ def _differentiate(ctx: Any, d_out: Any, _: Any, d_state: Any, d_keys: Any, *__:
             d_out, d_state, d_keys, *tensors, *ctx.share, wanted
         )
     of_inputs = (*gradients[:6], None, *gradients[6:])
-    of_inputs = [g if n else None for g, n in zip(of_inputs, needed[:9], strict=True)]
-    return (*of_inputs, *(None,) * 11)
+    differentiable = zip(of_inputs, needed[:9], strict=True)
+    return (*(g if n else None for g, n in differentiable), *(None,) * 11)
 
 
 def _refuse_double_backward(ctx: Any, *gradients: Any) -> Any:

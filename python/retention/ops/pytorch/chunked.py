@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -369,6 +370,36 @@ def _update_state(x: _Chunk, S: Tensor) -> None:
     expand_reduce(S, x.keys_for_state(), x.v.mT, x.deg, "key")
 
 
+class Ahead(NamedTuple):
+    """What was computed of a share of a sequence before it was known what lies around it."""
+
+    # [N, e, D] before every chunk, of the share's own tokens; of gradients, after every chunk.
+    states: list[Tensor]
+    # What chunks have of their own, by chunk: in forward numerators, [N, r, c, e]; in backward
+    # gradients of keys, values and gates, those that are wanted.
+    within: list[Any]
+
+
+def own_states(sequence: Sequence) -> tuple[list[Tensor], Tensor]:
+    """The states before every chunk, with nothing before the first, and the one after the last."""
+    S = sequence.empty_state()
+    before = []
+    for tokens in sequence.chunks:
+        before.append(S.clone())
+        _update_state(sequence.chunk(tokens), S)
+    return before, S
+
+
+def own_numerators(sequence: Sequence) -> list[Tensor]:
+    """The products within every chunk."""
+    within = []
+    for tokens in sequence.chunks:
+        x = sequence.chunk(tokens)
+        within.append(_state_numerator(x, None))
+        _intra_forward(within[-1], x)
+    return within
+
+
 def forward(
     sequence: Sequence,
     S: Tensor | None,
@@ -376,36 +407,66 @@ def forward(
     norm: Tensor,
     residual: Tensor | None,
     keep_state: bool,
+    ahead: Ahead | None = None,
 ) -> Tensor | None:
     """Writes ``out`` [b, t, hq, dv], ``norm`` [b, t, hq] and ``residual``; returns the final state.
 
     ``S`` [N, e, D] or None is the initial state and is overwritten. ``norm`` is the sum of the
     weights of the rescaled query (see the module's docstring). ``residual``, if wanted, is what
     rounding took from ``out``, in the same shape and dtype.
+
+    ``ahead``, which is overwritten, has the sequence's own states and numerators: to them only what
+    is left of S is added, and no final state is returned.
     """
     last = len(sequence.chunks) - 1
     for index, tokens in enumerate(sequence.chunks):
         x = sequence.chunk(tokens)
-        y = _state_numerator(x, S)
-        _intra_forward(y, x)
+        if ahead is None:
+            y = _state_numerator(x, S)
+            _intra_forward(y, x)
+        else:
+            y = _state_numerator(x, ahead.states[index].add_(S)).add_(ahead.within[index])
         n, z = y[..., :-1], y[..., -1:]
         o = normalise(n, z)
         sequence.store(out, tokens, o)
         if residual is not None:
             sequence.store(residual, tokens, o - sequence.by_query_head(out, tokens))
         sequence.store(norm[..., None], tokens, z)
-        if keep_state or index < last:
+        if ahead is not None:
+            x.decay_(S)
+        elif keep_state or index < last:
             if S is None:
                 S = sequence.empty_state()
             _update_state(x, S)
     if keep_state and S is None:
         S = sequence.empty_state()
-    return S
+    return S if ahead is None else None
 
 
 def _numerator_gradient(do: Tensor, z: Tensor, delta: Tensor) -> Tensor:
     """The gradient of numerator and normaliser, dn = do / z and dz = -delta / z: [N, e, r * c]."""
     return torch.cat([do, -delta], dim=-1).div_(z).flatten(1, 2).mT
+
+
+class KeyTargets(NamedTuple):
+    """Where gradients go that come with those of keys, each unless it is None."""
+
+    dk: Tensor | None  # [b, t, h, d]
+    dv: Tensor | None  # [b, t, h, dv]
+    d_gate: Tensor | None  # [b, t, h]
+
+    @property
+    def any(self) -> bool:
+        return any(x is not None for x in self)
+
+
+class OfQueries(NamedTuple):
+    """What the first pass of backward leaves for the second."""
+
+    delta: Tensor  # [b, t, hq]: do . o
+    read: Tensor | None  # [N, t]: sum of w dw of each query with the state before its chunk
+    S: Tensor | None  # [N, e, D] after the last chunk, where it is needed
+    starts_with_state: bool
 
 
 def backward(
@@ -415,27 +476,42 @@ def backward(
     norm: Tensor,
     d_out: Tensor,
     dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    d_gate: Tensor | None,
+    targets: KeyTargets,
     initial_wanted: bool,
 ) -> Tensor | None:
-    """Writes the gradients dq, dk, dv, d_gate, each unless it is None; returns that of the initial
-    state, [N, e, D], if wanted.
+    """Writes the gradients dq and those of ``targets``, each unless it is None; returns that of the
+    initial state, [N, e, D], if wanted.
 
     ``S`` and ``dS`` [N, e, D] or None are the initial state and the gradient of the final one; both
     are overwritten. A first pass computes the states before every chunk again and gives dq; a
-    second goes backwards with dS and gives dk, dv and d_gate.
+    second goes backwards with dS and gives the others.
 
     Gate t weighs the pairs j < t <= i, by their decay, so its gradient is the sum of their
     w_ij dw_ij. Within a chunk these are summed as they are; with a state between, the first pass
     gives those of a query and the state before its chunk, ``read``, and the second those of a key
     and the state after it, ``written``. No gate that has decayed a term away gets its rounding.
     """
+    gates = targets.d_gate is not None
+    of_queries = backward_queries(sequence, S, norm, d_out, dq, gates, dS is not None and gates)
+    if not (targets.any or initial_wanted):
+        return None
+    return backward_keys(sequence, dS, norm, d_out, of_queries, targets, initial_wanted)
+
+
+def backward_queries(
+    sequence: Sequence,
+    S: Tensor | None,
+    norm: Tensor,
+    d_out: Tensor,
+    dq: Tensor | None,
+    gates: bool,
+    last_state: bool,
+) -> OfQueries:
+    """The first pass: writes dq unless it is None. ``S`` is overwritten."""
     deg, last = sequence.deg, len(sequence.chunks) - 1
     starts_with_state = S is not None
-    every_delta = torch.empty_like(norm)  # [b, t, hq]: do . o
-    read = None if d_gate is None else norm.new_empty(sequence.rows, sequence.t)
+    every_delta = torch.empty_like(norm)
+    read = norm.new_empty(sequence.rows, sequence.t) if gates else None
     for index, tokens in enumerate(sequence.chunks):
         x = sequence.chunk(tokens, norm)
         do = sequence.by_query_head(d_out, tokens)
@@ -455,56 +531,124 @@ def backward(
                 dq_i += of_state if x.g is None else of_state * x.since_start[:, None, :, None]
             sequence.store(dq, tokens, torch.ldexp(dq_i, -x.exponent))
         sequence.store(every_delta[..., None], tokens, delta)
-        if index < last or (dS is not None and d_gate is not None):
+        if index < last or last_state:
             if S is None:
                 S = sequence.empty_state()
             _update_state(x, S)
+    return OfQueries(every_delta, read, S, starts_with_state)
 
-    if dk is None and dv is None and d_gate is None and not initial_wanted:
-        return None
-    # <dS, S> after a chunk: all pairs with a key up to there and a query, or final state, beyond.
-    crossing = None if dS is None or S is None else (dS * S).sum((1, 2))
 
+def own_gradients(
+    sequence: Sequence, dS: Tensor | None, norm: Tensor, d_out: Tensor, of_queries: OfQueries
+) -> tuple[list[Tensor], Tensor]:
+    """The gradients of the states after every chunk, and of the one before the first: those that
+    the sequence's own queries have, and what is left of ``dS`` [N, e, D], which is overwritten."""
+    dS = sequence.empty_state() if dS is None else dS
+    after = []
+    for tokens in reversed(sequence.chunks):
+        x = sequence.chunk(tokens, norm)
+        after.append(dS.clone())
+        _add_state_gradient(sequence, x, d_out, of_queries, dS)
+    return after[::-1], dS
+
+
+def own_key_gradients(
+    sequence: Sequence, norm: Tensor, d_out: Tensor, of_queries: OfQueries, targets: KeyTargets
+) -> list[KeyTargets]:
+    """What every chunk's keys have from queries of their chunk, for `backward_keys`."""
+    within = []
+    for tokens in sequence.chunks:
+        x = sequence.chunk(tokens, norm)
+        within.append(_key_gradients(sequence, x, d_out, of_queries, targets))
+    return within
+
+
+def _key_gradients(
+    sequence: Sequence, x: _Chunk, d_out: Tensor, of_queries: OfQueries, targets: KeyTargets
+) -> KeyTargets:
+    """Of one chunk: dk [N, c, d], dv [N, c, dv] and d_gate [N, c], those that are wanted, without
+    what comes through the state after it."""
+    do = sequence.by_query_head(d_out, x.tokens)
+    delta = sequence.by_query_head(of_queries.delta[..., None], x.tokens)
+    dk = None if targets.dk is None else torch.zeros_like(x.k)
+    dv = None if targets.dv is None else torch.zeros_like(x.v[..., :-1])
+    d_gate = None if targets.d_gate is None else _sums_from(of_queries.read[:, x.tokens])
+    if targets.any:
+        _intra_backward_keys(x, do, delta, dk, dv, d_gate)
+    return KeyTargets(dk, dv, d_gate)
+
+
+def _add_state_gradient(
+    sequence: Sequence, x: _Chunk, d_out: Tensor, of_queries: OfQueries, dS: Tensor
+) -> None:
+    """The gradient of the state after a chunk into that of the state before it, in place."""
+    do = sequence.by_query_head(d_out, x.tokens)
+    delta = sequence.by_query_head(of_queries.delta[..., None], x.tokens)
+    x.decay_(dS)
+    dy = _numerator_gradient(do, x.z, delta)
+    expand_reduce(dS, x.queries_for_state(), dy, sequence.deg, "query")
+
+
+def backward_keys(
+    sequence: Sequence,
+    dS: Tensor | None,
+    norm: Tensor,
+    d_out: Tensor,
+    of_queries: OfQueries,
+    targets: KeyTargets,
+    initial_wanted: bool,
+    ahead: Ahead | None = None,
+) -> Tensor | None:
+    """The second pass: writes ``targets`` and returns the initial state's gradient, if wanted.
+
+    ``ahead``, which is overwritten, has `own_gradients` and `own_key_gradients`: to them only what
+    is left of dS is added, and of an initial state's gradient only that is returned.
+    """
+    deg = sequence.deg
+    crossing = None
     for index, tokens in reversed(list(enumerate(sequence.chunks))):
         x = sequence.chunk(tokens, norm)
-        do = sequence.by_query_head(d_out, tokens)
-        delta = sequence.by_query_head(every_delta[..., None], tokens)
-        dk_i = None if dk is None else torch.zeros_like(x.k)
-        dv_i = None if dv is None else torch.zeros_like(x.v[..., :-1])
-        d_gate_i = None if read is None else _sums_from(read[:, tokens])
-        if dS is not None:
+        if ahead is None:
+            after = dS
+            dk, dv, d_gate = _key_gradients(sequence, x, d_out, of_queries, targets)
+        else:
+            after = ahead.states[index].add_(dS)
+            dk, dv, d_gate = ahead.within[index]
+        if index == len(sequence.chunks) - 1 and after is not None and of_queries.S is not None:
+            # <dS, S> after a chunk: all pairs with a key up to there and a query, or final state,
+            # beyond.
+            crossing = (after * of_queries.S).sum((1, 2))
+        if after is not None:
             k = x.keys_for_state()
             v = x.v.mT
             if dv is not None or d_gate is not None:
                 dy = v.new_zeros(v.shape)
-                expand_apply(dy, k, dS, deg, "key")
+                expand_apply(dy, k, after, deg, "key")
                 if dv is not None:
-                    dv_i += dy[:, :-1].mT
+                    dv += dy[:, :-1].mT
             if d_gate is not None:
                 written = (dy * v).sum(1)
-                d_gate_i += _sums_before(written)
-                if index > 0 or starts_with_state:
+                d_gate += _sums_before(written)
+                if index > 0 or of_queries.starts_with_state:
                     # Through the whole chunk, from the state before it, if anything of it is left.
                     through = crossing - written.sum(-1)
-                    d_gate_i += torch.where(x.whole_decay > 0, through, 0)[:, None]
+                    d_gate += torch.where(x.whole_decay > 0, through, 0)[:, None]
             if dk is not None:
-                of_state = contract(k, dS, v, deg, "key").mT
-                dk_i += of_state if x.g is None else of_state * x.until_end[..., None]
-        if dk is not None or dv is not None or d_gate is not None:
-            _intra_backward_keys(x, do, delta, dk_i, dv_i, d_gate_i)
+                of_state = contract(k, after, v, deg, "key").mT
+                dk += of_state if x.g is None else of_state * x.until_end[..., None]
         if dk is not None:
-            sequence.store(dk, tokens, dk_i)
+            sequence.store(targets.dk, tokens, dk)
         if dv is not None:
-            sequence.store(dv, tokens, dv_i)
+            sequence.store(targets.dv, tokens, dv)
         if d_gate is not None:
-            sequence.store(d_gate[..., None], tokens, d_gate_i[..., None])
-            crossing = d_gate_i[:, 0]
-        if index > 0 or (starts_with_state and initial_wanted):
+            sequence.store(targets.d_gate[..., None], tokens, d_gate[..., None])
+            crossing = d_gate[:, 0]
+        if ahead is not None:
+            x.decay_(dS)
+        elif index > 0 or (of_queries.starts_with_state and initial_wanted):
             if dS is None:
                 dS = sequence.empty_state()
-            x.decay_(dS)
-            dy = _numerator_gradient(do, x.z, delta)
-            expand_reduce(dS, x.queries_for_state(), dy, deg, "query")
+            _add_state_gradient(sequence, x, d_out, of_queries, dS)
     if not initial_wanted:
         return None
     return sequence.empty_state() if dS is None else dS

@@ -80,7 +80,7 @@ def forward(operands: Operands, options: Options, saves_output: bool) -> tuple[T
     residual = results[4] if results[4].numel() else None
     with torch.no_grad(), without_autocast(Q.device):
         for batch in packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, options.deg)):
-            sequence = _sequence(batch, operands, options)
+            sequence = as_sequence(batch, operands, options)
             S = sequence.join_state(_rows(initial_state, batch), _rows(sum_of_keys, batch))
             o, z, r = (batch.room(x) for x in (out, norm, residual))
             S = chunked.forward(sequence, S, o, z, r, options.return_final_state)
@@ -109,7 +109,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, ...]:
     initial_wanted = d_initial_state is not None
     with torch.no_grad(), without_autocast(Q.device):
         for batch in packed.batches(cu_seqlens, Q.shape[1], _state_size(Q, V, options.deg)):
-            sequence = _sequence(batch, operands, options)
+            sequence = as_sequence(batch, operands, options)
             targets = [batch.room(x) for x in of_tokens]
             dS = chunked.backward(
                 sequence,
@@ -117,7 +117,8 @@ def backward(call: BackwardCall) -> tuple[Tensor, ...]:
                 sequence.join_state(_rows(d_state, batch), _rows(d_keys, batch)),
                 batch.take(call.saved.norm),
                 batch.take(d_out),
-                *(targets[0], targets[1], targets[2], targets[3]),
+                targets[0],
+                chunked.KeyTargets(*targets[1:]),
                 initial_wanted,
             )
             for x, written in zip(of_tokens, targets, strict=True):
@@ -132,7 +133,7 @@ def backward(call: BackwardCall) -> tuple[Tensor, ...]:
     return gradients
 
 
-def _sequence(batch: packed.Batch, operands: Operands, options: Options) -> chunked.Sequence:
+def as_sequence(batch: packed.Batch, operands: Operands, options: Options) -> chunked.Sequence:
     """The batch's sequences, in chunks that suit their length."""
     Q, _, V, *_ = operands
     deg, chunk_size, switch_over, *_ = options
