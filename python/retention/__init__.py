@@ -8,7 +8,7 @@ refuse_mixture(__path__)
 
 import torch  # noqa: F401  (first: its libraries were seen to crash when loaded behind those of `_C`)
 
-from retention import _C, nn
+from retention import _C, distributed, nn
 from retention.cache import RetentionCache
 from retention.functional import power_retention, power_retention_inference
 from retention.installation import info
@@ -18,6 +18,7 @@ from retention.ops.symmetric_power import expand, state_dim
 __version__: str = _C.build_info()["version"]
 __all__ = [
     "RetentionCache",
+    "distributed",
     "expand",
     "info",
     "nn",

@@ -246,6 +246,11 @@ class _Cut:
         return States(state.index_add(0, row, head.state), keys.index_add(0, row, head.keys))
 
 
+def start_of(group: ProcessGroup | DeviceMesh, t: int, share_start: int | None) -> int:
+    """Where the share of t tokens begins in the whole row: given, or by shares of equal length."""
+    return _process_group(group).rank() * t if share_start is None else share_start
+
+
 # ---- what is accepted ---------------------------------------------------------------------------
 
 
@@ -315,9 +320,9 @@ class _Own(NamedTuple):
         start = rank * Q.shape[1] if self.share_start is None else self.share_start
         n, h, D, dv = state_shape(self.operands, self.deg)
         return settings | {
-            "Q": [str(Q.dtype), Q.shape[0], *Q.shape[2:]],
-            "K": [str(Q.dtype), Q.shape[0], h, Q.shape[3]],
-            "V": [str(V.dtype), V.shape[0], h, dv],
+            "Q": f"[{Q.shape[0]}, t, {Q.shape[2]}, {Q.shape[3]}] {Q.dtype}",
+            "K": f"[{Q.shape[0]}, t, {h}, {Q.shape[3]}] {Q.dtype}",
+            "V": f"[{Q.shape[0]}, t, {h}, {dv}] {V.dtype}",
             "log_G": None if log_G is None else str(log_G.dtype),
             "initial_state": None if initial_state is None else [n, h, D, dv],
             "cu_seqlens": bounds and hashlib.sha256(str(bounds).encode()).hexdigest()[:16],

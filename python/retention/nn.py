@@ -11,19 +11,23 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retention import functional
+from retention import distributed, functional
 from retention.cache import RetentionCache
 from retention.ops import checks
 from retention.ops.arguments import autocasts, without_autocast
 from retention.ops.numerics import widest
 from retention.ops.pytorch.decoding import rewind
 from retention.ops.symmetric_power import state_dim
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "GateProjection",
@@ -243,6 +247,10 @@ class PowerRetention(nn.Module):
         bias: whether the query, key, value and output projections have biases. The gate's always
             has: it sets how long a head remembers. Default: False.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
+        context_parallel: a process group, or a `DeviceMesh` of one dimension, whose ranks share
+            every sequence: in `forward`, `x` is this rank's part of the tokens (see
+            `retention.distributed.power_retention`). An attribute that may be set later. Default:
+            sequences are whole.
 
     Raises:
         TypeError: for a size that is not an integer.
@@ -264,6 +272,8 @@ class PowerRetention(nn.Module):
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        context_parallel: ProcessGroup | DeviceMesh | None = None,
     ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -298,6 +308,7 @@ class PowerRetention(nn.Module):
         self.switch_over_seq_len = switch_over_seq_len
         self.gating = gating
         self.rope_theta = rope_theta
+        self.context_parallel = context_parallel
 
         where: Any = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **where)
@@ -325,26 +336,36 @@ class PowerRetention(nn.Module):
     def _log_gate(self, x: Tensor) -> Tensor | None:
         return None if self.g_proj is None else log_gates(self.g_proj, x)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Retention over whole sequences.
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, share_start: int | None = None
+    ) -> Tensor:
+        """Retention over whole sequences, or over this rank's share of them.
 
         Args:
-            x: `[b, t, hidden_size]`.
+            x: `[b, t, hidden_size]`. With `context_parallel`, t tokens of more that ranks share.
             cu_seqlens: int32 `[n + 1]` where `x` holds n sequences end to end (then b = 1):
                 sequence i is tokens `cu_seqlens[i]` to `cu_seqlens[i + 1] - 1`. Each has positions
-                from 0 and sees only itself.
+                from 0 and sees only itself. With `context_parallel`, of all ranks' tokens.
+            share_start: with `context_parallel`, how many tokens the ranks before have. Default:
+                rank times t, as with shares of equal length.
 
         Returns:
             `[b, t, hidden_size]`, of the projections' dtype (the autocast dtype under autocast).
 
         Raises:
-            ValueError: for an `x` of another shape, and for `cu_seqlens` that `power_retention`
-                rejects.
+            ValueError: for an `x` of another shape, for `cu_seqlens` that `power_retention`
+                rejects, for a `context_parallel` that `retention.distributed.power_retention`
+                rejects, and for `share_start` without it.
         """
         self._check_input(x)
+        start = 0
+        if self.context_parallel is not None:
+            start = distributed.start_of(self.context_parallel, x.shape[1], share_start)
+        elif share_start is not None:
+            raise ValueError("share_start: expected None without context_parallel, got a number")
         query, key, value, log_gate = self._project(x)
         if self.rope_theta is not None:
-            positions = torch.arange(x.shape[1], device=x.device)
+            positions = start + torch.arange(x.shape[1], device=x.device)
             if cu_seqlens is not None:
                 if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
                     raise ValueError(
@@ -356,16 +377,17 @@ class PowerRetention(nn.Module):
                 positions = positions - starts[sequence]
             angles = rotary_angles(positions, self.head_dim, self.rope_theta)
             query, key = apply_rotary(query, angles), apply_rotary(key, angles)
-        out = functional.power_retention(
-            query,
-            key,
-            value,
-            log_gate,
-            deg=self.deg,
-            chunk_size=self.chunk_size,
-            switch_over_seq_len=self.switch_over_seq_len,
-            cu_seqlens=cu_seqlens,
-        )
+        options: dict[str, Any] = {
+            "deg": self.deg,
+            "chunk_size": self.chunk_size,
+            "switch_over_seq_len": self.switch_over_seq_len,
+            "cu_seqlens": cu_seqlens,
+        }
+        if self.context_parallel is None:
+            out = functional.power_retention(query, key, value, log_gate, **options)
+        else:
+            options |= {"group": self.context_parallel, "share_start": start}
+            out = distributed.power_retention(query, key, value, log_gate, **options)
         return self.o_proj(cast(Tensor, out).flatten(2))
 
     def init_cache(

@@ -1,0 +1,404 @@
+"""Sequences shared by 2, 3 and 4 processes, and by threads: what one process has for the whole."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import distributed_sequence_worker as worker
+from cases import RESETS, Case, assert_close, error
+from distributed_sequence_worker import Shared
+from retention import distributed
+from retention.ops import exchange, shares
+
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this PyTorch has no gloo",
+)
+NUMBERS = (2, 3, 4)
+SECONDS = 300  # far more than it takes: processes that hang are killed
+
+# Both sides are float64 and sum in another order; gradients of strong gates are small differences.
+TOLERANCE = 1e-10
+# Beside the float64 formula of the inputs as they were rounded: float32 has 6e-8 in every product,
+# and gradients divide by small sums of weights. A state sent in bfloat16 has 4e-3 in every element.
+SINGLE = 2e-4
+SENT_IN_BFLOAT16 = 5e-2
+BFLOAT16 = 8e-2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the processes leave: results and logs."""
+    folder = tmp_path_factory.mktemp("sequence")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's own name resolves to
+    program = Path(worker.__file__).resolve()
+    with (folder / "all.log").open("w") as log:
+        subprocess.run(
+            [sys.executable, program, folder, *map(str, NUMBERS)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            timeout=SECONDS,
+            check=False,
+        )
+    return folder
+
+
+_read: dict[Path, Any] = {}
+
+
+def results_of(ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """What each process has left."""
+    paths = [folder / f"{ranks}-{rank}.pt" for rank in range(ranks)]
+    if not all(path.exists() for path in paths):
+        pytest.fail("\n----\n".join(log.read_text()[-5000:] for log in folder.glob("*.log")))
+    for path in paths:
+        if path not in _read:
+            _read[path] = torch.load(path)
+    return [_read[path] for path in paths]
+
+
+GRID = [(ranks, name) for ranks in NUMBERS for name in worker.cases_of(ranks)]
+
+
+@needs_gloo
+@pytest.mark.parametrize(("ranks", "name"), GRID)
+def test_shares_are_those_of_the_whole(ranks: int, name: str, folder: Path):
+    call = worker.cases_of(ranks)[name]
+    parts = [result[name] for result in results_of(ranks, folder)]
+    expected = worker.whole_call(call)
+    if call.dtype == torch.bfloat16:
+        tolerance = BFLOAT16
+    elif call.payload is not None:
+        tolerance = SENT_IN_BFLOAT16
+    else:
+        tolerance = SINGLE if call.dtype == torch.float32 else TOLERANCE
+    assert_close(worker.joined(call, parts), expected, tolerance)
+    for part in parts:
+        assert part["out"].dtype == call.dtype
+        if call.states_are_everywhere:  # the very same bits
+            assert torch.equal(part["state"], parts[0]["state"])
+            assert torch.equal(part["sum_of_keys_out"], parts[0]["sum_of_keys_out"])
+
+
+def owners(call: Shared, of: Callable[[int, int], int]) -> list[int]:
+    """The rank that has the token ``of(begin, end)`` of every packed sequence, the last one where
+    none has it."""
+    edges = [0, *accumulate(call.lengths)]
+    found = []
+    for begin, end in zip(call.bounds, call.bounds[1:], strict=False):
+        place = of(begin, end)
+        holders = [r for r in range(len(call.lengths)) if edges[r] <= place < edges[r + 1]]
+        found.append(holders[0] if holders else len(call.lengths) - 1)
+    return found
+
+
+@needs_gloo
+@pytest.mark.parametrize(("ranks", "name"), GRID)
+def test_where_states_and_their_gradients_arrive(ranks: int, name: str, folder: Path):
+    call = worker.cases_of(ranks)[name]
+    parts = [result[name] for result in results_of(ranks, folder)]
+    if call.bounds is None:
+        begins = [0] * call.case.b
+    else:
+        begins = owners(call, lambda begin, end: begin)
+        if not call.all_final_states:
+            ends = owners(call, lambda begin, end: max(begin, end - 1))
+            for rank, part in enumerate(parts):
+                elsewhere = [n for n, owner in enumerate(ends) if owner != rank]
+                assert not part["state"][elsewhere].any()
+                assert not part["sum_of_keys_out"][elsewhere].any()
+    if call.case.state:
+        for rank, part in enumerate(parts):
+            elsewhere = [n for n, owner in enumerate(begins) if owner != rank]
+            assert not part["d_initial_state"][elsewhere].any()
+            assert not part["d_sum_of_keys"][elsewhere].any()
+
+
+@needs_gloo
+@pytest.mark.parametrize("ranks", NUMBERS)
+def test_whoever_arrives_last_the_bits_are_the_same(ranks: int, folder: Path):
+    assert all(result["arrival"] for result in results_of(ranks, folder))
+
+
+@needs_gloo
+def test_a_rank_that_does_not_come_is_waited_for_until_the_timeout(folder: Path):
+    said = [result["alone"] for result in results_of(2, folder)]
+    assert said[0] == ""
+    assert "Timed out" in said[1]
+
+
+CHECKED = {
+    "heads": r"Q: expected the same on every rank, got \[2, t, 4, 16\] torch.float64 on rank 0 and "
+    r"\[2, t, 2, 16\] torch.float64 on rank {last}",
+    "dtype": r"K: expected torch.float32 as Q, got torch.float64",
+    "gates": r"log_G: expected the same on every rank, got torch.float64 on rank 0 and None on",
+    "deg": r"deg: expected the same on every rank, got 2 on rank 0 and 4 on rank {last}",
+    "final": r"return_final_state: expected the same on every rank, got False on rank 0 and True",
+    "start": r"share_start: expected \d+ on rank {last}, where the shares before it end, got 1",
+    "bounds": r"cu_seqlens: expected the same on every rank",
+    "end": r"cu_seqlens: expected to end at 24, the tokens of all shares, or before, got 48",
+    "gradient": r"requires_grad: expected the same on every rank, got False on rank 0 and True on",
+    "nothing": r"^$",
+}
+
+
+@needs_gloo
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", CHECKED)
+def test_all_ranks_are_told_what_one_has_wrong(ranks: int, name: str, folder: Path):
+    for result in results_of(ranks, folder):
+        pattern = CHECKED[name].replace("{last}", str(ranks - 1))
+        assert_matches(pattern, result["checked"][name])
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    assert re.search(pattern, text), f"expected {pattern}, got {text!r}"
+
+
+REFUSED = {
+    "device": r"ValueError: group: expected one for tensors on meta as Q, got one for .*cpu:gloo",
+    "mesh": r"ValueError: group: expected a DeviceMesh of one dimension, got 2",
+    "type": r"TypeError: group: expected a process group .*, got str",
+    "not a member": r"TypeError: group: expected a process group that this rank belongs to",
+    "payload": r"ValueError: payload: expected None, torch.float32 or torch.bfloat16 .*, got .*16",
+    "share_start": r"ValueError: share_start: expected an integer of at least 0, got -1",
+}
+
+
+@needs_gloo
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_at_once(name: str, folder: Path):
+    for result in results_of(2, folder):
+        assert_matches(REFUSED[name], result["refused"][name])
+
+
+def test_without_process_groups():
+    x = torch.zeros(1, 4, 2, 16)
+    with pytest.raises(ValueError, match=r"group: expected torch.distributed to be initialised"):
+        distributed.power_retention(x, x, x)
+
+
+@needs_gloo
+@pytest.mark.parametrize("way", ["mesh", "compiled", "checkpointed", "kept states"])
+def test_composes(way: str, folder: Path):
+    found = 0
+    for result in results_of(2, folder):
+        composed = result["composed"]
+        for name in composed:
+            kind, _, how = name.partition(", ")
+            if how.startswith(way):
+                found += 1
+                # The same operations in the same order.
+                assert worker.same_bits(composed[name], composed[kind]), name
+    assert found >= 2
+
+
+@needs_gloo
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layers_learn_what_one_process_learns(ranks: int, folder: Path):
+    expected = {}
+    for kind, where in (("rows", ()), ("packed", (torch.tensor(worker.BOUNDS).int(),))):
+        model = worker.layer()
+        worker.layer_loss(model, worker.activations(2 - (kind == "packed")), *where).backward()
+        expected[kind] = worker.gradients_of(model)
+    for result in results_of(ranks, folder):
+        ways = result["layers"]
+        assert {"rows", "packed", "DDP", "fully_shard"} == ways.keys()
+        for way, gradients in ways.items():
+            assert_close(gradients, expected["packed" if way == "packed" else "rows"], TOLERANCE)
+
+
+def test_share_start_without_context_parallelism():
+    with pytest.raises(ValueError, match=r"share_start: expected None without context_parallel"):
+        worker.layer()(worker.activations(), None, 3)
+
+
+# ---- in threads ---------------------------------------------------------------------------------
+
+
+class Threads:
+    """A process group of threads, which pass tensors to each other in memory."""
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.sent: list[Any] = [None] * ranks
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        results: list[Any] = [None] * self.ranks
+        failures: list[BaseException] = []
+
+        def one(rank: int) -> None:
+            try:
+                results[rank] = work(rank)
+            except BaseException as failure:
+                self.barrier.abort()
+                failures.append(failure)
+
+        contexts = [contextvars.copy_context() for _ in range(self.ranks)]
+        threads = [
+            threading.Thread(target=context.run, args=(one, rank))
+            for rank, context in enumerate(contexts)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for failure in failures:
+            if not isinstance(failure, threading.BrokenBarrierError):
+                raise failure
+        return results
+
+    def gather(self, received: torch.Tensor, sent: torch.Tensor, rank: int) -> None:
+        self.sent[rank] = sent
+        self.barrier.wait()
+        received.copy_(torch.cat(self.sent))
+        self.barrier.wait()
+
+    def sum(self, x: torch.Tensor, rank: int) -> None:
+        self.sent[rank] = x.clone()
+        self.barrier.wait()
+        x.copy_(sum(self.sent))
+        self.barrier.wait()
+
+
+def in_threads(call: Shared, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """What the ranks of a call have, joined."""
+    ranks = len(call.lengths)
+    threads = Threads(ranks)
+
+    def gather(received, sent, *, group, async_op):
+        threads.gather(received, sent, group)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(exchange, "_all_gather", gather)
+    monkeypatch.setattr(exchange, "process_group", int)
+    monkeypatch.setattr(shares, "process_group", int)
+    monkeypatch.setattr(shares.dist, "all_reduce", lambda x, *, group: threads.sum(x, group))
+    monkeypatch.setattr(distributed, "_process_group", lambda group: group)
+    monkeypatch.setattr(distributed, "_check_device", lambda group, device: None)
+    monkeypatch.setattr(distributed, "group_name", lambda group: group.name)
+
+    def work(rank: int) -> dict[str, torch.Tensor]:
+        group = SimpleNamespace(name=str(rank), rank=lambda: rank, size=lambda: ranks)
+        return worker.shared_call(call, rank, group=group)
+
+    return worker.joined(call, threads.run(work))
+
+
+@st.composite
+def calls(draw) -> Shared:
+    lengths = tuple(draw(st.lists(st.integers(0, 7), min_size=1, max_size=5)))
+    t, h = sum(lengths), draw(st.integers(1, 2))
+    packed = draw(st.booleans())
+    state = draw(st.booleans())
+    case = Case(
+        t=t,
+        b=1 if packed else draw(st.integers(1, 2)),
+        h=h,
+        hq=h * draw(st.integers(1, 2)),
+        d=8 * draw(st.integers(1, 2)),
+        dv=draw(st.integers(1, 5)),
+        # With degree 4 a query that is nearly orthogonal to all keys reads what is left of far larger
+        # numbers, with or without other ranks: the grid has that degree.
+        gate=draw(st.sampled_from([None, -0.01, -1.0, -20.0])),
+        reset=draw(st.sampled_from([None, *RESETS])),
+        every=draw(st.integers(1, 9)),
+        state=state,
+        chunk=draw(st.integers(1, 9)),
+    )
+    bounds = None
+    if packed:
+        cuts = draw(st.lists(st.integers(0, t), max_size=5))
+        bounds = (0, *sorted(cuts), *draw(st.sampled_from([(t,), (t, t)])))
+        if len(bounds) > 2 and draw(st.booleans()):
+            bounds = bounds[:-1]  # tokens behind the last sequence are nobody's
+    return Shared(case, lengths, bounds, all_final_states=packed and draw(st.booleans()))
+
+
+@given(calls())
+def test_any_cut_of_any_sequences(call: Shared):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert_close(in_threads(call, monkeypatch), worker.whole_call(call), TOLERANCE)
+
+
+def decay_of_another_rank(states, log_decays, start, ranks):
+    """The decay of the rank after it."""
+    return exchange_passed_on(states, log_decays.roll(-1, 0), start, ranks)
+
+
+def one_rank_too_far(states, log_decays, start, ranks):
+    """The rank's own share too."""
+    step = ranks.step
+    last = min(max(ranks.stop + step, -1), len(log_decays)) if ranks.stop + step >= -1 else -1
+    return exchange_passed_on(states, log_decays, start, range(ranks.start, last, step))
+
+
+def one_rank_short(states, log_decays, start, ranks):
+    return exchange_passed_on(states, log_decays, start, ranks[:-1])
+
+
+def without_decay(states, log_decays, start, ranks):
+    return exchange_passed_on(states, torch.zeros_like(log_decays), start, ranks)
+
+
+exchange_passed_on = exchange.passed_on
+CALLS = {
+    "rows": Shared(Case(t=24, state=True), (8, 7, 9)),
+    "packed": Shared(Case(t=24, b=1, state=True), (8, 7, 9), (0, 2, 24)),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize(
+    "mistake", [decay_of_another_rank, one_rank_too_far, one_rank_short, without_decay]
+)
+def test_mistakes_are_noticed(mistake, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Of what is passed on from rank to rank: outputs and gradients are far from the formula's."""
+    call = CALLS[kind]
+    expected = worker.whole_call(call)
+    assert_close(in_threads(call, monkeypatch), expected, TOLERANCE)
+    monkeypatch.setattr(shares, "passed_on", mistake)
+    wrong = in_threads(call, monkeypatch)
+    assert error(wrong["out"], expected["out"]) > 1e-3
+    assert error(wrong["d_K"], expected["d_K"]) > 1e-3
+
+
+def test_what_is_sent_arrives():
+    """Exact tensors keep their bits in a payload of fewer, whatever is beside them."""
+    states = exchange.States(torch.randn(2, 3, 5, 7).double(), torch.randn(2, 3, 5).double())
+    gates = torch.tensor([[-torch.inf, -1e9, -1 / 3]]).double()
+    threads = Threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(
+            exchange,
+            "_all_gather",
+            lambda received, sent, **_: (
+                threads.gather(received, sent, 0) or SimpleNamespace(wait=lambda: None)
+            ),
+        )
+        monkeypatch.setattr(exchange, "process_group", int)
+        gathering = exchange.Gathering(exchange.Place("0", 0, 1), states, [gates], torch.bfloat16)
+        state, keys, log_decays = gathering.wait()
+    assert torch.equal(log_decays[0], gates)
+    for x, wanted in ((state[0], states.state), (keys[0], states.keys)):
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x, wanted, rtol=2**-8, atol=0)
