@@ -214,6 +214,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     add("--device", str, "cuda where there is one, else cpu", "where to train", metavar="NAME")
     _add_dtype(train, None, loop.dtype)
     train.add_argument(
+        "--context-parallel",
+        type=_positive,
+        default=1,
+        help="processes that share every sequence, started by torchrun (default: 1)",
+        metavar="N",
+    )
+    train.add_argument(
         "--compile", action="store_true", default=None, help="compile the model (torch.compile)"
     )
 
@@ -431,10 +438,11 @@ def _train(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if value is not None}
     if options.resume:
         _check_same(given, out)
-        outcome = training.resume(out, options.device)
+        outcome = training.resume(out, options.device, options.context_parallel)
     else:
         given.setdefault("device", devices.default_device())
-        outcome = training.train(_pick(ModelConfig, given), _pick(TrainConfig, given), out)
+        configs = _pick(ModelConfig, given), _pick(TrainConfig, given)
+        outcome = training.train(*configs, out, options.context_parallel)
     return int(outcome)
 
 

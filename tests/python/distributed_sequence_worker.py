@@ -1,7 +1,10 @@
 """Processes that share sequences: `distributed_sequence_worker.py FOLDER RANKS [RANKS ...]`.
 
 For every number of ranks, that many processes at a time; each writes `FOLDER/<ranks>-<rank>.pt`: by
-name of `cases_of`, what `shared_call` returns, and by name of what `others` has, what it says.
+name of `cases_of`, what `shared_call` returns, and by name of what `OTHERS` has, what it says.
+
+`train` makes runs of `retention train` in `FOLDER/runs`, of which it needs the text in
+`FOLDER/text`; exit codes are in `FOLDER/codes.pt`.
 """
 
 from __future__ import annotations
@@ -10,6 +13,9 @@ import copy
 import dataclasses
 import multiprocessing
 import os
+import shutil
+import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -414,14 +420,85 @@ def joined(call: Shared, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-def main(folder: Path, numbers: list[int]) -> None:
+# ---- training from the command line -------------------------------------------------------------
+
+TRAIN = (
+    *("train", "--steps", "6", "--batch-size", "4", "--block-size", "33", "--layers", "2"),
+    *("--hidden-size", "32", "--heads", "2", "--chunk-size", "8", "--eval-every", "3"),
+    *("--eval-blocks", "8", "--checkpoint-every", "3", "--device", "cpu"),
+)
+
+
+def train_one(rank: int, ranks: int, port: int, log: Path, signalled: bool, *given: str) -> None:
+    """As torchrun starts it; with ``signalled``, the last process gets a SIGTERM in step 2."""
+    from retention import cli
+    from retention.lm import data
+
+    torch.set_num_threads(1)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if signalled and rank == ranks - 1:
+        plain = data.batch
+
+        def batch(corpus: Any, seed: int, step: int, *sizes: int) -> Tensor:
+            if step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(corpus, seed, step, *sizes)
+
+        data.batch = batch
+    sys.exit(cli.main([*given, "--context-parallel", str(ranks)]))
+
+
+def train(ranks: int, folder: Path, *given: str, signalled: bool = False) -> list[int]:
+    """Exit codes of as many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(
+            target=train_one,
+            args=(rank, ranks, port, folder / f"train-{ranks}-{rank}.log", signalled, *given),
+            daemon=True,
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def train_all(folder: Path) -> dict[str, list[int]]:
+    runs = folder / "runs"
+
+    def given(name: str) -> tuple[str, ...]:
+        return (*TRAIN, "--data", str(folder / "text"), "--out", str(runs / name))
+
+    codes = {"two": train(2, folder, *given("two"))}
+    # What three processes go on with is what two left in the middle of their run.
+    shutil.copytree(runs / "two", runs / "three")
+    shutil.rmtree(runs / "three" / "checkpoints" / "step-00000006")
+    resume = ("train", "--resume", "--out", str(runs / "three"))
+    codes["three"] = train(3, folder, *resume)
+    codes["stopped"] = train(2, folder, *given("stopped"), signalled=True)
+    return codes
+
+
+def main(folder: Path, what: list[str]) -> None:
     # Once for all processes, which are copies of this one.
     import torch._dynamo
     import torch.distributed.fsdp
-    import torch.distributed.tensor  # noqa: F401
+    import torch.distributed.tensor
 
+    if "train" in what:
+        torch.save(train_all(folder), folder / "codes.pt")
     fork = multiprocessing.get_context("fork")
-    for ranks in numbers:
+    for ranks in (int(x) for x in what if x != "train"):
         processes = [
             fork.Process(target=one, args=(rank, ranks, folder), daemon=True)
             for rank in range(ranks)
@@ -433,4 +510,4 @@ def main(folder: Path, numbers: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), [int(x) for x in sys.argv[2:]])
+    main(Path(sys.argv[1]), sys.argv[2:])

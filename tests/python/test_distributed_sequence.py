@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 import distributed_sequence_worker as worker
 from cases import RESETS, Case, assert_close, error
 from distributed_sequence_worker import Shared
-from retention import distributed
+from retention import cli, distributed
 from retention.ops import exchange, shares
 
 needs_gloo = pytest.mark.skipif(
@@ -30,6 +32,7 @@ needs_gloo = pytest.mark.skipif(
     reason="this PyTorch has no gloo",
 )
 NUMBERS = (2, 3, 4)
+TEXT = b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i % 7, i % 7) for i in range(400))
 SECONDS = 300  # far more than it takes: processes that hang are killed
 
 # Both sides are float64 and sum in another order; gradients of strong gates are small differences.
@@ -49,9 +52,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's own name resolves to
     program = Path(worker.__file__).resolve()
+    (folder / "text").write_bytes(TEXT)
     with (folder / "all.log").open("w") as log:
         subprocess.run(
-            [sys.executable, program, folder, *map(str, NUMBERS)],
+            [sys.executable, program, folder, "train", *map(str, NUMBERS)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -231,6 +235,67 @@ def test_share_start_without_context_parallelism():
         worker.layer()(worker.activations(), None, 3)
 
 
+# ---- training ----------------------------------------------------------------------------------
+
+
+def losses(run: Path) -> list[tuple[int, str, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [
+        (record["step"], name, record[name])
+        for record in map(json.loads, lines)
+        for name in ("train_loss", "grad_norm", "validation_loss")
+        if name in record
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    """What processes and, as `one`, this one have trained."""
+    assert (folder / "codes.pt").exists(), (folder / "all.log").read_text()
+    out = folder / "runs" / "one"
+    given = [*worker.TRAIN, "--data", str(folder / "text"), "--out", str(out)]
+    assert cli.main(given) == 0
+    return folder
+
+
+# Float32 sums in another order, and six steps of an optimizer that divides by small numbers.
+LOSSES = 2e-5
+
+
+@needs_gloo
+@pytest.mark.parametrize("run", ["two", "three"])
+def test_losses_are_those_of_one_process(run: str, trained: Path):
+    codes = torch.load(trained / "codes.pt")
+    assert not any(codes[run]), (trained / "train-2-1.log").read_text()
+    expected, found = (losses(trained / "runs" / name) for name in ("one", run))
+    assert [x[:2] for x in found] == [x[:2] for x in expected]
+    for (step, name, loss), (*_, wanted) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=LOSSES), f"step {step}: {name}"
+    # One process goes on with what several have left.
+    left = trained / "runs" / run / "checkpoints"
+    assert sorted(path.name for path in left.iterdir()) == ["step-00000003", "step-00000006"]
+    again = trained / "runs" / f"{run}, again"
+    shutil.copytree(trained / "runs" / run, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    assert cli.main(["train", "--resume", "--out", str(again)]) == 0
+    assert losses(again)[-1][2] == pytest.approx(expected[-1][2], rel=LOSSES)
+
+
+@needs_gloo
+def test_a_signal_to_one_process_ends_all_at_the_same_step(trained: Path):
+    assert torch.load(trained / "codes.pt")["stopped"] == [143, 143]
+    names = [path.name for path in (trained / "runs" / "stopped" / "checkpoints").iterdir()]
+    assert names == ["step-00000002"]
+
+
+def test_as_many_processes_as_torchrun_started(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--context-parallel", "2"]) == 2
+    message = capsys.readouterr().err
+    assert "--context-parallel: expected 2 processes, got 1; start them with torchrun" in message
+    assert not (tmp_path / "run").exists()
+
+
 # ---- in threads ---------------------------------------------------------------------------------
 
 
@@ -317,8 +382,8 @@ def calls(draw) -> Shared:
         hq=h * draw(st.integers(1, 2)),
         d=8 * draw(st.integers(1, 2)),
         dv=draw(st.integers(1, 5)),
-        # With degree 4 a query that is nearly orthogonal to all keys reads what is left of far larger
-        # numbers, with or without other ranks: the grid has that degree.
+        # With degree 4 a query that is nearly orthogonal to all keys reads what is left of far
+        # larger numbers, with or without other ranks: the grid has that degree.
         gate=draw(st.sampled_from([None, -0.01, -1.0, -20.0])),
         reset=draw(st.sampled_from([None, *RESETS])),
         every=draw(st.integers(1, 9)),

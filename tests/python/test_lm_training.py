@@ -357,7 +357,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(
     inner = training.loss_of
     calls = []
 
-    def spoiled(model, tokens):
+    def spoiled(model, tokens, context):
         calls.append(1)
         return inner(model, tokens) * (math.nan if len(calls) == 15 else 1)
 
@@ -374,7 +374,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(
 def test_non_finite_gradient_stops_before_the_weights_change(text, tmp_path, monkeypatch):
     inner = training.loss_of
 
-    def spoiled(model, tokens):
+    def spoiled(model, tokens, context):
         loss = inner(model, tokens)
         # The square root's slope at 0 is infinite while its value is not.
         return loss + (model.embedding.weight.sum() * 0).sqrt()

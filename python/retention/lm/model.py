@@ -117,8 +117,8 @@ class Block(nn.Module):
         self.norm_mlp = nn.RMSNorm(config.hidden_size)
         self.mlp = GatedMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.retention(self.norm_retention(x))
+    def forward(self, x: Tensor, share_start: int | None = None) -> Tensor:
+        x = x + self.retention(self.norm_retention(x), share_start=share_start)
         return x + self.mlp(self.norm_mlp(x))
 
     def step(
@@ -146,11 +146,15 @@ class LanguageModel(nn.Module):
         self.blocks: Any = nn.ModuleList(blocks)  # whose type has no room for that of a block
         self.norm = nn.RMSNorm(config.hidden_size)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits `[b, t, 256]` of the next byte, from bytes `[b, t]` int64."""
+    def forward(self, tokens: Tensor, share_start: int | None = None) -> Tensor:
+        """Logits `[b, t, 256]` of the next byte, from bytes `[b, t]` int64.
+
+        `share_start` is where they begin in sequences that processes share, as
+        `PowerRetention.forward` has it.
+        """
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, share_start)
         return self.embedding(self.norm(x))
 
     def init_caches(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from retention.lm import checkpoint, files
 from retention.lm.config import RunConfig, check_number, check_type, run_config_from_json
@@ -116,6 +118,14 @@ class RunFolder:
         with files.explained(f"--out: cannot write {self.metrics_file}"):
             os.fsync(self._metrics.fileno())
 
+    def save(self, step: int, *saved: Any) -> None:
+        """Write a checkpoint: see `checkpoint.save`."""
+        checkpoint.save(self.checkpoints, step, *saved)
+
+    def open_output(self) -> TextIO:
+        """Where progress is shown."""
+        return sys.stdout
+
     def close(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
@@ -139,6 +149,38 @@ class RunFolder:
     def _write(self, path: Path, content: bytes) -> None:
         with files.explained(f"--out: cannot write {path}"):
             files.write_whole(path, content)
+
+
+class NoFolder(RunFolder):
+    """That of a process whose run another one writes: it reads, and leaves no trace."""
+
+    def check_free(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[bool]:
+        yield True
+
+    def write_config(self, config: RunConfig) -> None:
+        pass
+
+    def open_metrics(self, last_step: int) -> int:
+        return last_step
+
+    def record(self, **values: Any) -> None:
+        pass
+
+    def write_plot(self, png: bytes) -> None:
+        pass
+
+    def flush_metrics(self) -> None:
+        pass
+
+    def save(self, step: int, *saved: Any) -> None:
+        pass
+
+    def open_output(self) -> TextIO:
+        return io.StringIO()
 
 
 def _record(line: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retention.lm import checkpoint, data, devices, plot
+from retention.lm import context as processes
 from retention.lm.config import (
     ModelConfig,
     RunConfig,
@@ -27,10 +28,11 @@ from retention.lm.config import (
     check_number,
     check_type,
 )
+from retention.lm.context import ALONE, Context
 from retention.lm.errors import OutputError, UsageError
 from retention.lm.model import LanguageModel, new_model
 from retention.lm.progress import TrainingProgress
-from retention.lm.run import RunFolder
+from retention.lm.run import NoFolder, RunFolder
 
 _KEPT_CHECKPOINTS = 2
 
@@ -81,18 +83,25 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
 
-def loss_of(model: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    """Mean nats a byte over `tokens` `[b, t + 1]`, each predicted from those before it."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+def loss_of(model: Callable[..., Tensor], tokens: Tensor, context: Context = ALONE) -> Tensor:
+    """Mean nats a byte over `tokens` `[b, t + 1]`, each predicted from those before it; of that
+    mean, this process's part, where several share the sequences."""
+    before, after = tokens[:, :-1], tokens[:, 1:]
+    if context.ranks == 1:
+        return F.cross_entropy(model(before).float().flatten(0, 1), after.flatten())
+    mine = context.share(after.shape[1])
+    logits = model(before[:, mine], mine.start).float().flatten(0, 1)
+    total = F.cross_entropy(logits, after[:, mine].flatten(), reduction="sum")
+    return total / after.numel()
 
 
 @torch.no_grad()
 def validation_loss(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[..., Tensor],
     corpus: data.Corpus,
     config: TrainConfig,
     device: torch.device,
+    context: Context = ALONE,
 ) -> float:
     """Mean nats a byte over the held-out windows."""
     total, count = 0.0, 0
@@ -101,13 +110,23 @@ def validation_loss(
     )
     for tokens in blocks:
         with devices.autocast(device, config.dtype):
-            total += loss_of(model, tokens.to(device)).item() * len(tokens)
+            loss = loss_of(model, tokens.to(device), context)
+        context.add(loss)
+        total += loss.item() * len(tokens)
         count += len(tokens)
     return total / count
 
 
-def train(model_config: ModelConfig, config: TrainConfig, out: Path) -> Outcome:
+def train(
+    model_config: ModelConfig, config: TrainConfig, out: Path, context_parallel: int = 1
+) -> Outcome:
     """Train a new model into the empty folder `out`.
+
+    Args:
+        model_config, config: what fixes every loss.
+        out: the run's folder, which the first process alone writes.
+        context_parallel: processes that share every sequence, of which this is one. It is no part
+            of the run, which any number can go on with.
 
     Raises:
         UsageError: for anything that cannot be done; what was in `out` is then as it was. From the
@@ -115,21 +134,22 @@ def train(model_config: ModelConfig, config: TrainConfig, out: Path) -> Outcome:
         NonFiniteLossError: when the loss is no longer a number; the last checkpoint is whole.
         OutputError: when standard output takes no more; a checkpoint of the last step is there.
     """
-    folder = RunFolder(out)
-    folder.check_free()
-    device = devices.open_device(config.device)
-    corpus = data.load_corpus(config.data, config.block_size)
-    model = make_model(model_config, config.seed, device)
-    optimizer = make_optimizer(model, config)
-    run = RunConfig(model_config, config, corpus.summary())
-    with folder.locked() as alone:
-        folder.check_free()  # another process may have been faster
-        folder.write_config(run)
-        loop = _Loop(folder, run, corpus, model, optimizer, device)
-        return loop.run(alone)
+    with processes.opened(context_parallel, config.device) as (context, device_name):
+        folder = RunFolder(out) if context.rank == 0 else NoFolder(out)
+        folder.check_free()
+        device = devices.open_device(device_name)
+        corpus = data.load_corpus(config.data, config.block_size)
+        model = make_model(model_config, config.seed, device)
+        optimizer = make_optimizer(model, config)
+        run = RunConfig(model_config, config, corpus.summary())
+        with folder.locked() as alone:
+            folder.check_free()  # another process may have been faster
+            folder.write_config(run)
+            loop = _Loop(folder, run, corpus, model, optimizer, device, context)
+            return loop.run(alone)
 
 
-def resume(out: Path, device_name: str | None = None) -> Outcome:
+def resume(out: Path, device_name: str | None = None, context_parallel: int = 1) -> Outcome:
     """Go on with the run in `out`, to the losses it would have had without a stop.
 
     A damaged checkpoint is left out, and said to be, where the one before it is whole.
@@ -137,6 +157,7 @@ def resume(out: Path, device_name: str | None = None) -> Outcome:
     Args:
         out: the run's folder.
         device_name: where to go on. Default: the device it was started on.
+        context_parallel: as for `train`, whatever it was before.
 
     Raises:
         UsageError: where there is no run, its data has changed, its device is not there, or its
@@ -148,21 +169,24 @@ def resume(out: Path, device_name: str | None = None) -> Outcome:
     if device_name is not None:
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, device=device_name))
     config = run.train
-    device = devices.open_device(config.device)
-    corpus = data.load_corpus(config.data, config.block_size)
-    if corpus.sha256 != run.data["sha256"]:
-        raise UsageError(
-            f"--resume: the data is not what the run in {out} began with "
-            f"({corpus.files} files, {len(corpus.train) + len(corpus.validation)} bytes)"
-        )
-    with folder.locked() as alone:
-        # Before a model is made of sizes that may be damaged.
-        checkpoint.newest(folder.checkpoints, lambda saved: saved.check_model(run.model))
-        model = make_model(run.model, config.seed, device)
-        optimizer = make_optimizer(model, config)
-        loop = _Loop(folder, run, corpus, model, optimizer, device)
-        loop.restore()
-        return loop.run(alone)
+    with processes.opened(context_parallel, config.device) as (context, device_name):
+        device = devices.open_device(device_name)
+        corpus = data.load_corpus(config.data, config.block_size)
+        if corpus.sha256 != run.data["sha256"]:
+            raise UsageError(
+                f"--resume: the data is not what the run in {out} began with "
+                f"({corpus.files} files, {len(corpus.train) + len(corpus.validation)} bytes)"
+            )
+        if context.rank > 0:
+            folder = NoFolder(out)
+        with folder.locked() as alone:
+            # Before a model is made of sizes that may be damaged.
+            checkpoint.newest(folder.checkpoints, lambda saved: saved.check_model(run.model))
+            model = make_model(run.model, config.seed, device)
+            optimizer = make_optimizer(model, config)
+            loop = _Loop(folder, run, corpus, model, optimizer, device, context)
+            loop.restore()
+            return loop.run(alone)
 
 
 class _Loop:
@@ -176,8 +200,11 @@ class _Loop:
         model: LanguageModel,
         optimizer: torch.optim.AdamW,
         device: torch.device,
+        context: Context,
     ):
         self.folder = folder
+        self.context = context
+        context.join(model)
         self.config = run.train
         self.corpus = corpus
         self.model = model
@@ -238,12 +265,14 @@ class _Loop:
             )
         try:
             tokens_per_step = config.batch_size * config.block_size
-            progress = TrainingProgress(config.steps, self.step, tokens_per_step)
+            progress = TrainingProgress(
+                config.steps, self.step, tokens_per_step, self.folder.open_output()
+            )
             with _signals() as stop, progress:
                 self._announce(progress)
                 self.began = time.monotonic()
                 # One step is made even where nobody listens, so that there is a checkpoint.
-                while self.step < config.steps and not (stop or (progress.failed and self.step)):
+                while self.step < config.steps and not self._ends(progress, stop):
                     loss = self._train_step()
                     progress.update(self.step, loss)
                     last = self.step == config.steps
@@ -270,6 +299,14 @@ class _Loop:
         finally:
             self.folder.close()
 
+    def _ends(self, progress: TrainingProgress, stop: list[int]) -> bool:
+        """Whether a signal or a closed output ends the run here, in this process or another one."""
+        no_output = 256 if progress.failed and self.step else 0
+        reason = self.context.largest(stop[0] if stop else no_output, self.device)
+        if reason not in (0, 256) and not stop:
+            stop.append(reason)
+        return reason != 0
+
     def _announce(self, progress: TrainingProgress) -> None:
         parameters = sum(p.numel() for p in self.model.parameters())
         corpus = self.corpus
@@ -295,13 +332,15 @@ class _Loop:
             self.corpus, config.seed, self.step, config.batch_size, config.block_size
         )
         with devices.autocast(self.device, config.dtype):
-            loss = loss_of(self.forward, tokens.to(self.device))
+            loss = loss_of(self.forward, tokens.to(self.device), self.context)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        loss = loss.detach()
+        self.context.add(loss, *(p.grad for p in self.model.parameters()))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
         # One transfer for both: each would wait for the device.
-        loss_value, norm_value = torch.stack((loss.detach(), norm.to(loss.dtype))).tolist()
+        loss_value, norm_value = torch.stack((loss, norm.to(loss.dtype))).tolist()
         # The scaler itself passes over a step whose scaled gradients overflow.
         finite = math.isfinite(loss_value) and (
             math.isfinite(norm_value) or self.scaler.is_enabled()
@@ -341,9 +380,7 @@ class _Loop:
     def _save(self) -> None:
         self.folder.flush_metrics()
         loop = {"seconds": self._seconds(), "scaler": self.scaler.state_dict()}
-        checkpoint.save(
-            self.folder.checkpoints, self.step, self.model, self.optimizer, loop, _KEPT_CHECKPOINTS
-        )
+        self.folder.save(self.step, self.model, self.optimizer, loop, _KEPT_CHECKPOINTS)
         self.saved = self.step
 
     def _stopped(self, progress: TrainingProgress) -> None:
