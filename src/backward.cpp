@@ -75,11 +75,10 @@ std::size_t workspace_size(BackwardArguments const& arguments) {
              : 0;
 }
 
-Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* stream) {
-  if (Status status = can_implement(arguments); !status) {
-    return status;
-  }
-  auto const plan = BackwardPlan::make(arguments, multiprocessors());
+namespace {
+
+Status run_part(BackwardArguments const& arguments, BackwardPart part, OuterState const& later,
+                void* workspace, CUstream_st* stream) {
   for (void const* memory : {static_cast<void const*>(workspace), arguments.forward_workspace}) {
     if (!is_aligned(memory, Regions::kAlignment)) {
       return Status("workspace, forward_workspace: expected memory aligned to 256 bytes");
@@ -88,7 +87,63 @@ Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* str
   if (workspace == nullptr) {
     return Status("workspace: got a null pointer");
   }
+  auto const plan = BackwardPlan::make(arguments, multiprocessors(), part, later);
   return find_compiled(configuration_of(arguments.forward))->run_backward(plan, workspace, stream);
+}
+
+}  // namespace
+
+Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  return run_part(arguments, BackwardPart::kAll, {}, workspace, stream);
+}
+
+Status can_implement_parts(BackwardArguments const& arguments) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  if (arguments.forward.element != ElementType::kBFloat16) {
+    return Status("element: expected bf16 for a call in parts, got fp16");
+  }
+  if (arguments.d_final_state == nullptr || arguments.d_initial_state == nullptr) {
+    return Status("d_final_state, d_initial_state: expected both for a call in parts");
+  }
+  return {};
+}
+
+std::size_t parts_workspace_size(BackwardArguments const& arguments) {
+  return check_sizes(arguments.forward)
+             ? BackwardPlan::make(arguments, multiprocessors(), BackwardPart::kStateGradients)
+                   .workspace_bytes
+             : 0;
+}
+
+Status run_state_gradients(BackwardArguments const& arguments, void* workspace,
+                           CUstream_st* stream) {
+  if (Status status = can_implement_parts(arguments); !status) {
+    return status;
+  }
+  return run_part(arguments, BackwardPart::kStateGradients, {}, workspace, stream);
+}
+
+Status run_query_gradient(BackwardArguments const& arguments, void* workspace,
+                          CUstream_st* stream) {
+  if (Status status = can_implement_parts(arguments); !status) {
+    return status;
+  }
+  return run_part(arguments, BackwardPart::kQueryGradient, {}, workspace, stream);
+}
+
+Status run_key_gradients(BackwardArguments const& arguments, OuterState const& later,
+                         void* workspace, CUstream_st* stream) {
+  Status status = can_implement_parts(arguments);
+  if (status) {
+    status = check_outer("later", later);
+  }
+  return status ? run_part(arguments, BackwardPart::kKeyGradients, later, workspace, stream)
+                : status;
 }
 
 }  // namespace retention::device

@@ -381,8 +381,24 @@ std::size_t workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
   return retention::device::workspace_size(Pass::read(sizes, pointers));
 }
 
+template <class Pass>
+nb::object parts_can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {
+  auto const status = retention::device::can_implement_parts(Pass::read(sizes, pointers));
+  return status ? nb::object(nb::none()) : nb::cast(status.message());
+}
+
+std::size_t backward_parts_workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
+  return retention::device::parts_workspace_size(Backward::read(sizes, pointers));
+}
+
 int forward_chunk_size(nb::tuple const& sizes, nb::tuple const& pointers) {
   return retention::device::chunk_size(Forward::read(sizes, pointers));
+}
+
+void check_part(retention::device::Status const& status) {
+  if (!status) {
+    throw std::runtime_error(status.message());
+  }
 }
 
 /// Calls without the lock of the interpreter, and raises what went wrong.
@@ -407,6 +423,24 @@ void run(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t works
          std::uintptr_t stream) {
   call(Pass::read(sizes, pointers), reinterpret_cast<void*>(workspace),
        reinterpret_cast<CUstream_st*>(stream));
+}
+
+/// A part of a call.
+template <class Pass, auto kPart>
+void run_part(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t workspace,
+              std::uintptr_t stream) {
+  check_part(kPart(Pass::read(sizes, pointers), reinterpret_cast<void*>(workspace),
+                   reinterpret_cast<CUstream_st*>(stream)));
+}
+
+/// Likewise, of one that adds what comes from somewhere else.
+template <class Pass, auto kPart>
+void run_outer_part(nb::tuple const& sizes, nb::tuple const& pointers, std::uintptr_t outer_state,
+                    std::uintptr_t outer_key_sum, std::uintptr_t workspace, std::uintptr_t stream) {
+  retention::device::OuterState const outer{reinterpret_cast<float const*>(outer_state),
+                                            reinterpret_cast<float const*>(outer_key_sum)};
+  check_part(kPart(Pass::read(sizes, pointers), outer, reinterpret_cast<void*>(workspace),
+                   reinterpret_cast<CUstream_st*>(stream)));
 }
 
 /// Of a call that takes no workspace.
@@ -531,6 +565,40 @@ nor synchronises.
 Raises ValueError for what forward_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
 
+  module.def("forward_parts_can_implement", &parts_can_implement<Forward>, "sizes"_a, "pointers"_a,
+             nb::sig("def forward_parts_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             R"(Why forward_states, forward_carry and forward_output refuse these arguments, or
+None if they take them.
+
+Arguments and errors as in forward_can_implement.)");
+
+  constexpr char const* kPart =
+      R"(Enqueue a part of forward, of sequences of which others have earlier tokens.
+
+forward_states makes the states of these tokens, and what they end with; forward_carry
+adds to both what came before, `outer_state` and `outer_key_sum`, addresses of fp32
+tensors as the initial ones; forward_output does the rest. All have the same arguments,
+those of forward, and follow one another on a stream.
+
+Raises RuntimeError for what forward_parts_can_implement refuses, for a pointer that is
+not aligned, and where CUDA fails.)";
+  module.def("forward_states", &run_part<Forward, &retention::device::run_states>, "sizes"_a,
+             "pointers"_a, "workspace"_a, "stream"_a,
+             nb::sig("def forward_states(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "workspace: int, stream: int) -> None"),
+             kPart);
+  module.def("forward_carry", &run_outer_part<Forward, &retention::device::run_carry>, "sizes"_a,
+             "pointers"_a, "outer_state"_a, "outer_key_sum"_a, "workspace"_a, "stream"_a,
+             nb::sig("def forward_carry(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "outer_state: int, outer_key_sum: int, workspace: int, stream: int) -> None"),
+             kPart);
+  module.def("forward_output", &run_part<Forward, &retention::device::run_output>, "sizes"_a,
+             "pointers"_a, "workspace"_a, "stream"_a,
+             nb::sig("def forward_output(sizes: tuple[int, ...], pointers: tuple[int, ...], "
+                     "workspace: int, stream: int) -> None"),
+             kPart);
+
   module.def("backward_can_implement", &can_implement<Backward>, "sizes"_a, "pointers"_a,
              nb::sig("def backward_can_implement(sizes: tuple[int, ...], "
                      "pointers: tuple[int, ...]) -> str | None"),
@@ -560,6 +628,53 @@ of a cudaStream_t. It neither allocates nor synchronises.
 
 Raises ValueError for what backward_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
+
+  module.def("backward_parts_can_implement", &parts_can_implement<Backward>, "sizes"_a,
+             "pointers"_a,
+             nb::sig("def backward_parts_can_implement(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> str | None"),
+             R"(Why backward_state_gradients, backward_query_gradient and backward_key_gradients
+refuse these arguments, or None if they take them.
+
+Arguments and errors as in backward_can_implement.)");
+
+  module.def("backward_parts_workspace_size", &backward_parts_workspace_size, "sizes"_a,
+             "pointers"_a,
+             nb::sig("def backward_parts_workspace_size(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...]) -> int"),
+             R"(Bytes of device memory that they need as their workspace on the current device.
+
+Arguments and errors as in backward_can_implement.)");
+
+  constexpr char const* kBackwardPart =
+      R"(Enqueue a part of backward, of sequences of which others have later tokens.
+
+backward_state_gradients makes the gradients of states that these tokens alone have, and
+of those that they begin with; backward_query_gradient that of the queries;
+backward_key_gradients adds to the first what comes from later ones, `outer_state` and
+`outer_key_sum`, addresses of fp32 tensors as the final ones, and does the rest. All have
+the same arguments, those of backward, and follow one another on a stream.
+
+Raises RuntimeError for what backward_parts_can_implement refuses, for a pointer that is
+not aligned, and where CUDA fails.)";
+  module.def("backward_state_gradients",
+             &run_part<Backward, &retention::device::run_state_gradients>, "sizes"_a, "pointers"_a,
+             "workspace"_a, "stream"_a,
+             nb::sig("def backward_state_gradients(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...], workspace: int, stream: int) -> None"),
+             kBackwardPart);
+  module.def("backward_query_gradient", &run_part<Backward, &retention::device::run_query_gradient>,
+             "sizes"_a, "pointers"_a, "workspace"_a, "stream"_a,
+             nb::sig("def backward_query_gradient(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...], workspace: int, stream: int) -> None"),
+             kBackwardPart);
+  module.def("backward_key_gradients",
+             &run_outer_part<Backward, &retention::device::run_key_gradients>, "sizes"_a,
+             "pointers"_a, "outer_state"_a, "outer_key_sum"_a, "workspace"_a, "stream"_a,
+             nb::sig("def backward_key_gradients(sizes: tuple[int, ...], "
+                     "pointers: tuple[int, ...], outer_state: int, outer_key_sum: int, "
+                     "workspace: int, stream: int) -> None"),
+             kBackwardPart);
 
   module.attr("DECODE_POOL_SIZES") = to_tuple(kDecodePoolSizes);
   module.attr("DECODE_POOL_POINTERS") = to_tuple(kDecodePoolPointers);

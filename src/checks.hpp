@@ -42,6 +42,14 @@ inline Status check_rows(char const* name, void const* data, int element_bytes,
                 std::to_string(kRowBytes / element_bytes));
 }
 
+/// What comes from somewhere else.
+inline Status check_outer(char const* name, OuterState const& x) {
+  bool const there = x.state != nullptr && x.key_sum != nullptr;
+  return there && is_aligned(x.state) && is_aligned(x.key_sum)
+             ? Status{}
+             : Status(std::string(name) + ": expected two 16-byte aligned pointers, not null");
+}
+
 /// Of a call that needs so many bytes.
 inline Status check_workspace(void const* workspace, std::size_t bytes) {
   bool const fits = workspace != nullptr && is_aligned(workspace, Regions::kAlignment);

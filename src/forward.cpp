@@ -122,15 +122,62 @@ int chunk_size(ForwardArguments const& arguments) {
              : 0;
 }
 
-Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stream) {
-  if (Status status = can_implement(arguments); !status) {
-    return status;
-  }
-  auto const plan = ForwardPlan::make(arguments, multiprocessors());
+namespace {
+
+Status run_part(ForwardArguments const& arguments, ForwardPart part, OuterState const& earlier,
+                void* workspace, CUstream_st* stream) {
+  auto plan = ForwardPlan::make(arguments, multiprocessors());
+  plan.part = part;
+  plan.earlier = earlier;
   if (Status status = check_workspace(workspace, plan.workspace_bytes); !status) {
     return status;
   }
   return find_compiled(configuration_of(arguments))->run_forward(plan, workspace, stream);
+}
+
+}  // namespace
+
+Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  return run_part(arguments, ForwardPart::kAll, {}, workspace, stream);
+}
+
+Status can_implement_parts(ForwardArguments const& arguments) {
+  if (Status status = can_implement(arguments); !status) {
+    return status;
+  }
+  if (arguments.element != ElementType::kBFloat16) {
+    return Status("element: expected bf16 for a call in parts, got fp16");
+  }
+  if (arguments.initial_state == nullptr || arguments.final_state == nullptr) {
+    return Status("initial_state, final_state: expected both for a call in parts");
+  }
+  return {};
+}
+
+Status run_states(ForwardArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement_parts(arguments); !status) {
+    return status;
+  }
+  return run_part(arguments, ForwardPart::kStates, {}, workspace, stream);
+}
+
+Status run_carry(ForwardArguments const& arguments, OuterState const& earlier, void* workspace,
+                 CUstream_st* stream) {
+  Status status = can_implement_parts(arguments);
+  if (status) {
+    status = check_outer("earlier", earlier);
+  }
+  return status ? run_part(arguments, ForwardPart::kCarry, earlier, workspace, stream) : status;
+}
+
+Status run_output(ForwardArguments const& arguments, void* workspace, CUstream_st* stream) {
+  if (Status status = can_implement_parts(arguments); !status) {
+    return status;
+  }
+  return run_part(arguments, ForwardPart::kOutput, {}, workspace, stream);
 }
 
 }  // namespace retention::device

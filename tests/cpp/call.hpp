@@ -38,6 +38,7 @@ struct Case {
   int lead = 0;          // tokens before the first packed sequence: NaN
   int tail = 0;          // tokens behind the last one: infinite and NaN
   int whole_until = 0;
+  bool parts = false;  // run in parts: half of the outer states is known when they begin
 };
 
 /// Two sequences among many empty ones.

@@ -40,6 +40,7 @@ struct Case {
   bool states = true;
   bool finals = true;
   bool infinite = false;  // some of what a segment hands on
+  bool outer = false;     // something comes in from outside
 };
 
 template <class Element, Direction kDirection>
@@ -70,7 +71,7 @@ void run(Case const& c, std::uint64_t seed) {
   struct Part {
     size_t size;
     GlobalArray<Element> states;
-    GlobalArray<float> ends, result;
+    GlobalArray<float> ends, result, outer;
     GlobalArray<int>* exponents;
     std::vector<std::vector<double>> expected, magnitude;  // [slot * heads + head]
     std::vector<std::vector<double>> expected_final, magnitude_final;
@@ -84,6 +85,8 @@ void run(Case const& c, std::uint64_t seed) {
                                    items * heads * part.size, true);
     part.result = GlobalArray<float>(p == 0 ? "sequence_state" : "sequence_key_sum",
                                      sequences * heads * part.size);
+    part.outer = GlobalArray<float>(p == 0 ? "outer_state" : "outer_key_sum",
+                                    c.outer ? sequences * heads * part.size : 1, true);
     part.exponents = p == 0 ? &state_exponent : &sum_exponent;
     part.expected.resize(slots * heads);
     part.magnitude.resize(slots * heads);
@@ -112,6 +115,12 @@ void run(Case const& c, std::uint64_t seed) {
         for (size_t i = 0; i < part.size; ++i) {
           whole[i] = own[i] = c.initial ? double{normal(rng)} : 0.0;
           magnitude[i] = std::abs(whole[i]);
+          if (c.outer) {
+            float& outer = part.outer[(s * heads + h) * part.size + i];
+            outer = normal(rng);
+            whole[i] += double{outer};
+            magnitude[i] += std::abs(double{outer});
+          }
         }
         auto store_end = [&](size_t segment) {
           auto const kept = c.finals                            ? Slots::kAll
@@ -161,6 +170,8 @@ void run(Case const& c, std::uint64_t seed) {
   typename Kernel::Params params{};
   params.states = c.states ? parts[0].states.data() : nullptr;
   params.key_sums = c.states ? parts[1].states.data() : nullptr;
+  params.outer_state = c.outer ? parts[0].outer.data() : nullptr;
+  params.outer_key_sum = c.outer ? parts[1].outer.data() : nullptr;
   params.segment_state = parts[0].ends.data();
   params.segment_key_sum = parts[1].ends.data();
   params.gate = c.gate == 0.0f ? nullptr : gate.data();
@@ -253,6 +264,17 @@ void run_all_cases(std::uint64_t seed) {
   run<Element, kDirection>(c, seed++);
   c = {"final states only"};
   c.states = false;
+  run<Element, kDirection>(c, seed++);
+  c = {"from outside", 64, {640, 640}, 4, false, 2};
+  c.outer = true;
+  run<Element, kDirection>(c, seed++);
+  c.finals = false;
+  run<Element, kDirection>(c, seed++);
+  c = {"from outside, one segment", 64, {300}, 5};
+  c.outer = true;
+  run<Element, kDirection>(c, seed++);
+  c = {"from outside, packed", 64, {65, 0, 1, 330, 0, 64}, 2, true, 2};
+  c.outer = true;
   run<Element, kDirection>(c, seed++);
 }
 

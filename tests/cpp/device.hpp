@@ -95,6 +95,38 @@ device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t 
   return Kernels::run(plan(arguments), workspace.data(), EmulatorLauncher{seed});
 }
 
+inline device::Status run_parts(device::ForwardArguments const& arguments,
+                                device::OuterState const& earlier, Memory& workspace,
+                                std::uint64_t seed) {
+  using Part = device::ForwardPart;
+  device::Status status;
+  for (Part const part : {Part::kStates, Part::kCarry, Part::kOutput}) {
+    auto in_part = plan(arguments);
+    in_part.part = part;
+    in_part.earlier = earlier;
+    status =
+        status ? ForwardKernels::run(in_part, workspace.data(), EmulatorLauncher{seed++}) : status;
+  }
+  return status;
+}
+inline device::Status run_parts(device::BackwardArguments const& arguments,
+                                device::OuterState const& later, Memory& workspace,
+                                std::uint64_t seed) {
+  using Part = device::BackwardPart;
+  device::Status status;
+  for (Part const part : {Part::kStateGradients, Part::kQueryGradient, Part::kKeyGradients}) {
+    auto const in_part = device::BackwardPlan::make(arguments, kMultiprocessors, part, later);
+    status =
+        status ? BackwardKernels::run(in_part, workspace.data(), EmulatorLauncher{seed++}) : status;
+  }
+  return status;
+}
+inline std::size_t parts_workspace_bytes(device::BackwardArguments const& arguments) {
+  return device::BackwardPlan::make(arguments, kMultiprocessors,
+                                    device::BackwardPart::kStateGradients)
+      .workspace_bytes;
+}
+
 /// A call on slots that takes no workspace.
 template <class Arguments>
 device::Status run(Arguments const& arguments, std::uint64_t seed) {
@@ -208,6 +240,25 @@ device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t)
   return finished(device::run(arguments, workspace.data(), nullptr));
 }
 
+inline device::Status run_parts(device::ForwardArguments const& arguments,
+                                device::OuterState const& earlier, Memory& workspace,
+                                std::uint64_t) {
+  device::Status status = device::run_states(arguments, workspace.data(), nullptr);
+  status = status ? device::run_carry(arguments, earlier, workspace.data(), nullptr) : status;
+  status = status ? device::run_output(arguments, workspace.data(), nullptr) : status;
+  return finished(status);
+}
+inline device::Status run_parts(device::BackwardArguments const& arguments,
+                                device::OuterState const& later, Memory& workspace, std::uint64_t) {
+  device::Status status = device::run_state_gradients(arguments, workspace.data(), nullptr);
+  status = status ? device::run_query_gradient(arguments, workspace.data(), nullptr) : status;
+  status = status ? device::run_key_gradients(arguments, later, workspace.data(), nullptr) : status;
+  return finished(status);
+}
+inline std::size_t parts_workspace_bytes(device::BackwardArguments const& arguments) {
+  return device::parts_workspace_size(arguments);
+}
+
 /// A call on slots that takes no workspace.
 template <class Arguments>
 device::Status run(Arguments const& arguments, std::uint64_t) {
@@ -264,14 +315,27 @@ std::string run_forward(Arguments const& arguments, std::uint64_t seed) {
   return run(arguments, workspace, seed).message();
 }
 
-/// Forward and backward; `keeps` the workspace of forward, for its states.
+/// The same in parts.
+inline std::string run_forward_parts(device::ForwardArguments const& arguments,
+                                     device::OuterState const& earlier, std::uint64_t seed) {
+  Memory workspace("workspace", workspace_bytes(arguments) + 1);
+  return run_parts(arguments, earlier, workspace, seed).message();
+}
+
+/// Forward and backward; `keeps` the workspace of forward, for its states. In parts, with what is
+/// `later`.
 template <class Arguments>
-std::string run_backward(Arguments arguments, bool keeps, std::uint64_t seed) {
+std::string run_backward(Arguments arguments, bool keeps, std::uint64_t seed,
+                         device::OuterState const& later = {}) {
   Memory forward_workspace("forward workspace", workspace_bytes(arguments.forward) + 1);
   if (device::Status status = run(arguments.forward, forward_workspace, seed); !status) {
     return "forward: " + status.message();
   }
   arguments.forward_workspace = keeps ? forward_workspace.data() : nullptr;
+  if (later.state != nullptr) {
+    Memory workspace("workspace", parts_workspace_bytes(arguments) + 1);
+    return run_parts(arguments, later, workspace, seed).message();
+  }
   Memory workspace("workspace", workspace_bytes(arguments) + 1);
   return run(arguments, workspace, seed).message();
 }

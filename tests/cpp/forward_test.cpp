@@ -21,6 +21,7 @@ namespace {
 
 using retention::Configuration;
 using retention::device::ForwardArguments;
+using retention::test::Array;
 using retention::test::Call;
 using retention::test::Case;
 using retention::test::decode;
@@ -121,7 +122,23 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
   if (!refines) {
     a.output_residual = nullptr;
   }
-  std::string const problem = retention::test::run_forward(a, seed);
+  size_t const elements = c.parts ? call.states() * D : 0;
+  Array<float> half_state("half of the states", elements * dv + 1);
+  Array<float> half_key_sum("half of the sums of keys", elements + 1);
+  for (size_t i = 0; i < elements * dv; ++i) {
+    half_state[i] = call.initial_state[i] / 2;
+  }
+  for (size_t i = 0; i < elements; ++i) {
+    half_key_sum[i] = call.initial_key_sum[i] / 2;
+  }
+  std::string problem;
+  if (c.parts) {
+    a.initial_state = half_state.upload();
+    a.initial_key_sum = half_key_sum.upload();
+    problem = retention::test::run_forward_parts(a, {a.initial_state, a.initial_key_sum}, seed);
+  } else {
+    problem = retention::test::run_forward(a, seed);
+  }
   RETENTION_CHECK_EQUAL(problem, std::string());
   if (!problem.empty() || unchecked) {
     return;
@@ -252,6 +269,20 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
   Case empty{"packed, all empty", {0, 0, 0}, 64, 0, true, 1, 1, -0.1};
   empty.tail = 150;  // more than a chunk
   run(empty);
+  if (configuration.element == retention::ElementType::kBFloat16) {
+    auto const in_parts = [](Case c) {
+      c.parts = c.initial = c.final = true;
+      return c;
+    };
+    run(in_parts({"in parts", {200}, 64, 128, false, 1, 2, -0.05}));
+    run(in_parts({"in parts, one chunk", {70, 70}, 0, 0, false, 1, 1, -0.1}));
+    Case packed{"in parts, packed", {0, 140, 0}, 64, 64, true, 1, 1, -0.1};
+    packed.lead = 37;
+    packed.tail = 75;
+    run(in_parts(packed));
+    run(in_parts(
+        with_resets(90, {"in parts, one segment, resets", {150}, 64, 0, false, 1, 1, 0.0})));
+  }
   // A state of many elements takes its time on the emulator.
   bool const large =
       retention::state_dim(configuration.head_dim, 2) * configuration.value_dim > 50000;

@@ -21,10 +21,12 @@ namespace retention::test {
 class Copies {
  public:
   Copies() = default;
-  explicit Copies(device::ForwardArguments const& sizes) : a_(sizes) {}
+  /// In parts, a call finds results as the part before has left them.
+  explicit Copies(device::ForwardArguments const& sizes, bool in_parts = false)
+      : a_(sizes), in_parts_(in_parts) {}
 
   /// Replaces the pointers, by arrays that live as long as this. None of these results holds
-  /// anything but NaN before a kernel writes it.
+  /// anything but NaN before a kernel writes it, unless the call is a part of one.
   void take_results(device::ForwardArguments& a) {
     result(a.output, "output", rows(a.query_heads, a.value_dim, a.output_strides), 2);
     result(a.output_residual, "output_residual", rows(a.query_heads, a.value_dim, a.output_strides),
@@ -62,6 +64,11 @@ class Copies {
     result(b.d_log_gate, "d_log_gate", batch() * a.tokens * a.heads, 4);
     result(b.d_initial_state, "d_initial_state", states() * a.value_dim, 4);
     result(b.d_initial_key_sum, "d_initial_key_sum", states(), 4);
+  }
+
+  void take(device::OuterState& outer) {
+    operand(outer.state, "outer state", states() * a_.value_dim, 4);
+    operand(outer.key_sum, "outer key sum", states(), 4);
   }
 
   void take(device::DecodePool& p) {
@@ -128,6 +135,9 @@ class Copies {
   void result(T*& data, char const* name, std::int64_t elements, std::size_t element_bytes) {
     if (data != nullptr) {
       Array& array = add(name, elements, element_bytes, /*read_only=*/false);
+      if (in_parts_) {
+        std::memcpy(array.data(), data, array.size());
+      }
       results_.push_back({data, arrays_.size() - 1, 0, array.size()});
       data = reinterpret_cast<T*>(array.data());
     }
@@ -198,6 +208,7 @@ class Copies {
   }
 
   device::ForwardArguments a_;
+  bool in_parts_ = false;
   std::vector<Array> arrays_;
   std::vector<Result> results_;
 };
@@ -209,9 +220,10 @@ inline EmulatorLauncher launcher(CUstream_st* stream) {
 
 template <class Kernels>
 device::Status run_on_copies(device::ForwardPlan plan, void* workspace, CUstream_st* stream) {
-  Copies copies(plan.arguments);
+  Copies copies(plan.arguments, plan.part != device::ForwardPart::kAll);
   copies.take_operands(plan.arguments);
   copies.take_results(plan.arguments);
+  copies.take(plan.earlier);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
   device::Status const status = Kernels::run(plan, workspace, launcher(stream));
   copies.give_back();
@@ -222,12 +234,14 @@ template <class Kernels>
 device::Status run_on_copies(device::BackwardPlan const& plan, void* workspace,
                              CUstream_st* stream) {
   device::BackwardArguments arguments = plan.arguments;
-  Copies copies(arguments.forward);
+  device::OuterState later = plan.later;
+  Copies copies(arguments.forward, plan.part != device::BackwardPart::kAll);
   copies.take(arguments, plan.forward.workspace_bytes);
+  copies.take(later);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
-  device::Status const status =
-      Kernels::run(device::BackwardPlan::make(arguments, device::multiprocessors()), workspace,
-                   launcher(stream));
+  device::Status const status = Kernels::run(
+      device::BackwardPlan::make(arguments, device::multiprocessors(), plan.part, later), workspace,
+      launcher(stream));
   copies.give_back();
   return status;
 }

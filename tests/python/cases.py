@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import retention
-from retention.ops.cuda import coverage, decoding, launch, plans
+from retention.ops.cuda import coverage, decoding, launch, plans, shares
 
 # Log gates that end a document: from one whose sums lose digits to those that have none.
 RESETS = (-1e4, -1e6, -1e9, torch.finfo(torch.float32).min, -torch.inf)
@@ -144,7 +144,7 @@ def assert_close(actual: dict, expected: dict, tolerance: float) -> None:
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, binding: Any) -> None:
     """Have calls take the kernels of ``binding`` in the compiled module's place, on any device."""
-    for module in (coverage, plans, launch, decoding):
+    for module in (coverage, plans, launch, decoding, shares):
         monkeypatch.setattr(module, "_C", binding)
     for module in (plans, decoding):
         monkeypatch.setattr(module, "_plans", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import json
+import logging
 import os
 import re
 import shutil
@@ -300,12 +301,23 @@ def test_as_many_processes_as_torchrun_started(tmp_path: Path, monkeypatch, caps
 
 
 class Threads:
-    """A process group of threads, which pass tensors to each other in memory."""
+    """A process group of threads, which pass tensors to each other in memory.
+
+    One at a time, until it waits for the others: the emulator runs one kernel at a time.
+    """
 
     def __init__(self, ranks: int):
         self.ranks = ranks
-        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.barrier = threading.Barrier(ranks, timeout=60)
+        self.turn = threading.Lock()
         self.sent: list[Any] = [None] * ranks
+
+    def wait(self) -> None:
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         results: list[Any] = [None] * self.ranks
@@ -313,7 +325,8 @@ class Threads:
 
         def one(rank: int) -> None:
             try:
-                results[rank] = work(rank)
+                with self.turn:
+                    results[rank] = work(rank)
             except BaseException as failure:
                 self.barrier.abort()
                 failures.append(failure)
@@ -334,18 +347,20 @@ class Threads:
 
     def gather(self, received: torch.Tensor, sent: torch.Tensor, rank: int) -> None:
         self.sent[rank] = sent
-        self.barrier.wait()
+        self.wait()
         received.copy_(torch.cat(self.sent))
-        self.barrier.wait()
+        self.wait()
 
     def sum(self, x: torch.Tensor, rank: int) -> None:
         self.sent[rank] = x.clone()
-        self.barrier.wait()
+        self.wait()
         x.copy_(sum(self.sent))
-        self.barrier.wait()
+        self.wait()
 
 
-def in_threads(call: Shared, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+def in_threads(
+    call: Shared, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, torch.Tensor]:
     """What the ranks of a call have, joined."""
     ranks = len(call.lengths)
     threads = Threads(ranks)
@@ -364,7 +379,7 @@ def in_threads(call: Shared, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch
 
     def work(rank: int) -> dict[str, torch.Tensor]:
         group = SimpleNamespace(name=str(rank), rank=lambda: rank, size=lambda: ranks)
-        return worker.shared_call(call, rank, group=group)
+        return worker.shared_call(call, rank, group=group, **options)
 
     return worker.joined(call, threads.run(work))
 
@@ -467,3 +482,47 @@ def test_what_is_sent_arrives():
     for x, wanted in ((state[0], states.state), (keys[0], states.keys)):
         assert x.dtype == torch.float64
         torch.testing.assert_close(x, wanted, rtol=2**-8, atol=0)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+_WIDE = {"hq": 2, "h": 1, "d": 32, "dv": 32, "chunk": 64, "switch_over": 64}
+KERNEL_CALLS = {
+    "rows": Shared(Case(t=200, state=True, **_WIDE), (70, 130), dtype=torch.bfloat16),
+    "rows, uneven": Shared(Case(t=150, b=1, **_WIDE), (100, 0, 50), dtype=torch.bfloat16),
+    "no gates": Shared(Case(t=150, b=1, gate=None, **_WIDE), (50, 100), dtype=torch.bfloat16),
+    "resets": Shared(
+        Case(t=150, b=1, reset=-torch.inf, every=40, **_WIDE), (70, 80), dtype=torch.bfloat16
+    ),
+    "packed": Shared(
+        Case(t=200, b=1, **_WIDE), (80, 60, 60), (0, 30, 170, 190), dtype=torch.bfloat16
+    ),
+    "packed, states": Shared(
+        Case(t=150, b=1, state=True, **_WIDE), (80, 70), (0, 80, 150), dtype=torch.bfloat16
+    ),
+    "narrow heads": Shared(
+        Case(t=100, b=1, state=True, **(_WIDE | {"d": 16, "dv": 12})),
+        (50, 50),
+        dtype=torch.bfloat16,
+    ),
+    "kept states": Shared(Case(t=150, b=1, **_WIDE), (70, 80), dtype=torch.bfloat16),
+    "float16": Shared(Case(t=150, b=1, state=True, **_WIDE), (70, 80), dtype=torch.float16),
+}
+# Of the largest element, against the float64 formula of the inputs as they were rounded: phi, the
+# weights and states are rounded, and rows of little weight have gradients of cancelled terms.
+KERNELS = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@pytest.mark.parametrize("name", KERNEL_CALLS)
+def test_shares_by_kernels(name: str, emulator, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "retention")
+    call = KERNEL_CALLS[name]
+    options = {"keep_states": True} if name == "kept states" else {}
+    results = in_threads(call, monkeypatch, **options)
+    assert_close(results, worker.whole_call(call), KERNELS[call.dtype])
+    logged = [record.getMessage() for record in caplog.records]
+    for direction in ("forward", "backward"):
+        paths = [line for line in logged if line.startswith(f"share, {direction}")]
+        empty = call.lengths.count(0)
+        assert len([line for line in paths if ": kernels" in line]) == len(call.lengths) - empty
+        assert len(paths) == len(call.lengths)

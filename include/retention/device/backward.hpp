@@ -53,4 +53,30 @@ RETENTION_API std::size_t workspace_size(BackwardArguments const& arguments);
 /// every run.
 RETENTION_API Status run(BackwardArguments const& arguments, void* workspace, CUstream_st* stream);
 
+// In three parts, as forward:
+//
+//     run_state_gradients   what the tokens' own queries have for the states: `d_initial_state`
+//     run_query_gradient    d_query, which takes all of the states before the tokens
+//     run_key_gradients     adds what queries of later tokens have: `later`, decayed; and the rest
+//
+// The caller lets the devices know of each other's `d_initial_state` between the first and the
+// last; the second needs nothing of it, and hides that it takes time. They need bf16 elements,
+// `forward.initial_state` with all that came before (forward's own, and what was `earlier`),
+// `d_final_state` (zeros where nothing comes after that this device knows of) and
+// `d_initial_state`. `later` is added to `d_final_state`, and what is left of it to
+// `d_initial_state`.
+
+/// Whether the three take these arguments, as for `run`.
+RETENTION_API Status can_implement_parts(BackwardArguments const& arguments);
+
+/// Bytes of their workspace, which may be more than that of `run`.
+RETENTION_API std::size_t parts_workspace_size(BackwardArguments const& arguments);
+
+RETENTION_API Status run_state_gradients(BackwardArguments const& arguments, void* workspace,
+                                         CUstream_st* stream);
+RETENTION_API Status run_query_gradient(BackwardArguments const& arguments, void* workspace,
+                                        CUstream_st* stream);
+RETENTION_API Status run_key_gradients(BackwardArguments const& arguments, OuterState const& later,
+                                       void* workspace, CUstream_st* stream);
+
 }  // namespace retention::device

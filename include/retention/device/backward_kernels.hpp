@@ -61,6 +61,19 @@ struct BackwardKernels {
   template <class Launcher>
   static Status run(BackwardPlan plan, void* workspace, Launcher const& launcher) {
     Call const call(plan, workspace);
+    switch (plan.part) {
+      case BackwardPart::kStateGradients:
+        return run_state_gradients(call, launcher);
+      case BackwardPart::kQueryGradient:
+        return run_query_gradient(call, launcher);
+      case BackwardPart::kKeyGradients:
+        if (Status status = launcher.template launch<Carry>(call.outer_carry()); !status) {
+          return status;
+        }
+        return run_key_gradients(call, launcher);
+      case BackwardPart::kAll:
+        break;
+    }
     if (plan.recomputes) {
       if (Status status = Forward::run_states(plan.forward, workspace, launcher); !status) {
         return status;
@@ -96,24 +109,7 @@ struct BackwardKernels {
         return status;
       }
     }
-    if (plan.arguments.d_value != nullptr) {
-      if (Status status = launch_items<ValueGradient>(launcher, call.value()); !status) {
-        return status;
-      }
-    }
-    if (plan.runs_keys) {
-      if (Status status = launch_items<KeyGradient>(launcher, call.key()); !status) {
-        return status;
-      }
-    }
-    if (plan.arguments.d_log_gate != nullptr) {
-      if (Status status = run_gates(call, launcher); !status) {
-        return status;
-      }
-    }
-    return call.a.cu_seqlens == nullptr
-               ? Status{}
-               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
+    return run_key_gradients(call, launcher);
   }
 
  private:
@@ -290,6 +286,25 @@ struct BackwardKernels {
       return p;
     }
 
+    /// Of what sequences begin with, and not of the gradients after chunks.
+    typename Carry::Params carry_of_starts() const {
+      typename Carry::Params p = carry();
+      p.states = p.key_sums = nullptr;
+      return p;
+    }
+
+    /// With what comes after. A sequence that is not cut has its start where it is wanted.
+    typename Carry::Params outer_carry() const {
+      typename Carry::Params p = carry();
+      p.outer_state = plan.later.state;
+      p.outer_key_sum = plan.later.key_sum;
+      if (!plan.segmented) {
+        p.segment_state = arguments.d_initial_state;
+        p.segment_key_sum = arguments.d_initial_key_sum;
+      }
+      return p;
+    }
+
     // What the gradients of keys and values read.
     kernel::KeyRowsParams<Element> key_rows() const {
       kernel::KeyRowsParams<Element> p{};
@@ -402,6 +417,61 @@ struct BackwardKernels {
                              PlannedCall::rows_of(arguments.d_log_gate, a.heads));
     }
   };
+
+  // Those of segments, which a carry is still to join, and what sequences begin with.
+  template <class Launcher>
+  static Status run_state_gradients(Call const& call, Launcher const& launcher) {
+    BackwardPlan const& plan = call.plan;
+    if (plan.recomputes) {
+      if (Status status = Forward::run_gates(plan.forward, call.workspace, launcher); !status) {
+        return status;
+      }
+    }
+    if (Status status = launch_items<Rows>(launcher, call.rows()); !status) {
+      return status;
+    }
+    if (Status status = launcher.template launch<StateGradients>(call.states()); !status) {
+      return status;
+    }
+    return plan.segmented ? launcher.template launch<Carry>(call.carry_of_starts()) : Status{};
+  }
+
+  // With the states, once more unless they were kept.
+  template <class Launcher>
+  static Status run_query_gradient(Call const& call, Launcher const& launcher) {
+    BackwardPlan const& plan = call.plan;
+    if (plan.recomputes) {
+      if (Status status = Forward::run_made_states(plan.forward, call.workspace, launcher);
+          !status) {
+        return status;
+      }
+    }
+    return plan.runs_queries ? launch_items<QueryGradient>(launcher, call.query()) : Status{};
+  }
+
+  // All that comes after the gradients of states.
+  template <class Launcher>
+  static Status run_key_gradients(Call const& call, Launcher const& launcher) {
+    BackwardPlan const& plan = call.plan;
+    if (plan.arguments.d_value != nullptr) {
+      if (Status status = launch_items<ValueGradient>(launcher, call.value()); !status) {
+        return status;
+      }
+    }
+    if (plan.runs_keys) {
+      if (Status status = launch_items<KeyGradient>(launcher, call.key()); !status) {
+        return status;
+      }
+    }
+    if (plan.arguments.d_log_gate != nullptr) {
+      if (Status status = run_gates(call, launcher); !status) {
+        return status;
+      }
+    }
+    return call.a.cu_seqlens == nullptr
+               ? Status{}
+               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
+  }
 
   template <class Launcher>
   static Status run_gates(Call const& call, Launcher const& launcher) {

@@ -29,6 +29,8 @@ struct BackwardPlan {
   bool makes_gradients = false;  // whether such gradients are computed, to be read or the initial
   bool segmented = false;        // whether a sequence is cut and a carry follows
   bool gate_of_states = false;   // whether gates need products of states and their gradients
+  BackwardPart part = BackwardPart::kAll;
+  OuterState later;  // of kKeyGradients
 
   // Workspace.
   Region query;    // [b, hq, t, d] rescaled by powers of two, see kernel/gradient_rows.hpp
@@ -56,10 +58,14 @@ struct BackwardPlan {
   Region score_exponents;
   std::size_t workspace_bytes = 0;
 
-  /// For arguments that can be implemented.
-  static BackwardPlan make(BackwardArguments const& arguments, int multiprocessors) {
+  /// For arguments that can be implemented. In parts, gradients of states come before the states.
+  static BackwardPlan make(BackwardArguments const& arguments, int multiprocessors,
+                           BackwardPart part = BackwardPart::kAll, OuterState const& later = {}) {
     BackwardPlan plan;
     plan.arguments = arguments;
+    plan.part = part;
+    plan.later = later;
+    bool const in_parts = part != BackwardPart::kAll;
     bool const has_final = arguments.d_final_state != nullptr;
     plan.recomputes = arguments.forward_workspace == nullptr;
     plan.runs_queries = arguments.d_query != nullptr || arguments.d_log_gate != nullptr;
@@ -114,16 +120,16 @@ struct BackwardPlan {
     }
     // By the time that gradients of states are written, none but the gates' gradient reads the
     // states any more.
-    bool const reuses = plan.recomputes && plan.forward.reads_states && !plan.gate_of_states &&
-                        plan.forward.state_slots >= state_slots;
+    bool const reuses = !in_parts && plan.recomputes && plan.forward.reads_states &&
+                        !plan.gate_of_states && plan.forward.state_slots >= state_slots;
     if (plan.reads_gradients) {
       plan.d_states =
           reuses ? plan.forward.states : regions.take(state_slots * heads * D * a.value_dim, 2);
       plan.d_key_sums = reuses ? plan.forward.key_sums : regions.take(state_slots * heads * D, 2);
     }
     if (plan.segmented) {
-      bool const there =
-          plan.recomputes && plan.forward.segmented && plan.forward.segment_slots >= segment_slots;
+      bool const there = !in_parts && plan.recomputes && plan.forward.segmented &&
+                         plan.forward.segment_slots >= segment_slots;
       plan.d_segment_state =
           there ? plan.forward.segment_state
                 : regions.take(segment_slots * heads * D * a.value_dim, sizeof(float));

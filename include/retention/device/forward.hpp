@@ -106,6 +106,35 @@ RETENTION_API int chunk_size(ForwardArguments const& arguments);
 /// work in flight. Results are the same bits in every run.
 RETENTION_API Status run(ForwardArguments const& arguments, void* workspace, CUstream_st* stream);
 
+// Sequences over several devices: each has some of their tokens, and `run` in three parts, between
+// which the caller lets the devices know of each other what states need.
+//
+//     run_states   what the tokens leave in the states: `final_state`
+//     run_carry    adds what the tokens before them have left: `earlier`, decayed
+//     run_output   the rest of `run`
+//
+// All have the same arguments and workspace, and follow one another on a stream. They need bf16
+// elements, `initial_state` (zeros where nothing came before that this device knows of) and
+// `final_state`. `earlier` is added to `initial_state`, and what it leaves to `final_state`. Tokens
+// go through no product twice: `run` itself is `run_states` and `run_output`. fp16 chooses its
+// powers of two from all that comes in, and therefore has no parts.
+
+/// [n, h, D, dv] and [n, h, D], 16-byte aligned.
+struct OuterState {
+  float const* state = nullptr;
+  float const* key_sum = nullptr;
+};
+
+/// Whether the three take these arguments, as for `run`. Their workspace is that of `run`.
+RETENTION_API Status can_implement_parts(ForwardArguments const& arguments);
+
+RETENTION_API Status run_states(ForwardArguments const& arguments, void* workspace,
+                                CUstream_st* stream);
+RETENTION_API Status run_carry(ForwardArguments const& arguments, OuterState const& earlier,
+                               void* workspace, CUstream_st* stream);
+RETENTION_API Status run_output(ForwardArguments const& arguments, void* workspace,
+                                CUstream_st* stream);
+
 /// What this library was compiled with, a part of kConfigurations; empty in one without CUDA.
 RETENTION_API std::vector<Configuration> compiled_configurations();
 

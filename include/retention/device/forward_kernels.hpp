@@ -127,12 +127,20 @@ struct ForwardKernels {
   /// Status: CudaLauncher, or one of the caller's own.
   template <class Launcher>
   static Status run(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
-    if (Status status = run_sequences(plan, workspace, launcher); !status) {
+    switch (plan.part) {
+      case ForwardPart::kStates:
+        return run_own_states(plan, workspace, launcher);
+      case ForwardPart::kCarry:
+        return launcher.template launch<Carry>(Call(plan, workspace, {}).outer_carry());
+      case ForwardPart::kOutput:
+        return run_output(plan, workspace, launcher);
+      case ForwardPart::kAll:
+        break;
+    }
+    if (Status status = run_states(plan, workspace, launcher); !status) {
       return status;
     }
-    return plan.arguments.cu_seqlens == nullptr ? Status{}
-                                                : launcher.template launch<kernel::UnownedRows>(
-                                                      Call(plan, workspace, {}).unowned_rows());
+    return run_output(plan, workspace, launcher);
   }
 
   /// All of it but what happens to tokens of no sequence.
@@ -149,6 +157,16 @@ struct ForwardKernels {
   template <class Launcher>
   static Status run_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher,
                            PooledCall const& pooled = {}) {
+    if (Status status = run_gates(plan, workspace, launcher, pooled); !status) {
+      return status;
+    }
+    return run_made_states(plan, workspace, launcher, pooled);
+  }
+
+  /// All that comes before the states.
+  template <class Launcher>
+  static Status run_gates(ForwardPlan const& plan, void* workspace, Launcher const& launcher,
+                          PooledCall const& pooled = {}) {
     Call const call(plan, workspace, pooled);
     if (plan.arguments.cu_seqlens != nullptr) {
       if (Status status = launcher.template launch<kernel::SequenceLists>(call.lists()); !status) {
@@ -168,6 +186,14 @@ struct ForwardKernels {
         return status;
       }
     }
+    return {};
+  }
+
+  /// The states, where gates are there.
+  template <class Launcher>
+  static Status run_made_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher,
+                                PooledCall const& pooled = {}) {
+    Call const call(plan, workspace, pooled);
     if (plan.makes_states) {
       if (Status status = launcher.template launch<ChunkStates>(call.states()); !status) {
         return status;
@@ -182,6 +208,30 @@ struct ForwardKernels {
   }
 
  private:
+  /// States of segments, which a carry is still to join, and what sequences end with.
+  template <class Launcher>
+  static Status run_own_states(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
+    if (Status status = run_gates(plan, workspace, launcher); !status) {
+      return status;
+    }
+    Call const call(plan, workspace, {});
+    if (Status status = launcher.template launch<ChunkStates>(call.states()); !status) {
+      return status;
+    }
+    return plan.segmented ? launcher.template launch<Carry>(call.carry_of_ends()) : Status{};
+  }
+
+  template <class Launcher>
+  static Status run_output(ForwardPlan const& plan, void* workspace, Launcher const& launcher) {
+    Call const call(plan, workspace, {});
+    if (Status status = launch_items<Output>(launcher, call.output()); !status) {
+      return status;
+    }
+    return plan.arguments.cu_seqlens == nullptr
+               ? Status{}
+               : launcher.template launch<kernel::UnownedRows>(call.unowned_rows());
+  }
+
   // A plan and its workspace as the kernels take them.
   struct Call : PlannedCall {
     ForwardPlan const& plan;
@@ -299,6 +349,25 @@ struct ForwardKernels {
       p.sequences = listed(plan.final_states ? kAllSequences : kCutSequences);
       p.heads = a.heads;
       p.segment_tokens = a.segment_tokens;
+      return p;
+    }
+
+    /// Of what sequences end with, and not of the states.
+    typename Carry::Params carry_of_ends() const {
+      typename Carry::Params p = carry();
+      p.states = p.key_sums = nullptr;
+      return p;
+    }
+
+    /// With what came before. A sequence that is not cut has its end where it is wanted.
+    typename Carry::Params outer_carry() const {
+      typename Carry::Params p = carry();
+      p.outer_state = plan.earlier.state;
+      p.outer_key_sum = plan.earlier.key_sum;
+      if (!plan.segmented) {
+        p.segment_state = a.final_state;
+        p.segment_key_sum = a.final_key_sum;
+      }
       return p;
     }
 

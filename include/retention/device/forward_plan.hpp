@@ -57,6 +57,10 @@ class Regions {
   std::size_t bytes_;
 };
 
+/// What of a call is run: see forward.hpp and backward.hpp.
+enum class ForwardPart { kAll, kStates, kCarry, kOutput };
+enum class BackwardPart { kAll, kStateGradients, kQueryGradient, kKeyGradients };
+
 struct ForwardPlan {
   static constexpr int kTokenMultiple = 64;  // of chunks: the tile of the kernels
   static constexpr std::size_t kAlignment = Regions::kAlignment;
@@ -71,6 +75,8 @@ struct ForwardPlan {
   bool reads_states = false;    // whether queries read a state
   bool makes_states = false;    // whether states are computed, to be read or as the final one
   bool segmented = false;       // whether a sequence is cut and a carry follows
+  ForwardPart part = ForwardPart::kAll;
+  OuterState earlier;  // of kCarry
   // See kernel/sequence.hpp.
   std::int64_t slots = 0;          // of chunks
   std::int64_t state_slots = 0;    // of states before them

@@ -8,6 +8,9 @@
 //
 // and z likewise; end_n is what segment n alone ends with. A thread owns 16 bytes of the state of
 // one sequence and head, and keeps their carry in fp32 registers.
+//
+// With `outer` states, of what is somewhere else, there is a carry_0 too: the first segment lacks
+// what they have, and what it ends with is end_0 + exp(..) carry_0.
 
 #pragma once
 
@@ -64,6 +67,9 @@ struct Carry {
     Element* states;    // [slots, h, D, dv] of each chunk, updated; null to skip
     Element* key_sums;  // [slots, h, D], updated; with states
     Slots slots;        // of states
+    // [count, h, ..] of what comes before the first segment of the walk; null for nothing.
+    float const* outer_state;
+    float const* outer_key_sum;
     // What each segment alone ends with; of the last of a walk with `ends` only. A segment has a
     // slot as a chunk has (`Sequences::segments`).
     float const* segment_state;          // [slots of segments, h, D, dv]
@@ -100,7 +106,8 @@ struct Carry {
     Sequence const in_segments = cut.get(place);
     int const chunks = cute::ceil_div(sequence.length, sequence.chunk_size);
     int const segment_chunks = cute::ceil_div(in_segments.chunk_size, sequence.chunk_size);
-    if (chunks <= segment_chunks && !params.ends.given()) {
+    bool const enters = params.outer_state != nullptr;
+    if (chunks <= segment_chunks && !params.ends.given() && !enters) {
       return;  // one segment, and nobody asks for its end
     }
 
@@ -124,10 +131,15 @@ struct Carry {
            x);
     };
     float carry[kPiece] = {};
-    if (owns) {
+    if (owns && enters) {
+      std::int64_t const sequence_head =
+          static_cast<std::int64_t>(sequence.index) * params.heads + head;
+      load((is_state ? params.outer_state : params.outer_key_sum) + sequence_head * size + element,
+           carry);
+    } else if (owns) {
       load_end(kBackward ? segments - 1 : 0, carry);
     }
-    for (int walked = 1; walked < segments; ++walked) {
+    for (int walked = enters ? 0 : 1; walked < segments; ++walked) {
       int const segment = kBackward ? segments - 1 - walked : walked;
       int const first = segment * segment_chunks;
       int const count = cute::min(segment_chunks, chunks - first);

@@ -110,12 +110,12 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         before = passed_on(all_added, log_decays, nothing, range(place.rank))
     else:
         before = States(*(x.clone() for x in initial))
-    out, norm, residual, kept = steps.results(before)
     end = States(state.new_empty(0, 0, 0, 0), keys.new_empty(0, 0, 0))
     if options.return_final_state and passes is None:
         end = passed_on(all_added, log_decays, nothing, range(place.ranks))
     elif options.return_final_state:
         end = before.decayed(log_decay).plus(*own)
+    out, norm, residual, kept = steps.results(before)  # which may write to `own`
     return out, norm, *end, residual, kept, *before, log_decays
 
 
@@ -188,7 +188,7 @@ def _forward_steps(operands: Operands, options: Options) -> Any:
     if _logger.isEnabledFor(logging.DEBUG):
         operators.log("share, forward", operands, reason)
     if reason is None:
-        return cuda.ForwardShare(operands, options)
+        return cuda.forward_share(operands, options)
     saves_output = coverage.saves_output(operands.Q, operands.V, options.deg)
     return pytorch.ForwardShare(operands, options, saves_output)
 
@@ -204,7 +204,7 @@ def _backward_steps(call: BackwardArguments, of_end: States | None, wanted: Sequ
     reason = _reason(call.operands, backward.options)
     if _logger.isEnabledFor(logging.DEBUG):
         operators.log("share, backward", call.operands, reason)
-    return pytorch.BackwardShare(backward) if reason else cuda.BackwardShare(backward)
+    return pytorch.BackwardShare(backward) if reason else cuda.backward_share(backward)
 
 
 def _reason(operands: Operands, options: Options) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import retention._C as _C
-from retention.ops.call import BackwardCall, Operands, forward_call
+from retention.ops.call import BackwardCall, Operands, Options, forward_call
 from retention.ops.cuda.plans import Plan, layout, plan_forward, row_strides
+from retention.ops.exchange import States
 from retention.ops.torch_private import allocate, current_device, current_stream
 
 
@@ -59,6 +61,58 @@ def forward(plan: Plan, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return out, norm, state, keys, residual, workspace if kept is None else kept
 
 
+class ForwardLaunch:
+    """A forward pass of which parts are run one by one, with initial and final states."""
+
+    def __init__(self, operands: Operands, options: Options):
+        plan = plan_forward((*operands, *options))
+        layouts = (plan.out, plan.norm, plan.state, plan.keys, plan.residual)
+        self._shapes = [shape for shape, *_ in layouts]
+        if plan.copies or not _are_aligned(operands):
+            operands = _readable(plan, operands)
+            plan = plan_forward((*operands, *options))
+        self._plan, self._operands = plan, operands
+        Q, K, V, log_G, state, keys, cu_seqlens = operands
+        with torch.cuda.device(plan.device):
+            out, norm = allocate(*plan.out), allocate(*plan.norm)
+            final_state, final_keys = allocate(*plan.state), allocate(*plan.keys)
+            residual = allocate(*plan.residual)
+            self.workspace = allocate(*plan.workspace)  # has the states
+        self._results = (out, norm, final_state, final_keys, residual)
+        rounded = residual if options.save_for_backward else None
+        pointers = (Q, K, V, log_G, cu_seqlens, state, keys, out, rounded, norm)
+        self._pointers = tuple(
+            0 if x is None else x.data_ptr() for x in (*pointers, final_state, final_keys)
+        )
+
+    def run(self, part: Callable[..., None], outer: States | None = None) -> None:
+        """Enqueue a part by a function of the library; one that adds states from somewhere else."""
+        _run_part(self._plan, part, self._plan.sizes, self._pointers, outer, self.workspace)
+
+    @property
+    def results(self) -> list[Tensor]:
+        """``out, norm, state, sum_of_keys, residual``."""
+        pairs = zip(self._results, self._shapes, strict=True)
+        return [_narrow(x, shape) for x, shape in pairs]
+
+
+def _run_part(
+    plan: Plan,
+    part: Callable[..., None],
+    sizes: tuple[int, ...],
+    pointers: tuple[int, ...],
+    outer: States | None,
+    workspace: Tensor,
+) -> None:
+    *_, of_state, of_keys = plan.widths
+    added: list[Tensor] = []
+    if outer is not None:
+        added = [_whole(outer.state, *of_state), _whole(outer.keys, *of_keys)]
+    with torch.cuda.device(plan.device):
+        addresses = (x.data_ptr() for x in added)
+        part(sizes, pointers, *addresses, workspace.data_ptr(), current_stream(plan.device))
+
+
 def _forward_copies(plan: Plan, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     operands, options = forward_call(arguments)
     arguments = (*_readable(plan, operands), *options)
@@ -87,35 +141,66 @@ def backward(plan: Plan, call: BackwardCall, gradients: tuple[Tensor, ...]) -> N
     """
     if not any(x.numel() for x in gradients):
         return
-    operands = call.operands
-    if plan.copies or not _are_aligned(operands):
-        operands = _readable(plan, operands)
-        plan = plan_forward((*operands, *call.options))
-    d_out, d_state, d_keys = call.gradients
-    out, residual, kept, norm = call.saved
-    _, _, dv, _, of_state, of_keys = plan.widths
-    d_out = _rows(d_out, *dv)
-    out, residual, norm = _whole(out, *dv), _whole(residual, *dv), _whole(norm)
-    kept = _whole(kept)
-    if d_state is not None:
-        d_state, d_keys = _whole(d_state, *of_state), _whole(d_keys, *of_keys)
-    targets = [_widen(x, *widths) for x, widths in zip(gradients, plan.widths, strict=True)]
-    states = kept if plan.workspace and kept.numel() >= plan.workspace_bytes else None
+    backward = BackwardLaunch(plan, call, gradients)
+    backward.allocate(_C.backward_workspace_size)
+    backward.run(_C.backward)
+    backward.finish()
 
-    sizes = (*plan.sizes, *row_strides(d_out))
-    Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens = operands
-    arguments = (
-        *(Q, K, V, log_G, cu_seqlens, initial_state, sum_of_keys, out, residual, norm, None, None),
-        *(states, d_out, d_state, d_keys, *targets),
-    )
-    pointers = tuple(0 if x is None or not x.numel() else x.data_ptr() for x in arguments)
-    with torch.cuda.device(plan.device):
-        workspace = _C.backward_workspace_size(sizes, pointers)
-        memory = allocate(*layout((workspace,), torch.uint8))
-        _C.backward(sizes, pointers, memory.data_ptr(), current_stream(plan.device))
-    for x, target in zip(gradients, targets, strict=True):
-        if target is not x:
-            x.copy_(_start(target, x.shape))
+
+class BackwardLaunch:
+    """A backward pass as the kernels take it, of which parts may be run one by one."""
+
+    def __init__(self, plan: Plan, call: BackwardCall, gradients: tuple[Tensor, ...]):
+        operands = call.operands
+        if plan.copies or not _are_aligned(operands):
+            operands = _readable(plan, operands)
+            plan = plan_forward((*operands, *call.options))
+        d_out, d_state, d_keys = call.gradients
+        out, residual, kept, norm = call.saved
+        _, _, dv, _, of_state, of_keys = plan.widths
+        d_out = _rows(d_out, *dv)
+        out, residual, norm = _whole(out, *dv), _whole(residual, *dv), _whole(norm)
+        kept = _whole(kept)
+        if d_state is not None:
+            d_state, d_keys = _whole(d_state, *of_state), _whole(d_keys, *of_keys)
+        self._plan, self.gradients = plan, gradients
+        self.targets = [
+            _widen(x, *widths) for x, widths in zip(gradients, plan.widths, strict=True)
+        ]
+        states = kept if plan.workspace and kept.numel() >= plan.workspace_bytes else None
+
+        Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens = operands
+        self._arguments = (
+            *(Q, K, V, log_G, cu_seqlens, initial_state, sum_of_keys, out, residual, norm),
+            *(None, None, states, d_out, d_state, d_keys, *self.targets),
+        )
+        self._sizes = (*plan.sizes, *row_strides(d_out))
+        self._pointers = tuple(
+            0 if x is None or not x.numel() else x.data_ptr() for x in self._arguments
+        )
+
+    def allocate(self, workspace_size: Callable[[tuple[int, ...], tuple[int, ...]], int]) -> None:
+        """The workspace, by the function that says how large it is."""
+        with torch.cuda.device(self._plan.device):
+            size = workspace_size(self._sizes, self._pointers)
+            self._workspace = allocate(*layout((size,), torch.uint8))
+
+    def run(self, part: Callable[..., None], outer: States | None = None) -> None:
+        """Enqueue a part, or all of it, by a function of the library; one that adds gradients from
+        somewhere else."""
+        _run_part(self._plan, part, self._sizes, self._pointers, outer, self._workspace)
+
+    @property
+    def of_start(self) -> States:
+        """The gradient of the initial states."""
+        targets = zip(self.gradients[4:], self.targets[4:], strict=True)
+        return States(*(_narrow(target, x.shape) for x, target in targets))
+
+    def finish(self) -> None:
+        """Bring gradients to where they are wanted."""
+        for x, target in zip(self.gradients, self.targets, strict=True):
+            if target is not x:
+                x.copy_(_start(target, x.shape))
 
 
 def _are_aligned(operands: Operands) -> bool:
