@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import itertools
 import os
 import platform
@@ -24,7 +26,7 @@ from rich.console import Console
 import retention
 from retention.lm.errors import UsageError
 
-from . import compare, decoding, report
+from . import compare, context, decoding, report
 from .modes import MODES, Bench
 from .problem import DTYPES, Problem
 from .timing import QUICK, Effort, measure_ceilings
@@ -59,7 +61,17 @@ def run(options: argparse.Namespace) -> int:
     if unknown:
         names = ", ".join([*MODES, "compare"])
         raise UsageError(f"mode: expected some of {names}, got {unknown[0]!r}")
-    bench = _bench(options, console, start)
+    with contextlib.ExitStack() as stack:
+        if "context" in options.modes:
+            if options.modes != ["context"] and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UsageError("mode: expected context alone where torchrun starts processes")
+            options.device = stack.enter_context(context.processes(_device(options)))
+            if not context.is_first():
+                console, options.out = Console(file=io.StringIO()), None
+        return _measure(_bench(options, console, start), options, console)
+
+
+def _measure(bench: Bench, options: argparse.Namespace, console: Console) -> int:
     _, missing = bench.peers()
     rows: list[dict[str, Any]] = []
     results = {
@@ -116,8 +128,12 @@ def _report(results: dict[str, Any], out: Path | None, console: Console) -> None
         console.print(f"written: {', '.join(str(path) for path in written)}")
 
 
+def _device(options: argparse.Namespace) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench:
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
     kind = device.split(":")[0]
     if kind not in _DEFAULTS:
         raise UsageError(f"--device: expected cpu or cuda, got {device!r}")

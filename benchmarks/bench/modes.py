@@ -23,7 +23,7 @@ import retention
 from retention import _C
 from retention.ops.cuda import coverage, launch
 
-from . import decoding
+from . import context, decoding
 from .peers import Peer, Retention, Upstream, all_peers
 from .problem import Problem, Work
 from .timing import Ceilings, Effort, Timing
@@ -147,6 +147,14 @@ def decode(bench: Bench) -> Iterator[Row]:
         bench.say,
         _free,
     )
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+def several(bench: Bench) -> Iterator[Row]:
+    """One sequence over as many processes as there are."""
+    yield from context.measure(bench.problem, bench.lengths, bench.effort, bench.say, _free)
 
 
 # ---- parts --------------------------------------------------------------------------------------
@@ -331,6 +339,7 @@ MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "bwd": backward,
     "fwd+bwd": forward_and_backward,
     "decode": decode,
+    "context": several,
     "components": components,
     "memory": memory,
     "host": host,

@@ -59,6 +59,19 @@ _COLUMNS = {
         "speed-up": "speed-up",
         "note": "",
     },
+    "context": {
+        "pass": "pass",
+        "t": "tokens",
+        "ranks": "processes",
+        "ms": "ms",
+        "spread": "quartiles",
+        "tokens/s": "tokens/s",
+        "speed-up": "speed-up",
+        "share of one alone": "of one alone, weak",
+        "ms of exchange": "exchange, ms",
+        "share exposed": "of the time",
+        "share hidden": "hidden",
+    },
     "components": {"t": "tokens", "part": "part", "ms": "ms", "share": "share"},
     "memory": {
         "t": "tokens",
@@ -312,6 +325,19 @@ def _plots(results: Row, folder: Path) -> list[Path]:
             if crossing and crossing.tokens:
                 axes.axvline(crossing.tokens, color="black", linestyle=":", linewidth=1)
         save(figure, name)
+    spread = [r for r in rows if r["mode"] == "context" and "speed-up" in r]
+    if spread:
+        figure, axes = plt.subplots(figsize=(5, 4))
+        most = max(r["ranks"] for r in spread)
+        axes.plot([1, most], [1, most], color="black", linestyle=":", linewidth=1, label="ideal")
+        for key in dict.fromkeys((r["pass"], r["t"]) for r in spread):
+            points = [(r["ranks"], r["speed-up"]) for r in spread if (r["pass"], r["t"]) == key]
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{key[0]}, {key[1]:,} tokens")
+        axes.set_xlabel("processes")
+        axes.set_ylabel("times as fast as one")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        save(figure, "context")
     if any(r["mode"] == "components" for r in rows):
         chosen = [r for r in rows if r["mode"] == "components"]
         last = [r for r in chosen if r["t"] == chosen[-1]["t"]][::-1]

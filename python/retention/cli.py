@@ -316,9 +316,9 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="measure, beside what one would use instead",
         description="Measure power retention beside attention and others, on the same inputs. "
-        "Modes: fwd, bwd, fwd+bwd, decode, components (each kernel alone), memory, host (calls of "
-        "few tokens) and build; or `compare OLD NEW`, results of two runs, which fails where the "
-        "new one is slower.",
+        "Modes: fwd, bwd, fwd+bwd, decode, context (one sequence over the processes that torchrun "
+        "starts), components (each kernel alone), memory, host (calls of few tokens) and build; "
+        "or `compare OLD NEW`, results of two runs, which fails where the new one is slower.",
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("modes", nargs="+", metavar="MODE", help="one or several")

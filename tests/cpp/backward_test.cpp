@@ -377,7 +377,9 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     for (int i = 0; i < 2; ++i) {
       run(in_parts({"in parts", {140}, 64, 64, false, 1, 2, -0.05}));
     }
-    run(in_parts({"in parts, one segment, no gates", {100}, 64, 0, false, 1, 1, 0.0}));
+    for (int i = 0; i < 2; ++i) {
+      run(in_parts({"in parts, one segment, no gates", {100}, 64, 0, false, 1, 1, 0.0}));
+    }
     run(in_parts({"in parts, one chunk", {40, 40}, 0, 0, false, 1, 1, -0.1}));
     Case packed{"in parts, packed", {0, 70, 0}, 64, 64, true, 1, 1, -0.1};
     packed.lead = 37;

@@ -3,8 +3,8 @@
 For every number of ranks, that many processes at a time; each writes `FOLDER/<ranks>-<rank>.pt`: by
 name of `cases_of`, what `shared_call` returns, and by name of what `OTHERS` has, what it says.
 
-`train` makes runs of `retention train` in `FOLDER/runs`, of which it needs the text in
-`FOLDER/text`; exit codes are in `FOLDER/codes.pt`.
+`commands` makes runs of `retention train` in `FOLDER/runs`, of which it needs the text in
+`FOLDER/text`, and of `retention bench` in `FOLDER/bench`; exit codes are in `FOLDER/codes.pt`.
 """
 
 from __future__ import annotations
@@ -420,7 +420,7 @@ def joined(call: Shared, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-# ---- training from the command line -------------------------------------------------------------
+# ---- the command line -------------------------------------------------------------
 
 TRAIN = (
     *("train", "--steps", "6", "--batch-size", "4", "--block-size", "33", "--layers", "2"),
@@ -429,7 +429,7 @@ TRAIN = (
 )
 
 
-def train_one(rank: int, ranks: int, port: int, log: Path, signalled: bool, *given: str) -> None:
+def command_one(rank: int, ranks: int, port: int, log: Path, signalled: bool, *given: str) -> None:
     """As torchrun starts it; with ``signalled``, the last process gets a SIGTERM in step 2."""
     from retention import cli
     from retention.lm import data
@@ -449,19 +449,19 @@ def train_one(rank: int, ranks: int, port: int, log: Path, signalled: bool, *giv
             return plain(corpus, seed, step, *sizes)
 
         data.batch = batch
-    sys.exit(cli.main([*given, "--context-parallel", str(ranks)]))
+    sys.exit(cli.main([*given]))
 
 
-def train(ranks: int, folder: Path, *given: str, signalled: bool = False) -> list[int]:
-    """Exit codes of as many processes."""
+def command(ranks: int, folder: Path, *given: str, signalled: bool = False) -> list[int]:
+    """Exit codes of `retention` in as many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
     processes = [
         fork.Process(
-            target=train_one,
-            args=(rank, ranks, port, folder / f"train-{ranks}-{rank}.log", signalled, *given),
+            target=command_one,
+            args=(rank, ranks, port, folder / f"{given[0]}-{ranks}-{rank}.log", signalled, *given),
             daemon=True,
         )
         for rank in range(ranks)
@@ -473,19 +473,22 @@ def train(ranks: int, folder: Path, *given: str, signalled: bool = False) -> lis
     return [process.exitcode for process in processes]
 
 
-def train_all(folder: Path) -> dict[str, list[int]]:
+def commands(folder: Path) -> dict[str, list[int]]:
     runs = folder / "runs"
 
     def given(name: str) -> tuple[str, ...]:
-        return (*TRAIN, "--data", str(folder / "text"), "--out", str(runs / name))
+        out = ("--data", str(folder / "text"), "--out", str(runs / name))
+        return (*TRAIN, *out, "--context-parallel", "2")
 
-    codes = {"two": train(2, folder, *given("two"))}
+    codes = {"two": command(2, folder, *given("two"))}
     # What three processes go on with is what two left in the middle of their run.
     shutil.copytree(runs / "two", runs / "three")
     shutil.rmtree(runs / "three" / "checkpoints" / "step-00000006")
-    resume = ("train", "--resume", "--out", str(runs / "three"))
-    codes["three"] = train(3, folder, *resume)
-    codes["stopped"] = train(2, folder, *given("stopped"), signalled=True)
+    resume = ("train", "--resume", "--out", str(runs / "three"), "--context-parallel", "3")
+    codes["three"] = command(3, folder, *resume)
+    codes["stopped"] = command(2, folder, *given("stopped"), signalled=True)
+    bench = ("bench", "context", "--quick", "--t", "64", "--h", "2", "--d", "16", "--device", "cpu")
+    codes["bench"] = command(2, folder, *bench, "--out", str(folder / "bench"))
     return codes
 
 
@@ -495,10 +498,10 @@ def main(folder: Path, what: list[str]) -> None:
     import torch.distributed.fsdp
     import torch.distributed.tensor
 
-    if "train" in what:
-        torch.save(train_all(folder), folder / "codes.pt")
+    if "commands" in what:
+        torch.save(commands(folder), folder / "codes.pt")
     fork = multiprocessing.get_context("fork")
-    for ranks in (int(x) for x in what if x != "train"):
+    for ranks in (int(x) for x in what if x != "commands"):
         processes = [
             fork.Process(target=one, args=(rank, ranks, folder), daemon=True)
             for rank in range(ranks)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distributed_sequence_worker as worker
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text").write_bytes(TEXT)
     with (folder / "all.log").open("w") as log:
         subprocess.run(
-            [sys.executable, program, folder, "train", *map(str, NUMBERS)],
+            [sys.executable, program, folder, "commands", *map(str, NUMBERS)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -289,12 +289,33 @@ def test_a_signal_to_one_process_ends_all_at_the_same_step(trained: Path):
     assert names == ["step-00000002"]
 
 
+@needs_gloo
+def test_processes_are_measured(trained: Path):
+    assert torch.load(trained / "codes.pt")["bench"] == [0, 0]
+    rows = json.loads((trained / "bench" / "results.json").read_text())["rows"]
+    found = [(row["pass"], row["ranks"], row["t"]) for row in rows]
+    assert found == [(x, *y) for x in ("fwd", "fwd+bwd") for y in ((1, 32), (1, 64), (2, 64))]
+    for row in rows:
+        assert row["ms"] > 0
+        assert row["ms of exchange"] > 0
+        assert 0 <= row["share exposed"] < 1
+    last = rows[-1]
+    assert last["speed-up"] == rows[-2]["ms"] / last["ms"]
+    assert last["share of one alone"] == rows[-3]["ms"] / last["ms"]
+    assert 0 <= last["share hidden"] <= 1
+    assert (trained / "bench" / "context.png").exists()
+
+
 def test_as_many_processes_as_torchrun_started(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert cli.main(["train", "--out", str(tmp_path / "run"), "--context-parallel", "2"]) == 2
     message = capsys.readouterr().err
     assert "--context-parallel: expected 2 processes, got 1; start them with torchrun" in message
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["bench", "fwd", "context", "--quick"]) == 2
+    message = capsys.readouterr().err
+    assert "mode: expected context alone where torchrun starts processes" in message
 
 
 # ---- in threads ---------------------------------------------------------------------------------
@@ -415,6 +436,7 @@ def calls(draw) -> Shared:
 
 
 @given(calls())
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_any_cut_of_any_sequences(call: Shared):
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert_close(in_threads(call, monkeypatch), worker.whole_call(call), TOLERANCE)
@@ -466,15 +488,13 @@ def test_what_is_sent_arrives():
     """Exact tensors keep their bits in a payload of fewer, whatever is beside them."""
     states = exchange.States(torch.randn(2, 3, 5, 7).double(), torch.randn(2, 3, 5).double())
     gates = torch.tensor([[-torch.inf, -1e9, -1 / 3]]).double()
-    threads = Threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(
-            exchange,
-            "_all_gather",
-            lambda received, sent, **_: (
-                threads.gather(received, sent, 0) or SimpleNamespace(wait=lambda: None)
-            ),
-        )
+
+        def gather(received: torch.Tensor, sent: torch.Tensor, **_: Any) -> SimpleNamespace:
+            received.copy_(sent)
+            return SimpleNamespace(wait=lambda: None)
+
+        monkeypatch.setattr(exchange, "_all_gather", gather)
         monkeypatch.setattr(exchange, "process_group", int)
         gathering = exchange.Gathering(exchange.Place("0", 0, 1), states, [gates], torch.bfloat16)
         state, keys, log_decays = gathering.wait()

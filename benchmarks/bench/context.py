@@ -1,0 +1,193 @@
+"""One sequence over several processes: what torchrun starts, or this one alone.
+
+    torchrun --nproc-per-node 4 -m -- retention bench context --t 1048576 --out results
+
+measures on 1, 2 and 4 of them. A time is that of the slowest process. What communication costs is
+the time beyond that of the same call with a copy in the collective's place; how much of it other
+work hides follows from the time of the collective alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import retention
+from retention.lm.errors import UsageError
+from retention.ops import exchange
+
+from .problem import Problem
+from .timing import Effort, Timing
+
+Row = dict[str, Any]
+Call = Callable[[], Any]
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[str]:
+    """Within, those that torchrun started know each other; gives the device of this one."""
+    cuda = device.startswith("cuda")
+    if cuda and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            store = (Path(folder) / "store").as_uri()
+            dist.init_process_group(backend, init_method=store, rank=0, world_size=1)
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that says and writes what was measured."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def measure(
+    problem: Problem,
+    lengths: tuple[int, ...],
+    effort: Effort,
+    say: Callable[[str], None],
+    free: Callable[[str], None],
+) -> Iterator[Row]:
+    """Of every length, both passes on 1, 2, 4, .. processes: of the same whole row, and of rows
+    that grow with the processes. Rows are complete on the first process alone."""
+    world = dist.get_world_size()
+    if problem.t < world:
+        raise UsageError(f"--t: expected at least {world} tokens, one for each process")
+    numbers = sorted({2**i for i in range(world.bit_length()) if 2**i <= world} | {world})
+    groups = {n: dist.new_group(range(n)) for n in numbers}
+    for t in lengths:
+        for pass_ in ("fwd", "fwd+bwd"):
+            # Fewer processes first: others are compared with them.
+            pairs = {(n, tokens) for n in numbers for tokens in (t, t * n // world)}
+            calls: dict[tuple[int, int], Row | None] = dict.fromkeys(sorted(pairs))
+            for n, tokens in calls:
+                say(f"context, {pass_}: {n} of {world} processes, {tokens:,} tokens")
+                row = None
+                if dist.get_rank() < n:
+                    row = _row(problem, tokens, n, pass_ != "fwd", effort, groups[n])
+                free(problem.device)
+                dist.barrier()
+                calls[n, tokens] = row
+                if is_first():
+                    base = {"mode": "context", "peer": "retention", "pass": pass_}
+                    yield base | row | _scaling(calls, n, tokens, t, world)
+
+
+def _scaling(
+    calls: dict[tuple[int, int], Row | None], n: int, tokens: int, t: int, world: int
+) -> Row:
+    """How many times as fast as one process with all of the row, and which part of a process's
+    speed is left where each has as many tokens."""
+    ms, found = calls[n, tokens]["ms"], {}
+    if tokens == t:
+        found["speed-up"] = calls[1, t]["ms"] / ms
+    alone = calls.get((1, t // world))
+    if tokens == t * n // world and alone is not None:
+        found["share of one alone"] = alone["ms"] / ms
+    return found
+
+
+def _row(p: Problem, tokens: int, n: int, backward: bool, effort: Effort, group: Any) -> Row:
+    rank = dist.get_rank(group)
+    start, stop = tokens * rank // n, tokens * (rank + 1) // n
+    share = Problem(**{**vars(p), "t": stop - start})
+    step = _step(share, backward, group)
+    timing = _slowest(step, p.device, effort, group)
+    with _without_exchange():
+        without = _slowest(step, p.device, effort, group)
+    alone = _slowest(_exchanges(share, backward, group), p.device, effort, group)
+    exposed = max(0.0, timing.ms - without.ms)
+    row = {"ranks": n, "t": tokens, **timing.row()}
+    row |= {"tokens/s": p.b * tokens / timing.ms * 1e3, "ms of exchange": alone.ms}
+    row |= {"share exposed": exposed / timing.ms}
+    if n > 1:
+        row["share hidden"] = max(0.0, 1 - exposed / alone.ms)
+    return row
+
+
+def _step(p: Problem, backward: bool, group: Any) -> Call:
+    inputs = p.inputs(seed=dist.get_rank(group))
+    leaves = [x.requires_grad_(backward) for x in inputs if x is not None]
+    gradient = torch.randn_like(inputs.q) if backward else None
+
+    def step() -> None:
+        out = retention.distributed.power_retention(
+            *inputs, deg=p.deg, chunk_size=p.chunk, group=group
+        )
+        if backward:
+            torch.autograd.grad(out, leaves, gradient)
+
+    return step
+
+
+def _exchanges(p: Problem, backward: bool, group: Any) -> Call:
+    """The collectives of a step, one after another, and nothing else."""
+    place = exchange.Place(group.group_name, group.rank(), group.size())
+    D = retention.state_dim(p.d, p.deg)
+    state, keys = (torch.zeros(p.b, p.h, D, *x, device=p.device) for x in ((p.d,), ()))
+    gates = torch.zeros(p.b, p.h, device=p.device)
+
+    def step() -> None:
+        exchange.Gathering(place, [state, keys], [gates], state.dtype).wait()
+        if backward:
+            exchange.Gathering(place, [state, keys], [], state.dtype).wait()
+
+    return step
+
+
+@contextlib.contextmanager
+def _without_exchange() -> Iterator[None]:
+    """Within, a process gets its own states in the others' places."""
+    plain = exchange._all_gather
+
+    def copies(received: torch.Tensor, sent: torch.Tensor, **_: Any) -> Any:
+        received.view(-1, sent.numel()).copy_(sent)
+        return SimpleNamespace(wait=lambda: None)
+
+    exchange._all_gather = copies
+    try:
+        yield
+    finally:
+        exchange._all_gather = plain
+
+
+def _slowest(call: Call, device: str, effort: Effort, group: Any) -> Timing:
+    """As `timing.time_call`, of processes that make as many calls, each from the same moment on."""
+    cuda = device.startswith("cuda")
+
+    def seconds() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        dist.barrier(group)
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def largest(values: list[float]) -> list[float]:
+        every = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(every, dist.ReduceOp.MAX, group=group)
+        return every.tolist()
+
+    first = largest([min(seconds() for _ in range(2))])[0]
+    times = largest([seconds() for _ in range(effort.calls(first))])
+    low, median, high = statistics.quantiles([1e3 * x for x in times], n=4)
+    return Timing(median, low, high, len(times), graph=False)
