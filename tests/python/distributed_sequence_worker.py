@@ -1,7 +1,8 @@
-"""Processes that share sequences: `distributed_sequence_worker.py FOLDER RANKS [RANKS ...]`.
+"""Processes that share sequences: `distributed_sequence_worker.py FOLDER WHAT [WHAT ...]`.
 
 For every number of ranks, that many processes at a time; each writes `FOLDER/<ranks>-<rank>.pt`: by
 name of `cases_of`, what `shared_call` returns, and by name of what `OTHERS` has, what it says.
+`gpu:<ranks>`: likewise, of `gpu_cases`, each with a GPU, `FOLDER/gpu-<ranks>-<rank>.pt`.
 
 `commands` makes runs of `retention train` in `FOLDER/runs`, of which it needs the text in
 `FOLDER/text`, and of `retention bench` in `FOLDER/bench`; exit codes are in `FOLDER/codes.pt`.
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ class Shared:
 
 def cuts(ranks: int) -> dict[str, tuple[int, ...]]:
     """Ways to cut 24 tokens."""
+    if ranks == 1:
+        return {"even": (24,)}
     rest = ranks - 1
     return {
         "even": tuple([24 // ranks] * ranks),
@@ -128,7 +131,7 @@ def loss_of(results: tuple[Tensor, ...], tokens: slice, weight_of_states: float)
     out, *states = (x.double() for x in results)
 
     def weights(x: Tensor, first: int = 0) -> Tensor:
-        place = torch.arange(first, first + x.numel(), dtype=torch.float64)
+        place = torch.arange(first, first + x.numel(), dtype=torch.float64, device=x.device)
         return (3 * place + 1).cos().view_as(x)
 
     per_token = out.transpose(0, 1)  # the same weights wherever a share begins
@@ -137,13 +140,14 @@ def loss_of(results: tuple[Tensor, ...], tokens: slice, weight_of_states: float)
     return total + weight_of_states * sum((x * weights(x)).sum() for x in states)
 
 
-def shared_call(call: Shared, rank: int, **options: Any) -> dict[str, Tensor]:
+def shared_call(call: Shared, rank: int, device: str = "cpu", **options: Any) -> dict[str, Tensor]:
     """One rank's results and gradients."""
     tokens = call.share(rank)
     mine = {
-        name: x if x is None or name not in OF_TOKENS else x[:, tokens]
+        name: x if x is None else (x[:, tokens] if name in OF_TOKENS else x).to(device)
         for name, x in call.inputs().items()
     }
+    cu_seqlens = call.cu_seqlens
     leaves = cast(mine, call.dtype)
     results = retention.distributed.power_retention(
         **leaves,
@@ -151,7 +155,7 @@ def shared_call(call: Shared, rank: int, **options: Any) -> dict[str, Tensor]:
         deg=call.case.deg,
         chunk_size=call.case.chunk,
         switch_over_seq_len=call.case.switch_over,
-        cu_seqlens=call.cu_seqlens,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(device),
         share_start=tokens.start,
         all_final_states=call.all_final_states,
         payload=call.payload,
@@ -162,7 +166,7 @@ def shared_call(call: Shared, rank: int, **options: Any) -> dict[str, Tensor]:
     loss_of(results, tokens, weight).backward()
     named = dict(zip(("out", "state", "sum_of_keys_out"), results, strict=True))
     named |= {f"d_{name}": x.grad for name, x in given.items()}
-    return {name: x.detach() for name, x in named.items()}
+    return {name: x.detach().cpu() for name, x in named.items()}
 
 
 def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
@@ -389,6 +393,70 @@ def one(rank: int, ranks: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+# ---- on GPUs ------------------------------------------------------------------------------------
+
+
+def gpu_cases(ranks: int) -> dict[str, Shared]:
+    """Those of `cases_of`, on PyTorch operations; and as large ones as kernels are made for."""
+    edges = [0, *(300 + 400 * i for i in range(ranks - 1)), 400 * ranks]
+    lengths = tuple(stop - start for start, stop in pairwise(edges))
+    t = edges[-1]
+    wide = {"t": t, "hq": 4, "h": 2, "d": 64, "dv": 64, "chunk": 128, "switch_over": 128}
+    bf16, fp16 = torch.bfloat16, torch.float16
+    bounds = (0, 100, t // 2 + 100, t - 10)
+    calls = {
+        "kernels, rows": Shared(Case(state=True, **wide), lengths, dtype=bf16),
+        "kernels, fresh": Shared(Case(gate=-0.01, **wide), lengths, dtype=bf16),
+        "kernels, no gates": Shared(Case(b=1, gate=None, **wide), lengths, dtype=bf16),
+        "kernels, resets": Shared(
+            Case(b=1, reset=-torch.inf, every=350, **wide), lengths, dtype=bf16
+        ),
+        "kernels, chosen chunks": Shared(
+            Case(gate=-0.01, **(wide | {"chunk": None, "switch_over": None})), lengths, dtype=bf16
+        ),
+        "kernels, packed": Shared(Case(b=1, **wide), lengths, bounds, dtype=bf16),
+        "kernels, packed with states": Shared(
+            Case(b=1, state=True, **wide), lengths, bounds, all_final_states=True, dtype=bf16
+        ),
+        "kernels, heads of 128": Shared(
+            Case(b=1, **(wide | {"d": 128, "dv": 128})), lengths, dtype=bf16
+        ),
+        "kernels, narrow heads": Shared(Case(b=1, **(wide | {"d": 48})), lengths, dtype=bf16),
+        "kernels, float16": Shared(Case(state=True, **wide), lengths, dtype=fp16),
+    }
+    return cases_of(ranks) | calls
+
+
+def one_gpu(rank: int, ranks: int, folder: Path) -> None:
+    device = f"cuda:{rank}"
+    torch.cuda.set_device(device)
+    with (folder / f"gpu-{ranks}-{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.distributed.init_process_group(
+        "nccl",
+        init_method=(folder / f"rendezvous-gpu-{ranks}").as_uri(),
+        rank=rank,
+        world_size=ranks,
+        timeout=TIMEOUT,
+        device_id=torch.device(device),
+    )
+    done: dict[str, Any] = {}
+    for name, call in gpu_cases(ranks).items():
+        options = {"keep_states": True} if name == "kernels, fresh" else {}
+        done[name] = shared_call(call, rank, device, **options)
+        if name.startswith("kernels"):
+            if rank == 0:
+                time.sleep(0.02)
+            again = shared_call(call, rank, device, **options)
+            done[f"{name}: same bits"] = same_bits(done[name], again)
+    torch.save(done, folder / f"gpu-{ranks}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+# ---- what to compare with -----------------------------------------------------------------------
+
+
 def whole_call(call: Shared) -> dict[str, Tensor]:
     """What the float64 formula makes of the whole sequence, for the sum of the ranks' losses."""
     leaves = cast(cast(call.inputs(), call.dtype), torch.float64)
@@ -501,10 +569,14 @@ def main(folder: Path, what: list[str]) -> None:
     if "commands" in what:
         torch.save(commands(folder), folder / "codes.pt")
     fork = multiprocessing.get_context("fork")
-    for ranks in (int(x) for x in what if x != "commands"):
+    for number in what:
+        kind, _, ranks = number.rpartition(":")
+        if number == "commands":
+            continue
+        target = one_gpu if kind == "gpu" else one
         processes = [
-            fork.Process(target=one, args=(rank, ranks, folder), daemon=True)
-            for rank in range(ranks)
+            fork.Process(target=target, args=(rank, int(ranks), folder), daemon=True)
+            for rank in range(int(ranks))
         ]
         for process in processes:
             process.start()
