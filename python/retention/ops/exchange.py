@@ -37,13 +37,16 @@ class States(NamedTuple):
     state: Tensor  # [n, h, D, dv]
     keys: Tensor  # [n, h, D]
 
-    def decayed(self, log_decay: Tensor) -> States:
-        """``log_decay`` [n, h]."""
-        decay = log_decay.exp()[..., None]
-        return States(self.state * decay[..., None], self.keys * decay)
-
     def plus(self, state: Tensor, keys: Tensor) -> States:
         return States(self.state + state, self.keys + keys)
+
+    def passed_on(self, decay: Tensor, state: Tensor, keys: Tensor) -> States:
+        """What a share with a whole ``decay`` [n, h] leaves of these, and adds to them."""
+        decay = decay[..., None]
+        return States(
+            torch.addcmul(state, self.state, decay[..., None]),
+            torch.addcmul(keys, self.keys, decay),
+        )
 
     def of(self, rank: int) -> tuple[Tensor, Tensor]:
         """One rank's, of those of all ranks."""
@@ -108,8 +111,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or getattr(
 def passed_on(states: States, log_decays: Tensor, start: States, ranks: Iterable[int]) -> States:
     """What is left of ``start`` behind the shares of ``ranks``, one after another, with what each
     adds: ``states`` [ranks, n, ..] of all ranks, ``log_decays`` [ranks, n, h]."""
+    decays = log_decays.exp()
     for rank in ranks:
-        start = start.decayed(log_decays[rank]).plus(*states.of(rank))
+        start = start.passed_on(decays[rank], *states.of(rank))
     return start
 
 

@@ -96,7 +96,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     steps = _forward_steps(operands, options._replace(return_final_state=False))
     own = steps.added()
     log_decay = exchange.sum_of_gates(operands.log_G, own, operands.cu_seqlens)
-    added = own if initial is None else initial.decayed(log_decay).plus(*own)
+    added = own if initial is None else initial.passed_on(log_decay.exp(), *own)
     if passes is not None:
         added = added.where(passes).plus(*tail)
     passing = log_decay if passes is None else log_decay.where(passes, -torch.inf)
@@ -114,7 +114,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     if options.return_final_state and passes is None:
         end = passed_on(all_added, log_decays, nothing, range(place.ranks))
     elif options.return_final_state:
-        end = before.decayed(log_decay).plus(*own)
+        end = before.passed_on(log_decay.exp(), *own)
     out, norm, residual, kept = steps.results(before)  # which may write to `own`
     return out, norm, *end, residual, kept, *before, log_decays
 
