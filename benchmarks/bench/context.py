@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 -m -- retention bench context --t 1048576 --out results
 
-measures on 1, 2 and 4 of them. A time is that of the slowest process. What communication costs is
-the time beyond that of the same call with a copy in the collective's place; how much of it other
-work hides follows from the time of the collective alone.
+measures on 1, 2 and 4 of them, and PyTorch's ring attention on all. A time is that of the slowest
+process. What communication costs is the time beyond that of the same call with a copy in the
+collective's place; how much of it other work hides follows from the time of the collective alone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import retention
 from retention.lm.errors import UsageError
 from retention.ops import exchange
 
-from .problem import Problem
+from .problem import DTYPES, Problem
 from .timing import Effort, Timing
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
+
+RING = "ring attention"
 
 
 @contextlib.contextmanager
@@ -62,6 +65,7 @@ def measure(
     problem: Problem,
     lengths: tuple[int, ...],
     effort: Effort,
+    wanted: Callable[[str], bool],
     say: Callable[[str], None],
     free: Callable[[str], None],
 ) -> Iterator[Row]:
@@ -88,6 +92,12 @@ def measure(
                 if is_first():
                     base = {"mode": "context", "peer": "retention", "pass": pass_}
                     yield base | row | _scaling(calls, n, tokens, t, world)
+            if wanted(RING) and problem.device.startswith("cuda") and world > 1:
+                say(f"context, {pass_}: {RING}, {world} processes, {t:,} tokens")
+                row = _ring(problem, t, pass_ != "fwd", effort, groups[world])
+                free(problem.device)
+                if is_first():
+                    yield {"mode": "context", "peer": RING, "pass": pass_, "ranks": world} | row
 
 
 def _scaling(
@@ -120,6 +130,35 @@ def _row(p: Problem, tokens: int, n: int, backward: bool, effort: Effort, group:
     if n > 1:
         row["share hidden"] = max(0.0, 1 - exposed / alone.ms)
     return row
+
+
+def _ring(p: Problem, tokens: int, backward: bool, effort: Effort, group: Any) -> Row:
+    """PyTorch's attention over shares that go round: flash attention of each with each. It needs
+    shares of two equal halves, and as many key heads as query heads."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    tokens -= tokens % (2 * dist.get_world_size(group))
+    shape = (p.b, p.hq, tokens, p.d)
+    tensors = [torch.randn(shape, device=p.device, dtype=DTYPES[p.dtype]) for _ in range(3)]
+    options = {"buffers": tensors, "buffer_seq_dims": [2] * 3}
+    mesh = DeviceMesh.from_group(group, p.device.split(":")[0])
+    try:
+        flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+        with flash, context_parallel(mesh, **options, no_restore_buffers=set(tensors)):
+            leaves = [x.requires_grad_(backward) for x in tensors]
+            gradient = torch.randn_like(tensors[0]) if backward else None
+
+            def step() -> None:
+                out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+                if backward:
+                    torch.autograd.grad(out, leaves, gradient)
+
+            timing = _slowest(step, p.device, effort, group)
+    except (RuntimeError, NotImplementedError) as error:
+        return {"t": tokens, "failed": str(error).splitlines()[0]}
+    return {"t": tokens, **timing.row(), "tokens/s": p.b * tokens / timing.ms * 1e3}
 
 
 def _step(p: Problem, backward: bool, group: Any) -> Call:

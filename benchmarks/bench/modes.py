@@ -154,7 +154,15 @@ def decode(bench: Bench) -> Iterator[Row]:
 
 def several(bench: Bench) -> Iterator[Row]:
     """One sequence over as many processes as there are."""
-    yield from context.measure(bench.problem, bench.lengths, bench.effort, bench.say, _free)
+    names = {"retention", context.RING}
+    yield from context.measure(
+        bench.problem,
+        bench.lengths,
+        bench.effort,
+        lambda name: bench.is_wanted(name, names),
+        bench.say,
+        _free,
+    )
 
 
 # ---- parts --------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ _COLUMNS = {
     },
     "context": {
         "pass": "pass",
+        "peer": "implementation",
         "t": "tokens",
         "ranks": "processes",
         "ms": "ms",
@@ -71,6 +72,7 @@ _COLUMNS = {
         "ms of exchange": "exchange, ms",
         "share exposed": "of the time",
         "share hidden": "hidden",
+        "note": "",
     },
     "components": {"t": "tokens", "part": "part", "ms": "ms", "share": "share"},
     "memory": {

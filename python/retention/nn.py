@@ -247,10 +247,10 @@ class PowerRetention(nn.Module):
         bias: whether the query, key, value and output projections have biases. The gate's always
             has: it sets how long a head remembers. Default: False.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
-        context_parallel: a process group, or a `DeviceMesh` of one dimension, whose ranks share
-            every sequence: in `forward`, `x` is this rank's part of the tokens (see
-            `retention.distributed.power_retention`). An attribute that may be set later. Default:
-            sequences are whole.
+        context_parallel: a `DeviceMesh` of one dimension, or a process group (with which no layer
+            can be copied), whose ranks share every sequence: in `forward`, `x` is this rank's part
+            of the tokens (see `retention.distributed.power_retention`). An attribute that may be
+            set later. Default: sequences are whole.
 
     Raises:
         TypeError: for a size that is not an integer.

@@ -332,9 +332,11 @@ def layers(rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
     tokens = slice(edges[rank], edges[rank + 1])
     where = {"rows": (None, tokens.start), "packed": (torch.tensor(BOUNDS).int(), tokens.start)}
 
-    def summed(kind: str) -> dict[str, Tensor]:
+    def summed(kind: str, compiled: bool = False) -> dict[str, Tensor]:
         model = layer()
         model.context_parallel = mesh
+        if compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
         layer_loss(model, activations(2 - (kind == "packed"))[:, tokens], *where[kind]).backward()
         gradients = gradients_of(model)
         for x in gradients.values():
@@ -362,7 +364,9 @@ def layers(rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
         return gradients_of(model)
 
     ways = {"rows": summed("rows"), "packed": summed("packed"), "DDP": data_parallel()}
-    return ways | ({"fully_shard": sharded()} if ranks in (2, 4) else {})
+    if ranks == 2:
+        ways |= {f"{kind}, compiled": summed(kind, compiled=True) for kind in where}
+    return ways | {"fully_shard": sharded()}
 
 
 OTHERS: dict[int, tuple[Callable[[int, int], Any], ...]] = {

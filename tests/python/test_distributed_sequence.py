@@ -234,9 +234,10 @@ def test_layers_learn_what_one_process_learns(ranks: int, folder: Path):
         expected[kind] = worker.gradients_of(model)
     for result in results_of(ranks, folder):
         ways = result["layers"]
-        assert {"rows", "packed", "DDP", "fully_shard"} == ways.keys()
+        assert ways.keys() >= {"rows", "packed", "DDP", "fully_shard"}
         for way, gradients in ways.items():
-            assert_close(gradients, expected["packed" if way == "packed" else "rows"], TOLERANCE)
+            assert_close(gradients, expected["packed" if "packed" in way else "rows"], TOLERANCE)
+        assert ranks > 2 or "packed, compiled" in ways
 
 
 def test_share_start_without_context_parallelism():
