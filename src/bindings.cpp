@@ -381,12 +381,6 @@ std::size_t workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
   return retention::device::workspace_size(Pass::read(sizes, pointers));
 }
 
-template <class Pass>
-nb::object parts_can_implement(nb::tuple const& sizes, nb::tuple const& pointers) {
-  auto const status = retention::device::can_implement_parts(Pass::read(sizes, pointers));
-  return status ? nb::object(nb::none()) : nb::cast(status.message());
-}
-
 std::size_t backward_parts_workspace_size(nb::tuple const& sizes, nb::tuple const& pointers) {
   return retention::device::parts_workspace_size(Backward::read(sizes, pointers));
 }
@@ -565,14 +559,6 @@ nor synchronises.
 Raises ValueError for what forward_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
 
-  module.def("forward_parts_can_implement", &parts_can_implement<Forward>, "sizes"_a, "pointers"_a,
-             nb::sig("def forward_parts_can_implement(sizes: tuple[int, ...], "
-                     "pointers: tuple[int, ...]) -> str | None"),
-             R"(Why forward_states, forward_carry and forward_output refuse these arguments, or
-None if they take them.
-
-Arguments and errors as in forward_can_implement.)");
-
   constexpr char const* kPart =
       R"(Enqueue a part of forward, of sequences of which others have earlier tokens.
 
@@ -581,8 +567,8 @@ adds to both what came before, `outer_state` and `outer_key_sum`, addresses of f
 tensors as the initial ones; forward_output does the rest. All have the same arguments,
 those of forward, and follow one another on a stream.
 
-Raises RuntimeError for what forward_parts_can_implement refuses, for a pointer that is
-not aligned, and where CUDA fails.)";
+Raises RuntimeError for what the library refuses (fp16 among it: see forward.hpp), and
+where CUDA fails.)";
   module.def("forward_states", &run_part<Forward, &retention::device::run_states>, "sizes"_a,
              "pointers"_a, "workspace"_a, "stream"_a,
              nb::sig("def forward_states(sizes: tuple[int, ...], pointers: tuple[int, ...], "
@@ -629,20 +615,12 @@ of a cudaStream_t. It neither allocates nor synchronises.
 Raises ValueError for what backward_can_implement refuses, and RuntimeError for the
 workspace or where CUDA fails.)");
 
-  module.def("backward_parts_can_implement", &parts_can_implement<Backward>, "sizes"_a,
-             "pointers"_a,
-             nb::sig("def backward_parts_can_implement(sizes: tuple[int, ...], "
-                     "pointers: tuple[int, ...]) -> str | None"),
-             R"(Why backward_state_gradients, backward_query_gradient and backward_key_gradients
-refuse these arguments, or None if they take them.
-
-Arguments and errors as in backward_can_implement.)");
-
   module.def("backward_parts_workspace_size", &backward_parts_workspace_size, "sizes"_a,
              "pointers"_a,
              nb::sig("def backward_parts_workspace_size(sizes: tuple[int, ...], "
                      "pointers: tuple[int, ...]) -> int"),
-             R"(Bytes of device memory that they need as their workspace on the current device.
+             R"(Bytes of device memory that the parts of backward need as their workspace on the
+current device.
 
 Arguments and errors as in backward_can_implement.)");
 
@@ -655,8 +633,8 @@ backward_key_gradients adds to the first what comes from later ones, `outer_stat
 `outer_key_sum`, addresses of fp32 tensors as the final ones, and does the rest. All have
 the same arguments, those of backward, and follow one another on a stream.
 
-Raises RuntimeError for what backward_parts_can_implement refuses, for a pointer that is
-not aligned, and where CUDA fails.)";
+Raises RuntimeError for what the library refuses (fp16 among it: see backward.hpp), and
+where CUDA fails.)";
   module.def("backward_state_gradients",
              &run_part<Backward, &retention::device::run_state_gradients>, "sizes"_a, "pointers"_a,
              "workspace"_a, "stream"_a,

@@ -146,6 +146,45 @@ int main() {
   b.forward.tokens = 0;
   expect(device::workspace_size(b) == 0, "workspace_size of sizes that make no sense");
 
+  // In parts: of bf16 alone, and with states on both sides.
+  bool const has_parts =
+      !compiled.empty() && compiled[0].element == retention::ElementType::kBFloat16;
+  auto const refused = [&](char const* text) {
+    return compiled.empty() ? why : has_parts ? text : "element: expected bf16";
+  };
+  b = {};
+  b.forward = a;
+  expect(says(device::can_implement_parts(a), refused("initial_state, final_state: expected")),
+         "parts need states");
+  expect(says(device::run_states(a, nullptr, nullptr), refused("initial_state, final_state")),
+         "run_states refuses what can_implement_parts refuses");
+  expect(says(device::run_output(a, nullptr, nullptr), refused("initial_state, final_state")),
+         "so does run_output");
+  a.initial_state = a.initial_key_sum = a.final_state = a.final_key_sum = some_address<float>();
+  expect(says(device::run_carry(a, {}, nullptr, nullptr), refused("earlier: expected two")),
+         "run_carry needs what came before");
+  b.forward = a;
+  b.forward.output_residual = a.output;
+  b.d_output = a.output;
+  b.d_output_strides = a.output_strides;
+  b.d_query = a.output;
+  expect(says(device::can_implement_parts(b), refused("d_final_state, d_initial_state: expected")),
+         "parts of backward need gradients of states");
+  b.d_final_state = b.d_final_key_sum = a.final_state;
+  b.d_initial_state = b.d_initial_key_sum = some_address<float>();
+  expect(says(device::run_key_gradients(b, {}, nullptr, nullptr), refused("later: expected two")),
+         "run_key_gradients needs what came after");
+  expect(says(device::run_state_gradients(b, nullptr, nullptr), refused("workspace")) &&
+             says(device::run_query_gradient(b, nullptr, nullptr), refused("workspace")),
+         "parts need a workspace");
+  expect(device::parts_workspace_size(b) >= device::workspace_size(b), "parts_workspace_size");
+  for (auto const& configuration : compiled) {
+    if (configuration.element == retention::ElementType::kFloat16) {
+      expect(says(device::can_implement_parts(arguments_for(configuration)), "element: expected"),
+             "fp16 has no parts");
+    }
+  }
+
   for (auto const& configuration : retention::kConfigurations) {
     device::DecodeStepArguments const step = step_arguments_for(configuration);
     device::DecodeRollbackArguments rollback;
