@@ -102,7 +102,8 @@ def power_retention(
             "all_final_states": all_final_states,
             "payload": str(payload),
         }
-        _compare(own, settings, process_group)
+        # Here, for the decorator alone takes a second to import.
+        torch.compiler.disable(_compare)(own, settings, process_group)
     own.check()
     _check_device(process_group, Q.device)
     place = Place(group_name(process_group), process_group.rank(), process_group.size())
@@ -335,7 +336,6 @@ class _Own(NamedTuple):
 _MESSAGE_BYTES = 2048  # of a rank: what it is about to do, or why it is not
 
 
-@torch.compiler.disable
 def _compare(own: _Own, settings: dict[str, Any], group: ProcessGroup) -> None:
     """Raises on all ranks where one has arguments that are wrong, or not those of the others."""
     error = None

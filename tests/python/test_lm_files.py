@@ -753,10 +753,10 @@ def test_a_run_that_never_made_a_step_can_be_started_again(folder: Path, whole: 
     out = folder / "memory"
     inner = training.loss_of
 
-    def starved(model, tokens):
+    def starved(model, tokens, context):
         if len(tokens) > 1:
             return torch.empty(2**50)  # which no machine has
-        return inner(model, tokens)
+        return inner(model, tokens, context)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(training, "loss_of", starved)

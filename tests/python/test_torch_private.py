@@ -77,3 +77,13 @@ def test_where_pytorch_does_not_tell(monkeypatch):
 def test_symbols_that_are_missing():
     assert torch_private._find("_no.such_thing", 7) == 7
     assert torch_private._raw_keys("NoSuchKey") is None
+
+
+def test_groups_that_pytorch_does_not_find(monkeypatch):
+    class Group:
+        group_name = "seven"
+
+    group = Group()
+    monkeypatch.setattr(torch_private, "process_group", torch_private._groups.__getitem__)
+    assert torch_private.group_name(group) == "seven"
+    assert torch_private.process_group("seven") is group
