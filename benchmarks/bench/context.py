@@ -84,8 +84,13 @@ def measure(
             for n, tokens in calls:
                 say(f"context, {pass_}: {n} of {world} processes, {tokens:,} tokens")
                 row = None
-                if dist.get_rank() < n:
-                    row = _row(problem, tokens, n, pass_ != "fwd", effort, groups[n])
+                try:
+                    if dist.get_rank() < n:
+                        row = _row(problem, tokens, n, pass_ != "fwd", effort, groups[n])
+                except torch.OutOfMemoryError as error:
+                    if n > 1:  # the others wait for this one
+                        raise
+                    row = {"ranks": 1, "t": tokens, "failed": str(error).splitlines()[0]}
                 free(problem.device)
                 dist.barrier()
                 calls[n, tokens] = row
@@ -105,12 +110,12 @@ def _scaling(
 ) -> Row:
     """How many times as fast as one process with all of the row, and which part of a process's
     speed is left where each has as many tokens."""
-    ms, found = calls[n, tokens]["ms"], {}
-    if tokens == t:
-        found["speed-up"] = calls[1, t]["ms"] / ms
-    alone = calls.get((1, t // world))
-    if tokens == t * n // world and alone is not None:
-        found["share of one alone"] = alone["ms"] / ms
+    own, whole, alone = (calls.get(key) or {} for key in ((n, tokens), (1, t), (1, t // world)))
+    found = {}
+    if tokens == t and "ms" in own and "ms" in whole:
+        found["speed-up"] = whole["ms"] / own["ms"]
+    if tokens == t * n // world and "ms" in own and "ms" in alone:
+        found["share of one alone"] = alone["ms"] / own["ms"]
     return found
 
 

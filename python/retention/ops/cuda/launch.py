@@ -89,11 +89,9 @@ class ForwardLaunch:
         """Enqueue a part by a function of the library; one that adds states from somewhere else."""
         _run_part(self._plan, part, self._plan.sizes, self._pointers, outer, self.workspace)
 
-    @property
-    def results(self) -> list[Tensor]:
-        """``out, norm, state, sum_of_keys, residual``."""
-        pairs = zip(self._results, self._shapes, strict=True)
-        return [_narrow(x, shape) for x, shape in pairs]
+    def results(self, *numbers: int) -> list[Tensor]:
+        """Some of ``out, norm, state, sum_of_keys, residual``, by their places."""
+        return [_narrow(self._results[i], self._shapes[i]) for i in numbers]
 
 
 def _run_part(

@@ -47,7 +47,7 @@ class _ForwardParts:
 
     def added(self) -> States:
         self._launch.run(_C.forward_states)
-        return States(*self._launch.results[2:4])
+        return States(*self._launch.results(2, 3))
 
     def meanwhile(self) -> None:
         """Nothing: the products within chunks share their sums with those of states."""
@@ -55,8 +55,8 @@ class _ForwardParts:
     def results(self, before: States) -> tuple[Tensor, ...]:
         self._launch.run(_C.forward_carry, before)
         self._launch.run(_C.forward_output)
-        out, norm, _, keys, residual = self._launch.results
-        kept = self._launch.workspace if self._keeps else keys.new_empty(0, dtype=torch.uint8)
+        out, norm, residual = self._launch.results(0, 1, 4)
+        kept = self._launch.workspace if self._keeps else out.new_empty(0, dtype=torch.uint8)
         return out, norm, residual, kept
 
 
