@@ -104,8 +104,7 @@ def power_retention(
         }
         # Here, for the decorator alone takes a second to import.
         torch.compiler.disable(_compare)(own, settings, process_group)
-    own.check()
-    _check_device(process_group, Q.device)
+    own.check(process_group)
     place = Place(group_name(process_group), process_group.rank(), process_group.size())
     if payload is None:
         payload = checks.state_dtype(Q.dtype)
@@ -300,8 +299,8 @@ class _Own(NamedTuple):
     share_start: Any
     payload: Any
 
-    def check(self) -> None:
-        """Raises TypeError or ValueError unless they fit each other."""
+    def check(self, group: ProcessGroup) -> None:
+        """Raises TypeError or ValueError unless they fit each other and the group."""
         check_arguments(self.operands, self.deg, self.scale)
         checks.check_chunks(self.chunk_size, self.switch_over_seq_len)
         if self.share_start is not None:
@@ -312,6 +311,7 @@ class _Own(NamedTuple):
                 f"payload: expected None, {own} or torch.bfloat16 with {self.operands.Q.dtype} "
                 f"inputs, got {self.payload}"
             )
+        _check_device(group, self.operands.Q.device)
 
     def described(self, settings: dict[str, Any], rank: int) -> dict[str, Any]:
         """What has to be the same on every rank; and the share, which has not."""
@@ -329,7 +329,7 @@ class _Own(NamedTuple):
             "cu_seqlens": bounds and hashlib.sha256(str(bounds).encode()).hexdigest()[:16],
             "requires_grad": torch.is_grad_enabled() and any(x.requires_grad for x in given),
             "end": bounds and bounds[-1],
-            "share": [start, start + Q.shape[1]],
+            "share": [start, start + Q.shape[1], self.share_start is not None],
         }
 
 
@@ -340,7 +340,7 @@ def _compare(own: _Own, settings: dict[str, Any], group: ProcessGroup) -> None:
     """Raises on all ranks where one has arguments that are wrong, or not those of the others."""
     error = None
     try:
-        own.check()
+        own.check(group)
         if own.operands.cu_seqlens is not None:
             checks.sequence_bounds(own.operands.cu_seqlens, 2**31 - 1)
         message = own.described(settings, group.rank())
@@ -361,10 +361,11 @@ def _compare(own: _Own, settings: dict[str, Any], group: ProcessGroup) -> None:
                     f"{other[name]} on rank {rank}"
                 )
     edges = [0]
+    # Without packed sequences nobody reads where a share begins, unless it was given.
+    matters = every[0]["cu_seqlens"] is not None or any(other["share"][2] for other in every)
     for rank, other in enumerate(every):
-        start, stop = other["share"]
-        # Without packed sequences nobody reads where a share begins, unless it was given.
-        if start != edges[-1] and (every[0]["cu_seqlens"] or own.share_start is not None):
+        start, stop, _ = other["share"]
+        if start != edges[-1] and matters:
             raise ValueError(
                 f"share_start: expected {edges[-1]} on rank {rank}, where the shares before it "
                 f"end, got {start}"

@@ -203,6 +203,8 @@ def checked(rank: int, ranks: int) -> dict[str, str]:
         "deg": tensors | ({"deg": 4, "initial_state": None, "sum_of_keys": None} if last else {}),
         "final": tensors | {"return_final_state": last},
         "start": row | {"share_start": 1 if last else None},
+        "start of rows": tensors | {"share_start": 1 if last else None},
+        "device": tensors | ({"Q": tensors["Q"].to("meta")} if last else {}),
         "bounds": row | {"cu_seqlens": bounds + torch.tensor([0, int(last), 0]).int()},
         "end": row | {"cu_seqlens": bounds * 2},
         "gradient": tensors | ({"V": tensors["V"].clone().requires_grad_()} if last else {}),

@@ -167,6 +167,8 @@ CHECKED = {
     "deg": r"deg: expected the same on every rank, got 2 on rank 0 and 4 on rank {last}",
     "final": r"return_final_state: expected the same on every rank, got False on rank 0 and True",
     "start": r"share_start: expected \d+ on rank {last}, where the shares before it end, got 1",
+    "start of rows": r"share_start: expected \d+ on rank {last}, where the shares before it",
+    "device": r"K: expected device meta as Q, got cpu",
     "bounds": r"cu_seqlens: expected the same on every rank",
     "end": r"cu_seqlens: expected to end at 24, the tokens of all shares, or before, got 48",
     "gradient": r"requires_grad: expected the same on every rank, got False on rank 0 and True on",
