@@ -243,17 +243,24 @@ device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t)
 inline device::Status run_parts(device::ForwardArguments const& arguments,
                                 device::OuterState const& earlier, Memory& workspace,
                                 std::uint64_t) {
-  device::Status status = device::run_states(arguments, workspace.data(), nullptr);
-  status = status ? device::run_carry(arguments, earlier, workspace.data(), nullptr) : status;
-  status = status ? device::run_output(arguments, workspace.data(), nullptr) : status;
-  return finished(status);
+  // One after another: nvcc takes the assignment of a Status for one that is ignored.
+  if (auto status = device::run_states(arguments, workspace.data(), nullptr); !status) {
+    return finished(status);
+  }
+  if (auto status = device::run_carry(arguments, earlier, workspace.data(), nullptr); !status) {
+    return finished(status);
+  }
+  return finished(device::run_output(arguments, workspace.data(), nullptr));
 }
 inline device::Status run_parts(device::BackwardArguments const& arguments,
                                 device::OuterState const& later, Memory& workspace, std::uint64_t) {
-  device::Status status = device::run_state_gradients(arguments, workspace.data(), nullptr);
-  status = status ? device::run_query_gradient(arguments, workspace.data(), nullptr) : status;
-  status = status ? device::run_key_gradients(arguments, later, workspace.data(), nullptr) : status;
-  return finished(status);
+  if (auto status = device::run_state_gradients(arguments, workspace.data(), nullptr); !status) {
+    return finished(status);
+  }
+  if (auto status = device::run_query_gradient(arguments, workspace.data(), nullptr); !status) {
+    return finished(status);
+  }
+  return finished(device::run_key_gradients(arguments, later, workspace.data(), nullptr));
 }
 inline std::size_t parts_workspace_bytes(device::BackwardArguments const& arguments) {
   return device::parts_workspace_size(arguments);

@@ -48,6 +48,9 @@ BFLOAT16 = 2e-2
 # gradients of cancelled terms. Twice the most that was seen on the emulator.
 KERNELS = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TOLERANCES = {torch.float64: TOLERANCE, torch.float32: SINGLE, **KERNELS}
+# Of calls on GPUs, which have some thousand rows where the emulator has a hundred: twice the most
+# that was seen on four H200. In half of them one rank alone had as much, whose call is the whole's.
+ON_GPUS = {torch.float32: 4e-6, torch.bfloat16: 4.4e-2, torch.float16: 4.6e-3}
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +101,16 @@ def test_shares_are_those_of_the_whole(ranks: int, name: str, folder: Path):
     assert_shared(call, [result[name] for result in results_of(ranks, folder)])
 
 
-def assert_shared(call: Shared, parts: list[dict[str, torch.Tensor]]) -> None:
+def assert_shared(
+    call: Shared,
+    parts: list[dict[str, torch.Tensor]],
+    tolerances: dict[torch.dtype, float] = TOLERANCES,
+) -> None:
     """The ranks' parts are those of the formula in float64."""
     if call.payload is not None:
         tolerance = BFLOAT16 if call.dtype == torch.bfloat16 else SENT_IN_BFLOAT16
     else:
-        tolerance = TOLERANCES[call.dtype]
+        tolerance = tolerances[call.dtype]
     assert_close(worker.joined(call, parts), worker.whole_call(call), tolerance)
     for part in parts:
         assert part["out"].dtype == call.dtype
@@ -575,6 +582,7 @@ def gpu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_shares_on_gpus(ranks: int, name: str, gpu_folder: Path):
     results = results_of(ranks, gpu_folder, "gpu-")
-    assert_shared(worker.gpu_cases(ranks)[name], [result[name] for result in results])
+    parts = [result[name] for result in results]
+    assert_shared(worker.gpu_cases(ranks)[name], parts, TOLERANCES | ON_GPUS)
     if name.startswith("kernels"):
         assert all(result[f"{name}: same bits"] for result in results)

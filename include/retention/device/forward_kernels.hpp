@@ -236,7 +236,7 @@ struct ForwardKernels {
   struct Call : PlannedCall {
     ForwardPlan const& plan;
     void* workspace;
-    PooledCall const& pooled;
+    PooledCall pooled;
 
     Call(ForwardPlan const& plan_, void* workspace_, PooledCall const& pooled_)
         : PlannedCall(plan_, workspace_), plan(plan_), workspace(workspace_), pooled(pooled_) {}

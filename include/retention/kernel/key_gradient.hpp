@@ -47,9 +47,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
 
-  static constexpr bool kWarpgroups =
-      collective::kTakesWarpgroups<kValueDim> &&
-      collective::kKeyGradientFitsWarpgroups<kHeadDim, kValueDim, collective::RowGradient::kKey>;
+  static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
   template <bool Warpgroups>
   using ContractOf = collective::Contract<Element, kHeadDim, kValueDim, kWarps, true, Warpgroups>;
   template <bool Warpgroups>

@@ -63,13 +63,14 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
       Operands const operands(shared, query, first_key / kTileKeys % kSlots);
       int const first_token = work.rows.first_token;
       if (first_key + kTileKeys <= first_token) {
-        float (&factors)[kTileKeys] = shared.factor[this_thread() / 32];  // C_j times the unit
-        set_column_decays<false, Tiles>(shared, operands.slot, work.gate, row_gate[0], work.unit,
-                                        factors);
+        // C_j times the unit.
+        float const* const factors =
+            set_column_decays<false, Tiles>(shared, operands.slot, work.gate, row_gate[0],
+                                            work.unit, shared.factor[this_thread() / 32]);
         auto const weigh_early = [&](int, Score& score) {
 #pragma unroll
           for (int n = 0; n < kTileKeys / 8; ++n) {
-            float2 const factor = column_pair(factors, n, this_thread());
+            float2 const factor = column_pair(factors, n);
 #pragma unroll
             for (int i = 4 * n; i < 4 * n + 4; ++i) {
               score[i] = score[i] * (i % 2 == 0 ? factor.x : factor.y) * score[i];

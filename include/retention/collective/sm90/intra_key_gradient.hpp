@@ -153,8 +153,8 @@ struct IntraKeyGradient
       Columns const next = columns.next(work.group);
       load(shared, work, next, slot ^ 1);
       Operands const operands(shared, key, value, slot);
-      if (columns.token >= work.first_token + Tiling::kRows && work.rows == Tiling::kRows &&
-          all_factorise(shared)) {
+      if (kOverlaps && columns.token >= work.first_token + Tiling::kRows &&
+          work.rows == Tiling::kRows && all_factorise(shared)) {
         add_to_all(shared, work, operands, gradient, products);
       } else {
         add(shared, work, operands, columns, row_gate, gradient, products);
@@ -171,6 +171,10 @@ struct IntraKeyGradient
   using OutputTile = WarpgroupTile<kTileQueries, ValueDim>;
   using Product = float[kTileQueries / 2];             // [query / 8][4], as accumulators are
   using Weight = std::uint32_t[kTileQueries / 16][4];  // as the A operand
+
+  // Whether a product is under way during the next ones: gradients of long keys leave no registers
+  // for its weights.
+  static constexpr bool kOverlaps = !kIsKey || HeadDim <= 64;
 
   struct Operands {
     typename KeyTile::Start key;
@@ -288,7 +292,7 @@ struct IntraKeyGradient
       factors[column] = inverse > 0.0f ? cute::min(inverse * half * half, FLT_MAX) : 0.0f;
     }
     __syncwarp();
-    return factors;
+    return factors + first_column(this_thread());
   }
 
   // The weight of an element, in s; for keys also that times the score, in u. Its factors are one
@@ -311,12 +315,13 @@ struct IntraKeyGradient
   CUTE_DEVICE static void weigh_factorised(SharedStorage const& shared, float const* factors,
                                            int slot, Product& s, Product& u, Weight& weight,
                                            float (&products)[2]) {
+    float const* const deltas = shared.delta[kIsKey ? slot : 0] + first_column(this_thread());
 #pragma unroll
     for (int n = 0; n < kTileQueries / 8; ++n) {
-      float2 const factor = column_pair(factors, n, this_thread());
+      float2 const factor = column_pair(factors, n);
       float2 delta{};
       if constexpr (kIsKey) {
-        delta = column_pair(shared.delta[slot], n, this_thread());
+        delta = column_pair(deltas, n);
       }
 #pragma unroll
       for (int i = 4 * n; i < 4 * n + 4; ++i) {
@@ -343,18 +348,20 @@ struct IntraKeyGradient
     int const first_row =
         work.first_token + Tiling::first_row(warp) + Tiling::kMmaPitch * m - token;
     float const half_unit = work.half_unit();
+    float const* const inverses = shared.inverse[slot] + first_column(lane);
+    float const* const deltas = shared.delta[kIsKey ? slot : 0] + first_column(lane);
 #pragma unroll
     for (int n = 0; n < kTileQueries / 8; ++n) {
       if (8 * n + 7 < first_row) {
         continue;  // these see none of the rows: the mask leaves nothing of them
       }
-      float2 const inverse = column_pair(shared.inverse[slot], n, this_thread());
-      float2 const factor = column_pair(factors, n, this_thread());
+      float2 const inverse = column_pair(inverses, n);
+      float2 const factor = column_pair(factors, n);
       float4 const gates =
           *reinterpret_cast<float4 const*>(&shared.gate[slot][8 * n + 2 * (lane % 4)]);
       float2 delta{};
       if constexpr (kIsKey) {
-        delta = column_pair(shared.delta[slot], n, this_thread());
+        delta = column_pair(deltas, n);
       }
       if (reach.factorises && 8 * n >= first_row + 15) {
 #pragma unroll
@@ -468,17 +475,11 @@ struct IntraKeyGradient
 
 namespace retention::collective {
 
-/// Whether there is a main loop by wgmma. Of keys of 128 features registers cannot have gradients
-/// and two products as well: ptxas moves 200 bytes of them to memory and back in every tile.
-template <int HeadDim, int ValueDim, RowGradient kGradient>
-inline constexpr bool kKeyGradientFitsWarpgroups =
-    kFitsWarpgroups<ValueDim> && (kGradient == RowGradient::kValue || HeadDim <= 64);
-
 /// The main loop of either architecture; `TilingOf` gives the rows of each.
 template <class Element, int HeadDim, int ValueDim, template <bool> class TilingOf,
           RowGradient kGradient, bool Warpgroups>
 using IntraKeyGradientOf = cute::conditional_t<
-    Warpgroups && kKeyGradientFitsWarpgroups<HeadDim, ValueDim, kGradient>,
+    Warpgroups && kFitsWarpgroups<ValueDim>,
     sm90::IntraKeyGradient<Element, HeadDim, ValueDim, TilingOf<true>, kGradient>,
     sm80::IntraKeyGradient<Element, HeadDim, ValueDim, TilingOf<false>, kGradient>>;
 

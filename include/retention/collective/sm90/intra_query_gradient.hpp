@@ -71,7 +71,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
       load(shared, work, first_key + kTileKeys);
       Operands const operands(shared, query, d_output, first_key / kTileKeys % kSlots);
       bool const is_early = first_key + kTileKeys <= work.rows.first_token;
-      if (is_early && work.rows.count() > kTileRows * (MmaRows - 1)) {
+      if (kOverlaps && is_early && work.rows.count() > kTileRows * (MmaRows - 1)) {
         add_to_all(shared, work, operands, rows, gradient, products);
       } else {
         add(shared, work, operands, rows, first_key, is_early, gradient, products);
@@ -87,9 +87,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   using Product = float[kTileKeys / 2];             // [key / 8][4], as accumulators are
   using Weight = std::uint32_t[kTileKeys / 16][4];  // as the A operand
 
-  // Whether a product ends before the next ones: gradients of long rows leave no registers for the
-  // weights of one beside what the others give.
-  static constexpr bool kEndsEach = HeadDim > 64;
+  // Whether a product is under way during the next ones: gradients of long rows leave no registers
+  // for its weights.
+  static constexpr bool kOverlaps = HeadDim <= 64;
 
   struct Operands {
     typename QueryTile::Start query;
@@ -177,9 +177,8 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   // Roots of C_j.
   CUTE_DEVICE static float const* set_roots(SharedStorage& shared, Work const& work,
                                             RowFactors const& rows, int slot) {
-    float (&roots)[kTileKeys] = shared.root[this_thread() / 32];
-    set_column_decays<true, Tiles>(shared, slot, work.gate, rows.gate[0], 1.0f, roots);
-    return roots;
+    return set_column_decays<true, Tiles>(shared, slot, work.gate, rows.gate[0], 1.0f,
+                                          shared.root[this_thread() / 32]);
   }
 
   CUTE_DEVICE static void weigh_early(float const* roots, RowFactors const& rows, int m, Product& s,
@@ -187,7 +186,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
     RowPair const pair(rows.early_factor, m);
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      float2 const root = column_pair(roots, n, this_thread());
+      float2 const root = column_pair(roots, n);
 #pragma unroll
       for (int i = 4 * n; i < 4 * n + 4; ++i) {
         float product;
@@ -240,9 +239,6 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
       weigh_early(roots, rows, m, s, u, products);
       pack(s, weight);
       apply(operands, m, weight, gradient);
-      if constexpr (kEndsEach) {
-        finish(weight, gradient);
-      }
     }
     finish(weight, gradient);
   }

@@ -11,6 +11,13 @@
 
 namespace retention::collective::sm90 {
 
+/// Of the columns of a tile a lane has this one and the next, and those multiples of eight after.
+CUTE_DEVICE int first_column(int thread) { return 2 * (thread % 4); }
+/// What these of the n-th eight columns have.
+CUTE_DEVICE float2 column_pair(float const* first, int n) {
+  return *reinterpret_cast<float2 const*>(first + 8 * n);
+}
+
 /// `Root`: square roots of the decays instead. Elements are those of accumulators: lane (g, t) has
 /// of each n-th eight keys 2 t and 2 t + 1, for rows g and g + 8.
 template <bool Root>
@@ -76,23 +83,20 @@ class RowDecays {
 };
 
 /// Of each key of a tile the decay up to a token, or its square root, or without gates `unit`, to
-/// the warp's own `factors`: two exponentials a lane serve all of its rows.
+/// the warp's own `factors`: two exponentials a lane serve all of its rows. Returns where the
+/// lane's first columns have theirs.
 template <bool Root, class Tiles>
-CUTE_DEVICE void set_column_decays(typename Tiles::SharedStorage const& shared, int slot,
-                                   detail::CumulativeGate const* gates,
-                                   detail::CumulativeGate const& to, float unit,
-                                   float (&factors)[Tiles::kTileKeys]) {
+CUTE_DEVICE float const* set_column_decays(typename Tiles::SharedStorage const& shared, int slot,
+                                           detail::CumulativeGate const* gates,
+                                           detail::CumulativeGate const& to, float unit,
+                                           float (&factors)[Tiles::kTileKeys]) {
 #pragma unroll
   for (int i = 0; i < Tiles::kTileKeys; i += 32) {
     int const key = Tiles::this_thread() % 32 + i;
     factors[key] = gates == nullptr ? unit : RowDecays<Root>::decay(to, shared.gate[slot][key]);
   }
   __syncwarp();
-}
-
-/// A lane's two of each n-th eight columns.
-CUTE_DEVICE float2 column_pair(float const* columns, int n, int thread) {
-  return *reinterpret_cast<float2 const*>(columns + 8 * n + 2 * (thread % 4));
+  return factors + first_column(Tiles::this_thread());
 }
 
 }  // namespace retention::collective::sm90
