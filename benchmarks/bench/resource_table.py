@@ -16,9 +16,9 @@ targets of BRA.DIV and what BRA.CONV jumps over, as these kernels' warps stay to
 
 Which loop is which: RULES names the loops of each kernel and says whether they multiply packed
 pairs (HMUL2, HFMA2), as only loops do that build phi in registers, for every HMMA, and, where that
-tells loops apart, whether they read operands transposed (ldmatrix.trans, HGMMA's tnspB). Of the loops
-that fit, and hold no other loop that fits, the one with the most HMMA is meant, and any with at
-least half as many, which are other versions of it. That tells expand-apply, with its 64 HMMA and
+tells loops apart, whether they read operands transposed (ldmatrix.trans, HGMMA's tnspB). Of the
+loops that fit, and hold no other loop that fits, the one with the most HMMA is meant, and any with
+at least half as many, which are other versions of it. That tells expand-apply, with its 64 HMMA and
 more, from the few of the sum of keys nested in it, and from the intra-chunk loop, whose weights
 are squared in fp32. Other loops are listed as "other". A rule without a loop is a violation.
 

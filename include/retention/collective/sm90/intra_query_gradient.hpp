@@ -248,6 +248,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   CUTE_DEVICE static void add(SharedStorage& shared, Work const& work, Operands const& operands,
                               RowFactors const& rows, int first_key, bool is_early,
                               Gradient& gradient, QueryProducts& products) {
+    float const* const roots = is_early ? set_roots(shared, work, rows, operands.slot) : nullptr;
 #pragma unroll
     for (int m = 0; m < MmaRows; ++m) {
       int const last_row = cute::min(kTileRows * (m + 1), work.rows.count()) - 1;
@@ -258,7 +259,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
       Weight weight;
       multiply(operands, m, s, u, weight);
       if (is_early) {
-        weigh_early(set_roots(shared, work, rows, operands.slot), rows, m, s, u, products);
+        weigh_early(roots, rows, m, s, u, products);
       } else {
         weigh_late(shared, work, rows, operands.slot, first_key, m, s, u, products);
       }
