@@ -494,6 +494,84 @@ struct WarpgroupKernel {
   }
 };
 
+// A product of two tiles [64, 64] of ones in shared memory. Mistakes are with the rows of A alone.
+template <Mistake M>
+struct SharedRowsKernel {
+  static constexpr int kTileBytes = 64 * 128;
+
+  struct Params {
+    float* out;  // [threads]: sums over a thread's accumulators
+  };
+
+  using Product = cute::SM90::GMMA::MMA_64x64x16_F32BF16BF16_SS<cute::SM90::GMMA::Major::K,
+                                                                cute::SM90::GMMA::Major::K>;
+
+  template <std::size_t... I>
+  static void multiply(uint64_t a, uint64_t b, float* c, std::index_sequence<I...>) {
+    Product::fma(a, b, c[I]..., cute::SM90::GMMA::ScaleOut::Zero);
+  }
+
+  static uint64_t descriptor(char const* tile) {
+    cute::GmmaDescriptor descriptor;
+    descriptor.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(tile) >> 4 & 0x3fff;
+    descriptor.bitfield.stride_byte_offset_ = 1024 / 16;
+    descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
+    return descriptor;
+  }
+
+  void operator()(Params const& p, char* smem) const {
+    int const thread = threadIdx.x;
+    auto fill = [&](char* tile) {
+      for (int i = thread; i < kTileBytes / 4; i += blockDim.x) {
+        if (M != Mistake::kTileUnfilled || tile != smem || i / 32 != 41) {
+          reinterpret_cast<uint32_t*>(tile)[i] = 0x3f803f80;
+        }
+      }
+    };
+    fill(smem + kTileBytes);
+    if (M != Mistake::kFenceTooEarly) {
+      fill(smem);
+    }
+    cute::tma_store_fence();
+    if (M == Mistake::kFenceTooEarly) {
+      fill(smem);
+    }
+    __syncthreads();
+    if (M == Mistake::kNoBarrierAfterStore) {
+      fill(smem);
+      cute::tma_store_fence();
+    }
+    float c[32];
+    cute::warpgroup_arrive();
+    multiply(descriptor(smem), descriptor(smem + kTileBytes), c, std::make_index_sequence<32>{});
+    cute::warpgroup_commit_batch();
+    if (M == Mistake::kOverwrittenInFlight) {
+      __syncthreads();
+      fill(smem);
+      __syncthreads();
+    }
+    cute::warpgroup_wait<0>();
+    p.out[thread] = 0.0f;
+    for (float const x : c) {
+      p.out[thread] += x;
+    }
+  }
+};
+
+template <Mistake M>
+Report run_shared_rows(std::uint64_t seed) {
+  using Kernel = SharedRowsKernel<M>;
+  GlobalArray<float> out("out", 128);
+  Report const report =
+      emulator::launch<Kernel>({{1}, {128}, 2 * Kernel::kTileBytes, seed}, {out.data()});
+  if (report.ok()) {
+    for (float const x : out) {
+      RETENTION_CHECK_EQUAL(x, 32 * 16.0f);
+    }
+  }
+  return report;
+}
+
 template <Mistake M>
 Report run_warpgroup(std::uint64_t seed) {
   using Kernel = WarpgroupKernel<M>;
@@ -735,4 +813,11 @@ RETENTION_TEST(emulator_faults) {
   expect(run_warpgroup<Mistake::kMissingLane>, "wgmma, missing lane", {Fault::kDivergence});
   expect(run_warpgroup<Mistake::kHalfWarpgroup>, "half a warpgroup", {Fault::kDivergence});
   expect(run_warpgroup<Mistake::kTwoDescriptors>, "two descriptors", {Fault::kDivergence});
+  expect(run_shared_rows<Mistake::kNone>, "shared rows", {Fault::kNone});
+  expect(run_shared_rows<Mistake::kTileUnfilled>, "shared rows unfilled", {Fault::kUninitialized});
+  expect(run_shared_rows<Mistake::kFenceTooEarly>, "shared rows, fence too early", {Fault::kProxy});
+  expect(run_shared_rows<Mistake::kNoBarrierAfterStore>, "shared rows, no barrier after store",
+         {Fault::kRace});
+  expect(run_shared_rows<Mistake::kOverwrittenInFlight>, "shared rows overwritten in flight",
+         {Fault::kRace});
 }
