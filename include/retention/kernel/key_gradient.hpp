@@ -18,7 +18,6 @@
 #include <cstdint>
 
 #include "retention/collective/contract.hpp"
-#include "retention/collective/sm90/intra_key_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/key_rows.hpp"
 #include "retention/kernel/sequence.hpp"
@@ -53,8 +52,8 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   template <bool Warpgroups>
   using TilingOf = typename ContractOf<Warpgroups>::Tiling;
   template <bool Warpgroups>
-  using IntraOf = collective::IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
-                                                 collective::RowGradient::kKey, Warpgroups>;
+  using IntraOf = IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
+                                     collective::RowGradient::kKey, Warpgroups>;
   using Contract = ContractOf<kWarpgroups>;
   using Tiling = TilingOf<kWarpgroups>;
   using Intra = IntraOf<kWarpgroups>;

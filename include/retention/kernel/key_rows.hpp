@@ -9,7 +9,11 @@
 #include <cstdint>
 
 #include "retention/collective/key_tiles.hpp"
+#include "retention/collective/query_tiles.hpp"
+#include "retention/collective/sm80/intra_key_gradient.hpp"
+#include "retention/collective/sm90/intra_key_gradient.hpp"
 #include "retention/collective/tile.hpp"
+#include "retention/collective/warpgroup.hpp"
 #include "retention/detail/cumulative_gate.hpp"
 #include "retention/detail/packed.hpp"
 #include "retention/kernel/gradient_exponents.hpp"
@@ -18,6 +22,14 @@
 #include "retention/kernel/sequence.hpp"
 
 namespace retention::kernel {
+
+/// The main loop of either architecture; `TilingOf` gives the rows of each.
+template <class Element, int HeadDim, int ValueDim, template <bool> class TilingOf,
+          collective::RowGradient kGradient, bool Warpgroups>
+using IntraKeyGradientOf = cute::conditional_t<
+    Warpgroups && collective::kFitsWarpgroups<ValueDim>,
+    collective::sm90::IntraKeyGradient<Element, HeadDim, ValueDim, TilingOf<true>, kGradient>,
+    collective::sm80::IntraKeyGradient<Element, HeadDim, ValueDim, TilingOf<false>, kGradient>>;
 
 /// Every row of d or dv elements is aligned to 16 bytes. `query`, `inverse` and `delta` are those
 /// of GradientRows.

@@ -50,14 +50,16 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
 
   static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
-  using Contract = collective::Contract<Element, kHeadDim, kValueDim, kWarps, false, kWarpgroups>;
-  using Tiling = typename Contract::Tiling;
+  template <bool Warpgroups>
+  using ContractOf = collective::Contract<Element, kHeadDim, kValueDim, kWarps, false, Warpgroups>;
   template <bool Warpgroups>
   using IntraOf = cute::conditional_t<
       Warpgroups && collective::kFitsWarpgroups<kValueDim>,
-      collective::sm90::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps,
-                                           Contract::kMmaRows>,
+      collective::sm90::IntraQueryGradient<Element, kHeadDim, kValueDim,
+                                           typename ContractOf<true>::Tiling>,
       collective::sm80::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps>>;
+  using Contract = ContractOf<kWarpgroups>;
+  using Tiling = typename Contract::Tiling;
   using Intra = IntraOf<kWarpgroups>;
   using QueryLayout = typename Contract::RowLayout;
   using OutputLayout = typename Contract::ValueLayout;

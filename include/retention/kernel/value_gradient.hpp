@@ -12,7 +12,6 @@
 #include <cstdint>
 
 #include "retention/collective/expand_apply.hpp"
-#include "retention/collective/sm90/intra_key_gradient.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/kernel/key_rows.hpp"
 #include "retention/kernel/sequence.hpp"
@@ -52,8 +51,8 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
   using Apply =
       collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling, collective::Expanded::kKeys>;
   template <bool Warpgroups>
-  using IntraOf = collective::IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
-                                                 collective::RowGradient::kValue, Warpgroups>;
+  using IntraOf = IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
+                                     collective::RowGradient::kValue, Warpgroups>;
   using Intra = IntraOf<kWarpgroups>;
   using Rows = KeyRows<kRows>;
 

@@ -18,6 +18,7 @@
 
 #include "retention/collective/expand_apply.hpp"
 #include "retention/collective/key_tiles.hpp"
+#include "retention/collective/sm90/products.hpp"
 #include "retention/collective/sm90/row_decays.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
@@ -38,7 +39,6 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   using typename Tiles::Work;
 
   static constexpr int kMmaRows = Tiling::kMmaRows;  // tiles of 64 rows
-  static constexpr int kTileRows = 64;
 
   struct SharedStorage : Tiles::SharedStorage {
     alignas(8) float factor[Tiling::kWarps][kTileKeys];  // each warp's own
@@ -67,7 +67,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
         float const* const factors =
             set_column_decays<false, Tiles>(shared, operands.slot, work.gate, row_gate[0],
                                             work.unit, shared.factor[this_thread() / 32]);
-        auto const weigh_early = [&](int, Score& score) {
+        auto const weigh_early = [&](int, Product& score) {
 #pragma unroll
           for (int n = 0; n < kTileKeys / 8; ++n) {
             float2 const factor = column_pair(factors, n);
@@ -86,7 +86,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
         if (first_key <= first_token && work.gate != nullptr) {
           decay(row_gate, output, normalizer);
         }
-        auto const weigh_late = [&](int m, Score& score) {
+        auto const weigh_late = [&](int m, Product& score) {
           weigh(shared, work, row_gate, operands.slot, first_key, m, score);
         };
         add(work, operands, first_key, weigh_late, output, normalizer);
@@ -98,10 +98,10 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   using QueryTile = WarpgroupTile<Tiling::kRows, HeadDim>;
   using KeyTile = WarpgroupTile<kTileKeys, HeadDim>;
   using ValueTile = WarpgroupTile<kTileKeys, ValueDim>;
-  using Score = float[kTileKeys / 2];               // [key / 8][4], as accumulators are
-  using Weight = std::uint32_t[kTileKeys / 16][4];  // as the A operand
+  static constexpr int kSums = kMmaRows * ValueDim / 2;  // of a lane
 
   static_assert(Tiling::kWarps == 4 && Tiling::kMmaPitch == kTileRows, "a warpgroup a block");
+  static_assert(kTileKeys == kTileColumns);
 
   struct Operands {
     typename QueryTile::Start query;
@@ -117,43 +117,17 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   };
 
   // score = Q K^T of the m-th tile of rows; what was started before is done as well.
-  CUTE_DEVICE static void multiply(Operands const& operands, int m, Score& score, Weight& weight) {
+  CUTE_DEVICE static void multiply(Operands const& operands, int m, Product& score,
+                                   Weight& weight) {
     cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < HeadDim; k += 16) {
-      warpgroup_multiply_shared<Element>(operands.query.at(kTileRows * m, k), operands.key.at(0, k),
-                                         score, k > 0);
-    }
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    hold<kTileKeys / 2>(score);
-    hold(weight);
-  }
-
-  // Starts output += W V.
-  template <class Output>
-  CUTE_DEVICE static void apply(Operands const& operands, int m, Weight const& weight,
-                                Output& output) {
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < kTileKeys / 16; ++k) {
-      warpgroup_multiply<Element, ValueDim, Major::MN>(weight[k], operands.value.at(16 * k, 0),
-                                                       &output(0, m, 0), true);
-    }
-    cute::warpgroup_commit_batch();
-  }
-
-  template <class Output>
-  CUTE_DEVICE static void finish(Weight& weight, Output& output) {
-    cute::warpgroup_wait<0>();
-    hold(weight);
-    hold<kMmaRows * ValueDim / 2>(&output(0));
+    start_scores<Element, HeadDim>(operands.query, kTileRows * m, operands.key, score);
+    finish_scores(weight, score);
   }
 
   // Weights as an operand, and to the normalisers of rows g and g + 8. What is divided by is the
   // sum of the weights as they were rounded: in fp16 the smallest have few digits left, and where
   // one of them is all that a row has, its error cancels.
-  CUTE_DEVICE static void pack(Score const& score, Weight& weight, float (&normalizer)[2]) {
+  CUTE_DEVICE static void pack(Product const& score, Weight& weight, float (&normalizer)[2]) {
 #pragma unroll
     for (int i = 0; i < kTileKeys / 4; ++i) {
       std::uint32_t const pair = detail::pack<Element>(score[2 * i], score[2 * i + 1]);
@@ -176,13 +150,13 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
       if (last_row < kTileRows * m || work.rows.token(last_row) < first_key) {
         continue;  // the same for the whole block
       }
-      Score score;
+      Product score;
       Weight weight;
       multiply(operands, m, score, weight);
       weigh(m, score);
       pack(score, weight, normalizer[m]);
-      apply(operands, m, weight, output);
-      finish(weight, output);
+      start_sums<Element, ValueDim>(weight, operands.value, &output(0, m, 0));
+      finish_sums<kSums>(weight, &output(0));
     }
   }
 
@@ -194,19 +168,19 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
     Weight weight;
 #pragma unroll
     for (int m = 0; m < kMmaRows; ++m) {
-      Score score;  // anew: a product that starts from zeros waits for no register
+      Product score;  // anew: a product that starts from zeros waits for no register
       multiply(operands, m, score, weight);
       weigh(m, score);
       pack(score, weight, normalizer[m]);
-      apply(operands, m, weight, output);
+      start_sums<Element, ValueDim>(weight, operands.value, &output(0, m, 0));
     }
-    finish(weight, output);
+    finish_sums<kSums>(weight, &output(0));
   }
 
   // Scores to weights, in place.
   CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
                                 detail::CumulativeGate const* row_gates, int slot, int first_key,
-                                int m, Score& score) {
+                                int m, Product& score) {
     int const thread = this_thread();
     RowDecays<false> const decays(work.rows, kTileRows * m + Tiling::first_row(thread / 32),
                                   first_key, thread % 32);

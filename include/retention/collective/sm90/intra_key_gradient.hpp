@@ -30,7 +30,7 @@
 
 #include "retention/collective/query_tiles.hpp"
 #include "retention/collective/row_tiling.hpp"
-#include "retention/collective/sm80/intra_key_gradient.hpp"
+#include "retention/collective/sm90/products.hpp"
 #include "retention/collective/sm90/row_decays.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
@@ -53,10 +53,10 @@ struct IntraKeyGradient
   using typename Tiles::Columns;
   using typename Tiles::Work;
 
-  static constexpr int kMmaRows = Tiling::kMmaRows;  // tiles of 64 rows
-  static constexpr int kTileRows = 64;
+  static constexpr int kMmaRows = Tiling::kMmaRows;           // tiles of 64 rows
   static constexpr int kWidth = kIsKey ? HeadDim : ValueDim;  // of the gradient
   static_assert(Tiling::kWarps == 4 && Tiling::kMmaPitch == kTileRows, "a warpgroup a block");
+  static_assert(kTileQueries == kTileColumns);
   /// Of rows g and g + 8 of each mma tile, a lane's part of k_j . dk_j.
   using KeyProducts = float[kMmaRows][2];
   // What the decay between 16 rows may be, as a power of two: it costs weights as much of their
@@ -169,8 +169,7 @@ struct IntraKeyGradient
   using ValueTile = WarpgroupTile<Tiling::kRows, ValueDim>;
   using QueryTile = WarpgroupTile<kTileQueries, HeadDim>;
   using OutputTile = WarpgroupTile<kTileQueries, ValueDim>;
-  using Product = float[kTileQueries / 2];             // [query / 8][4], as accumulators are
-  using Weight = std::uint32_t[kTileQueries / 16][4];  // as the A operand
+  static constexpr int kSums = kMmaRows * kWidth / 2;  // of a lane
 
   // Whether a product is under way during the next ones: gradients of long keys leave no registers
   // for its weights.
@@ -230,46 +229,24 @@ struct IntraKeyGradient
   CUTE_DEVICE static void multiply(Operands const& operands, int m, Product& s, Product& u,
                                    Weight& weight) {
     cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < HeadDim; k += 16) {
-      warpgroup_multiply_shared<Element>(operands.key.at(kTileRows * m, k), operands.query.at(0, k),
-                                         s, k > 0);
-    }
+    start_scores<Element, HeadDim>(operands.key, kTileRows * m, operands.query, s);
     if constexpr (kIsKey) {
-#pragma unroll
-      for (int k = 0; k < ValueDim; k += 16) {
-        warpgroup_multiply_shared<Element>(operands.value.at(kTileRows * m, k),
-                                           operands.d_output.at(0, k), u, k > 0);
-      }
+      start_scores<Element, ValueDim>(operands.value, kTileRows * m, operands.d_output, u);
+      finish_scores(weight, s, u);
+    } else {
+      finish_scores(weight, s);
     }
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    hold<kTileQueries / 2>(s);
-    if constexpr (kIsKey) {
-      hold<kTileQueries / 2>(u);
-    }
-    hold(weight);
   }
 
   // Starts gradient += W B, where B are the columns.
   template <class Gradient>
   CUTE_DEVICE static void apply(Operands const& operands, int m, Weight const& weight,
                                 Gradient& gradient) {
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < kTileQueries / 16; ++k) {
-      std::uint64_t const columns =
-          kIsKey ? operands.query.at(16 * k, 0) : operands.d_output.at(16 * k, 0);
-      warpgroup_multiply<Element, kWidth, Major::MN>(weight[k], columns, &gradient(0, m, 0), true);
+    if constexpr (kIsKey) {
+      start_sums<Element, kWidth>(weight, operands.query, &gradient(0, m, 0));
+    } else {
+      start_sums<Element, kWidth>(weight, operands.d_output, &gradient(0, m, 0));
     }
-    cute::warpgroup_commit_batch();
-  }
-
-  template <class Gradient>
-  CUTE_DEVICE static void finish(Weight& weight, Gradient& gradient) {
-    cute::warpgroup_wait<0>();
-    hold(weight);
-    hold<kMmaRows * kWidth / 2>(&gradient(0));
   }
 
   // c_i C_i of a row tile's columns, for the warp; zero for columns without weight and those beyond
@@ -329,7 +306,7 @@ struct IntraKeyGradient
               u[i]);
       }
       add_up(u, n, products);
-      pack(s, n, weight);
+      pack_columns<Element>(s, n, weight);
     }
   }
 
@@ -396,17 +373,11 @@ struct IntraKeyGradient
 #pragma unroll
     for (int n = 0; n < kTileQueries / 8; ++n) {
       add_up(u, n, products);
-      pack(s, n, weight);
+      pack_columns<Element>(s, n, weight);
     }
   }
 
   // Of the n-th eight columns.
-  CUTE_DEVICE static void pack(Product const& s, int n, Weight& weight) {
-#pragma unroll
-    for (int i = 2 * n; i < 2 * n + 2; ++i) {
-      weight[i / 4][i % 4] = detail::pack<Element>(s[2 * i], s[2 * i + 1]);
-    }
-  }
   CUTE_DEVICE static void add_up(Product const& u, int n, float (&products)[2]) {
     if constexpr (kIsKey) {
 #pragma unroll
@@ -430,7 +401,7 @@ struct IntraKeyGradient
       weigh_factorised(shared, factors, operands.slot, s, u, weight, products[m]);
       apply(operands, m, weight, gradient);
     }
-    finish(weight, gradient);
+    finish_sums<kSums>(weight, &gradient(0));
   }
 
   // Others, one row tile after the other: ptxas does not let wgmma run on over a branch.
@@ -466,21 +437,9 @@ struct IntraKeyGradient
                       products[m]);
       }
       apply(operands, m, weight, gradient);
-      finish(weight, gradient);
+      finish_sums<kSums>(weight, &gradient(0));
     }
   }
 };
 
 }  // namespace retention::collective::sm90
-
-namespace retention::collective {
-
-/// The main loop of either architecture; `TilingOf` gives the rows of each.
-template <class Element, int HeadDim, int ValueDim, template <bool> class TilingOf,
-          RowGradient kGradient, bool Warpgroups>
-using IntraKeyGradientOf = cute::conditional_t<
-    Warpgroups && kFitsWarpgroups<ValueDim>,
-    sm90::IntraKeyGradient<Element, HeadDim, ValueDim, TilingOf<true>, kGradient>,
-    sm80::IntraKeyGradient<Element, HeadDim, ValueDim, TilingOf<false>, kGradient>>;
-
-}  // namespace retention::collective

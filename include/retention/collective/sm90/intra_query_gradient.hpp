@@ -21,6 +21,7 @@
 
 #include "retention/collective/key_tiles.hpp"
 #include "retention/collective/query_factors.hpp"
+#include "retention/collective/sm90/products.hpp"
 #include "retention/collective/sm90/row_decays.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
@@ -28,11 +29,11 @@
 
 namespace retention::collective::sm90 {
 
-/// A block has `Warps` warps, and `MmaRows` tiles of rows.
-template <class Element_, int HeadDim, int ValueDim, int Warps, int MmaRows>
-struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64, 1> {
-  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64, 1>;
+template <class Element_, int HeadDim, int ValueDim, class Tiling_>
+struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1> {
+  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1>;
   using Element = Element_;
+  using Tiling = Tiling_;
   using Tiles::kSlots;
   using Tiles::kTileKeys;
   using Tiles::load;
@@ -40,16 +41,16 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   using Tiles::this_thread;
   using typename Tiles::Work;
 
-  static constexpr int kTileRows = 64;
-  static constexpr int kRows = kTileRows * MmaRows;
-  static_assert(Warps == 4, "a warpgroup a block");
+  static constexpr int kMmaRows = Tiling::kMmaRows;  // tiles of 64 rows
+  static_assert(Tiling::kWarps == 4 && Tiling::kMmaPitch == kTileRows, "a warpgroup a block");
+  static_assert(kTileKeys == kTileColumns);
 
   /// Of rows g and g + 8 of each mma tile, a lane's part of q_i . dq_i.
-  using QueryProducts = float[MmaRows][2];
-  using RowFactors = QueryFactors<kRows>;
+  using QueryProducts = float[kMmaRows][2];
+  using RowFactors = QueryFactors<Tiling::kRows>;
 
   struct SharedStorage : Tiles::SharedStorage {
-    alignas(8) float root[Warps][kTileKeys];  // each warp's own
+    alignas(8) float root[Tiling::kWarps][kTileKeys];  // each warp's own
   };
 
   /// The row from whose token on R_i decays the rows of a thread's warp.
@@ -71,7 +72,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
       load(shared, work, first_key + kTileKeys);
       Operands const operands(shared, query, d_output, first_key / kTileKeys % kSlots);
       bool const is_early = first_key + kTileKeys <= work.rows.first_token;
-      if (kOverlaps && is_early && work.rows.count() > kTileRows * (MmaRows - 1)) {
+      if (kOverlaps && is_early && work.rows.count() > kTileRows * (kMmaRows - 1)) {
         add_to_all(shared, work, operands, rows, gradient, products);
       } else {
         add(shared, work, operands, rows, first_key, is_early, gradient, products);
@@ -80,12 +81,11 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   }
 
  private:
-  using QueryTile = WarpgroupTile<kRows, HeadDim>;
-  using OutputTile = WarpgroupTile<kRows, ValueDim>;
+  using QueryTile = WarpgroupTile<Tiling::kRows, HeadDim>;
+  using OutputTile = WarpgroupTile<Tiling::kRows, ValueDim>;
   using KeyTile = WarpgroupTile<kTileKeys, HeadDim>;
   using ValueTile = WarpgroupTile<kTileKeys, ValueDim>;
-  using Product = float[kTileKeys / 2];             // [key / 8][4], as accumulators are
-  using Weight = std::uint32_t[kTileKeys / 16][4];  // as the A operand
+  static constexpr int kSums = kMmaRows * HeadDim / 2;  // of a lane
 
   // Whether a product is under way during the next ones: gradients of long rows leave no registers
   // for its weights.
@@ -111,41 +111,9 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
   CUTE_DEVICE static void multiply(Operands const& operands, int m, Product& s, Product& u,
                                    Weight& weight) {
     cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < HeadDim; k += 16) {
-      warpgroup_multiply_shared<Element>(operands.query.at(kTileRows * m, k), operands.key.at(0, k),
-                                         s, k > 0);
-    }
-#pragma unroll
-    for (int k = 0; k < ValueDim; k += 16) {
-      warpgroup_multiply_shared<Element>(operands.d_output.at(kTileRows * m, k),
-                                         operands.value.at(0, k), u, k > 0);
-    }
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    hold<kTileKeys / 2>(s);
-    hold<kTileKeys / 2>(u);
-    hold(weight);
-  }
-
-  // Starts gradient += dA K.
-  template <class Gradient>
-  CUTE_DEVICE static void apply(Operands const& operands, int m, Weight const& weight,
-                                Gradient& gradient) {
-    cute::warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < kTileKeys / 16; ++k) {
-      warpgroup_multiply<Element, HeadDim, Major::MN>(weight[k], operands.key.at(16 * k, 0),
-                                                      &gradient(0, m, 0), true);
-    }
-    cute::warpgroup_commit_batch();
-  }
-
-  template <class Gradient>
-  CUTE_DEVICE static void finish(Weight& weight, Gradient& gradient) {
-    cute::warpgroup_wait<0>();
-    hold(weight);
-    hold<MmaRows * HeadDim / 2>(&gradient(0));
+    start_scores<Element, HeadDim>(operands.query, kTileRows * m, operands.key, s);
+    start_scores<Element, ValueDim>(operands.d_output, kTileRows * m, operands.value, u);
+    finish_scores(weight, s, u);
   }
 
   // s E (u r - delta r), given the root of E, in s, and the sums of it times s.
@@ -159,8 +127,8 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
 
   CUTE_DEVICE static void pack(Product const& s, Weight& weight) {
 #pragma unroll
-    for (int i = 0; i < kTileKeys / 4; ++i) {
-      weight[i / 4][i % 4] = detail::pack<Element>(s[2 * i], s[2 * i + 1]);
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      pack_columns<Element>(s, n, weight);
     }
   }
 
@@ -168,7 +136,8 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
     typename RowFactors::Factor factor[2];  // of rows g and g + 8
 
     CUTE_DEVICE RowPair(typename RowFactors::Factor const* factors, int m) {
-      int const row = kTileRows * m + this_thread() / 32 * 16 + this_thread() % 32 / 4;
+      int const row =
+          kTileRows * m + Tiling::first_row(this_thread() / 32) + this_thread() % 32 / 4;
       factor[0] = factors[row];
       factor[1] = factors[row + 8];
     }
@@ -200,8 +169,8 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
                                      RowFactors const& rows, int slot, int first_key, int m,
                                      Product& s, Product const& u, QueryProducts& products) {
     int const thread = this_thread();
-    RowDecays<true> const decays(work.rows, kTileRows * m + thread / 32 * 16, first_key,
-                                 thread % 32);
+    RowDecays<true> const decays(work.rows, kTileRows * m + Tiling::first_row(thread / 32),
+                                 first_key, thread % 32);
     RowPair const pair(rows.factor, m);
     auto const weigh_one = [&](int i, float root) {
       float product;
@@ -233,14 +202,14 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
     float const* const roots = set_roots(shared, work, rows, operands.slot);
     Weight weight;
 #pragma unroll
-    for (int m = 0; m < MmaRows; ++m) {
+    for (int m = 0; m < kMmaRows; ++m) {
       Product s, u;  // anew: a product that starts from zeros waits for no register
       multiply(operands, m, s, u, weight);
       weigh_early(roots, rows, m, s, u, products);
       pack(s, weight);
-      apply(operands, m, weight, gradient);
+      start_sums<Element, HeadDim>(weight, operands.key, &gradient(0, m, 0));
     }
-    finish(weight, gradient);
+    finish_sums<kSums>(weight, &gradient(0));
   }
 
   // Another one, one row tile after the other: ptxas does not let wgmma run on over a branch.
@@ -250,7 +219,7 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
                               Gradient& gradient, QueryProducts& products) {
     float const* const roots = is_early ? set_roots(shared, work, rows, operands.slot) : nullptr;
 #pragma unroll
-    for (int m = 0; m < MmaRows; ++m) {
+    for (int m = 0; m < kMmaRows; ++m) {
       int const last_row = cute::min(kTileRows * (m + 1), work.rows.count()) - 1;
       if (last_row < kTileRows * m || work.rows.token(last_row) < first_key) {
         continue;  // none sees these; the same for the whole block
@@ -264,8 +233,8 @@ struct IntraQueryGradient : KeyTiles<Element_, HeadDim, ValueDim, 32 * Warps, 64
         weigh_late(shared, work, rows, operands.slot, first_key, m, s, u, products);
       }
       pack(s, weight);
-      apply(operands, m, weight, gradient);
-      finish(weight, gradient);
+      start_sums<Element, HeadDim>(weight, operands.key, &gradient(0, m, 0));
+      finish_sums<kSums>(weight, &gradient(0));
     }
   }
 };
