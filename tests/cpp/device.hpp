@@ -191,6 +191,7 @@ class Array {
   Array& operator=(Array const&) = delete;
   ~Array() { cudaFree(device_); }
 
+  std::size_t size() const { return host_.size(); }
   T& operator[](std::size_t i) { return host_[i]; }
   T* upload() {
     require(cudaMemcpy(device_, host_.data(), host_.size() * sizeof(T), cudaMemcpyHostToDevice));
