@@ -13,9 +13,8 @@
 // I.
 //
 // Per pair, a warp needs dv wavefronts of shared memory for the state, 4 for x and 16 for the
-// native sums; they serve dv mma. By wgmma (warpgroup.hpp) the eight tiles are one of N = 64, for
-// which the state is read half as often; while 16 rows of each warp are multiplied, those before
-// them go through the Jacobian.
+// native sums; they serve dv mma. By wgmma (warpgroup.hpp) the eight tiles are one of N = 64; while
+// the rows of a warpgroup are multiplied, others go through the Jacobian.
 
 #pragma once
 
@@ -31,28 +30,30 @@
 
 namespace retention::collective {
 
+/// The rows of a block, with wgmma or without.
+template <int ValueDim, int Warps, bool Warpgroups>
+using ContractTiling = cute::conditional_t<Warpgroups && kFitsWarpgroups<ValueDim>, WarpgroupTiling,
+                                           RowTiling<2, Warps>>;
+
 /// `Multiplicity`: whether dphi is to be multiplied by the multiplicity of its rows, 2 where I < J.
-/// A block has `Warps` warps of 32 rows, `Interleaved` or not.
-template <class Element_, int HeadDim, int ValueDim, int Warps, bool Multiplicity,
-          bool Interleaved = false>
+template <class Element_, int HeadDim, int ValueDim, class Tiling_, bool Multiplicity>
 struct Contract {
   using Element = Element_;
+  using Tiling = Tiling_;
 
-  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim>;
+  static constexpr bool kWarpgroups =
+      kTakesWarpgroups<ValueDim> && cute::is_same_v<Tiling, WarpgroupTiling>;
   static constexpr int kStages = 3;
   static constexpr int kTileRows = 64;  // state rows of one block pair
   static constexpr int kBlocks = HeadDim / 8;
   static constexpr int kPairs = kBlocks * (kBlocks + 1) / 2;
   static constexpr int kStateDim = kPairs * kTileRows;
-  static constexpr int kThreads = 32 * Warps;
-  using Tiling = RowTiling<2, Warps, Interleaved>;
+  static constexpr int kThreads = 32 * Tiling::kWarps;
   static constexpr int kMmaRows = Tiling::kMmaRows;
-  static constexpr int kMmaPitch = Tiling::kMmaPitch;
   static constexpr int kRows = Tiling::kRows;
 
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(HeadDim % 16 == 0 && ValueDim % 32 == 0, "what ldmatrix loads at once");
-  static_assert(!kWarpgroups || Warps % 4 == 0, "warpgroups");
 
   using RowLayout = StagedTileLayout<kRows, HeadDim, 1>;               // x: [row, d, 1]
   using ValueLayout = StagedTileLayout<kRows, ValueDim, 1>;            // y: [row, dv, 1]
@@ -167,7 +168,7 @@ struct Contract {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int k = 0; k < ValueDim / 16; ++k) {
-        load_mma_a(y, first_row + kMmaPitch * m, 16 * k, lane, values[m][k]);
+        load_mma_a(y, first_row + 16 * m, 16 * k, lane, values[m][k]);
       }
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
@@ -205,20 +206,11 @@ struct Contract {
           }
         };
         if constexpr (kWarpgroups) {
-          float c[kMmaRows][kTileRows / 2];  // dphi: [m, a, 4]
-          start(values, stage, c);
-          static_assert(kMmaRows == 2, "one after the other");
-          cute::warpgroup_wait<1>();
-          hold<kTileRows / 2>(c[0]);
+          float c[kTileRows / 2];  // dphi: [a, 4]
+          multiply_by_warpgroup(values[0], stage, c);
 #pragma unroll
           for (int a = 0; a < 8; ++a) {
-            add(0, a, &c[0][4 * a]);
-          }
-          cute::warpgroup_wait<0>();
-          hold<kTileRows / 2>(c[1]);
-#pragma unroll
-          for (int a = 0; a < 8; ++a) {
-            add(1, a, &c[1][4 * a]);
+            add(0, a, &c[4 * a]);
           }
         } else {
 #pragma unroll
@@ -253,21 +245,19 @@ struct Contract {
     }
   }
 
-  // Starts the products with a pair's rows of the state, of 16 rows of each warp at a time.
-  CUTE_DEVICE void start(Values const& values, int stage,
-                         float (&product)[kMmaRows][kTileRows / 2]) const {
+  // The products with a pair's rows of the state.
+  CUTE_DEVICE void multiply_by_warpgroup(std::uint32_t const (&values)[ValueDim / 16][4], int stage,
+                                         float (&product)[kTileRows / 2]) const {
     using Tile = WarpgroupTile<kTileRows, ValueDim>;
     typename Tile::Start const b(shared_.state + stage * (kTileRows * ValueDim));
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-      for (int k = 0; k < ValueDim / 16; ++k) {
-        warpgroup_multiply<Element, kTileRows, Major::K>(values[m][k], b.at(0, 16 * k), product[m],
-                                                         k > 0);
-      }
-      cute::warpgroup_commit_batch();
+    for (int k = 0; k < ValueDim / 16; ++k) {
+      warpgroup_multiply<Element, kTileRows, Major::K>(values[k], b.at(0, 16 * k), product, k > 0);
     }
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<0>();
+    hold<kTileRows / 2>(product);
   }
 
   // c += the products of all rows with the eight rows of the state of a.
@@ -298,7 +288,7 @@ struct Contract {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
         auto const pair = *reinterpret_cast<std::uint32_t const*>(
-            &x(row, 8 * J + 2 * quad, 0) + RowLayout{}(kMmaPitch * m + 8 * upper, 0, 0));
+            &x(row, 8 * J + 2 * quad, 0) + RowLayout{}(16 * m + 8 * upper, 0, 0));
         native[m][upper][0] = multiplicity * detail::unpack_lo<Element>(pair);
         native[m][upper][1] = multiplicity * detail::unpack_hi<Element>(pair);
       }
@@ -311,8 +301,8 @@ struct Contract {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        uint4 const bits = *reinterpret_cast<uint4 const*>(
-            &x(row, 8 * I, 0) + RowLayout{}(kMmaPitch * m + 8 * upper, 0, 0));
+        uint4 const bits = *reinterpret_cast<uint4 const*>(&x(row, 8 * I, 0) +
+                                                           RowLayout{}(16 * m + 8 * upper, 0, 0));
         std::uint32_t const pairs[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -359,7 +349,7 @@ struct Contract {
         std::uint32_t a[kMmaRows][4];
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
-          load_mma_a(x, first_row + kMmaPitch * m, 16 * k, lane, a[m]);
+          load_mma_a(x, first_row + 16 * m, 16 * k, lane, a[m]);
         }
         if (k >= n) {
           // The block (2 n + 1, 2 k) is not there where k == n: any other in its place is one of 0.
@@ -379,7 +369,7 @@ struct Contract {
       }
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
-        int const row = first_row + kMmaPitch * m + lane / 4;
+        int const row = first_row + 16 * m + lane / 4;
         float const lower = scale * sum_factor[row];
         float const upper = scale * sum_factor[row + 8];
 #pragma unroll

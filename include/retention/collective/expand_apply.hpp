@@ -26,10 +26,11 @@
 
 namespace retention::collective {
 
-/// The rows of a block, so that no score is computed twice: a lane has 64 or, for dv above 32, 128
-/// outputs.
-template <int ValueDim, int Warps, bool Interleaved = false>
-using ApplyTiling = RowTiling<(ValueDim > 64 ? 2 : 4), Warps, Interleaved>;
+/// The rows of a block, with wgmma or without, so that no score is computed twice: a lane has 64
+/// or, for dv above 32, 128 outputs by mma.
+template <int ValueDim, int Warps, bool Warpgroups>
+using ApplyTiling = cute::conditional_t<Warpgroups && kFitsWarpgroups<ValueDim>, WarpgroupTiling,
+                                        RowTiling<(ValueDim > 64 ? 2 : 4), Warps>>;
 
 /// The output of a warp in fp32 registers: (MMA, rows / 16, columns / 8), that of 16 rows one after
 /// another.
@@ -48,7 +49,8 @@ struct ExpandApply {
   using Element = Element_;
   using Tiling = Tiling_;
 
-  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim>;
+  static constexpr bool kWarpgroups =
+      kTakesWarpgroups<ValueDim> && cute::is_same_v<Tiling, WarpgroupTiling>;
   static constexpr int kStages = 3;
   static constexpr int kTileRows = 64;  // state rows of one block pair
   static constexpr int kBlocks = HeadDim / 8;
@@ -60,7 +62,6 @@ struct ExpandApply {
   static_assert(kStateDim == SymmetricPower<HeadDim, 2>::kStateDim, "one order of the state");
   static_assert(kBlocks % 2 == 0, "blocks J are taken two at a time");
   static_assert(ValueDim == 32 || ValueDim == 64 || ValueDim == 128, "what registers hold");
-  static_assert(!kWarpgroups || Tiling::kWarps % 4 == 0, "warpgroups");
 
   // Keys have half their multiplicity, so that what differs from queries are pairs I == J alone:
   // the accumulators are to be multiplied by 2^kExponent.
@@ -229,7 +230,7 @@ struct ExpandApply {
   static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
 
   CUTE_DEVICE static int row_offset(int m, int upper) {
-    return QueryLayout{}(Tiling::kMmaPitch * m + 8 * upper, 0, 0);
+    return QueryLayout{}(16 * m + 8 * upper, 0, 0);
   }
 
   // Two elements of a row g or g + 8 of an mma tile.
@@ -305,7 +306,7 @@ struct ExpandApply {
 #pragma unroll
         for (int m = 0; m < kMmaRows; ++m) {
           std::uint32_t a[4];
-          load_mma_a(query, first_row + Tiling::kMmaPitch * m, 8 * J, lane, a);
+          load_mma_a(query, first_row + 16 * m, 8 * J, lane, a);
           float (&c)[4] = product[m];
           MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[J],
                                            b[J + 1], c[0], c[1], c[2], c[3]);

@@ -6,20 +6,20 @@
 
 namespace retention::collective {
 
-/// A warp has `MmaRows` mma tiles of 16 rows, with all of their columns. They are neighbours, or
-/// `Interleaved` with those of the other warps: then the m-th of all warps are contiguous rows, for
-/// a warpgroup the 64 of a wgmma.
-template <int MmaRows, int Warps, bool Interleaved = false>
+/// A warp has `MmaRows` mma tiles of 16 rows, which are neighbours, with all of their columns.
+template <int MmaRows, int Warps>
 struct RowTiling {
   static constexpr int kWarps = Warps;
   static constexpr int kMmaRows = MmaRows;
   static constexpr int kWarpRows = 16 * kMmaRows;
   static constexpr int kRows = kWarpRows * kWarps;
-  static constexpr int kMmaPitch = Interleaved ? 16 * kWarps : 16;  // rows, from tile to tile
 
-  CUTE_HOST_DEVICE static constexpr int first_row(int warp) {
-    return warp * (Interleaved ? 16 : kWarpRows);
-  }
+  CUTE_HOST_DEVICE static constexpr int first_row(int warp) { return warp * kWarpRows; }
 };
+
+/// For wgmma: two warpgroups of 64 rows share what a block loads. A lane has so few sums that a
+/// multiprocessor has room for two such blocks: of its four warpgroups some make operands while the
+/// tensor cores have products of others.
+using WarpgroupTiling = RowTiling<1, 8>;
 
 }  // namespace retention::collective

@@ -76,12 +76,14 @@ struct WarpgroupTile {
   static_assert(Columns == 32 || Columns % 64 == 0, "swizzles of rows of 64 and 128 bytes");
   using Layout = StagedTileLayout<Rows, Columns, 1>;
 
-  /// Where a tile starts. The rest of its descriptor is known when this is compiled, and so takes
-  /// no register for each of the operands.
+  /// Where a tile starts, or its rows from a multiple of eight on. The rest of its descriptor is
+  /// known when this is compiled, and so takes no register for each of the operands.
   class Start {
    public:
-    CUTE_DEVICE explicit Start(void const* tile)
-        : low_(((cute::cast_smem_ptr_to_uint(tile) >> 4) & 0x3fff) | kLeading << 16) {}
+    template <class Element>
+    CUTE_DEVICE explicit Start(Element const* tile, int row = 0)
+        : low_(((cute::cast_smem_ptr_to_uint(tile + Layout{}(row, 0, 0)) >> 4) & 0x3fff) |
+               kLeading << 16) {}
 
     /// The descriptor of an operand that starts there in the tile.
     CUTE_DEVICE std::uint64_t at(int row, int column) const {

@@ -51,8 +51,15 @@ struct CudaLauncher {
       }
     }
     cudaLaunchConfig_t config{};
-    config.gridDim = Kernel::grid(params);
-    config.blockDim = Kernel::kThreads;
+    if (code.warpgroups) {
+      using Shape = kernel::LaunchShape<Kernel, true>;
+      config.gridDim = Shape::grid(params);
+      config.blockDim = Shape::kThreads;
+    } else {
+      using Shape = kernel::LaunchShape<Kernel, false>;
+      config.gridDim = Shape::grid(params);
+      config.blockDim = Shape::kThreads;
+    }
     config.dynamicSmemBytes = code.shared_bytes;
     config.stream = stream;
     cudaLaunchAttribute attribute{};
@@ -60,7 +67,7 @@ struct CudaLauncher {
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
       config.attrs = &attribute;
-      config.numAttrs = code.waits ? 1 : 0;
+      config.numAttrs = code.warpgroups ? 1 : 0;
     }
     return to_status(cudaLaunchKernelEx(&config, kernel, params), "launch of a kernel");
   }
@@ -69,7 +76,7 @@ struct CudaLauncher {
   /// Of a kernel, what the current device runs.
   struct Code {
     std::size_t shared_bytes;
-    bool waits;  // for the launch before, where it may start early
+    bool warpgroups;  // and waits for the launch before, where it may start early
   };
 
   // Finds out, and lets blocks have their shared memory: once a device, for the calls cost as much

@@ -39,24 +39,28 @@ struct OneItem {
 template <class Kernel>
 struct InTurns {
   using Params = typename Kernel::Params;
-  template <class KernelStorage>
+  template <class KernelStorage, int Threads>
   struct Storage {
     KernelStorage kernel;
     // Where the block is, each warp's own: the work has no register to spare.
-    int numbers[Kernel::kThreads / 32];
+    int numbers[Threads / 32];
   };
-  using SharedStorage = Storage<typename Kernel::SharedStorage>;
+  using SharedStorage = Storage<typename Kernel::SharedStorage, Kernel::kThreads>;
   template <bool Warpgroups>
-  using StorageOf = Storage<SharedStorageOf<Kernel, Warpgroups>>;
+  using StorageOf =
+      Storage<SharedStorageOf<Kernel, Warpgroups>, LaunchShape<Kernel, Warpgroups>::kThreads>;
+  template <bool Warpgroups>
+  static constexpr int kThreadsOf = LaunchShape<Kernel, Warpgroups>::kThreads;
   static constexpr int kThreads = Kernel::kThreads;
   // With some more registers, for where a block is.
   static constexpr int kMinBlocks = std::max(1, Kernel::kMinBlocks - 1);
 
+  template <bool Warpgroups>
+  CUTE_HOST static dim3 grid_of(Params const& params) {
+    return in_turns(params, LaunchShape<Kernel, Warpgroups>::grid(params));
+  }
   CUTE_HOST static dim3 grid(Params const& params) {
-    dim3 grid = Kernel::grid(params);
-    grid.x = static_cast<unsigned>(
-        std::min(std::int64_t{grid.x}, std::int64_t{Kernel::turn_blocks(params)}));
-    return grid;
+    return in_turns(params, Kernel::grid(params));
   }
   CUTE_HOST static bool pays(Params const& params) {
     return grid(params).x < Kernel::grid(params).x;
@@ -75,6 +79,13 @@ struct InTurns {
       number = numbers[threadIdx.x / 32] + static_cast<int>(gridDim.x);
       __syncwarp();
     }
+  }
+
+ private:
+  CUTE_HOST static dim3 in_turns(Params const& params, dim3 grid) {
+    grid.x = static_cast<unsigned>(
+        std::min(std::int64_t{grid.x}, std::int64_t{Kernel::turn_blocks(params)}));
+    return grid;
   }
 };
 

@@ -40,17 +40,15 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   static constexpr int kValueDim = Traits::kValueDim;
   // Long rows leave no register for turns, and take far longer than idle blocks.
   static constexpr bool kTakesTurns = kHeadDim <= 64;
-  static constexpr int kWarps = Traits::kWarps;
-  static constexpr int kThreads = 32 * kWarps;
   // Shared memory has room for one block of long rows.
   static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
 
   static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
   template <bool Warpgroups>
-  using ContractOf = collective::Contract<Element, kHeadDim, kValueDim, kWarps, true, Warpgroups>;
+  using TilingOf = collective::ContractTiling<kValueDim, Traits::kWarps, Warpgroups>;
   template <bool Warpgroups>
-  using TilingOf = typename ContractOf<Warpgroups>::Tiling;
+  using ContractOf = collective::Contract<Element, kHeadDim, kValueDim, TilingOf<Warpgroups>, true>;
   template <bool Warpgroups>
   using IntraOf = IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
                                      collective::RowGradient::kKey, Warpgroups>;
@@ -58,14 +56,19 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
   using Tiling = TilingOf<kWarpgroups>;
   using Intra = IntraOf<kWarpgroups>;
   static constexpr int kRows = Tiling::kRows;
-  using Rows = KeyRows<kRows>;
+  template <bool Warpgroups>
+  static constexpr int kThreadsOf = 32 * TilingOf<Warpgroups>::kWarps;
+  static constexpr int kThreads = kThreadsOf<kWarpgroups>;
+  template <bool Warpgroups>
+  using RowsOf = KeyRows<TilingOf<Warpgroups>::kRows>;
+  using Rows = RowsOf<kWarpgroups>;
 
   template <bool Warpgroups>
   struct StorageOf {
-    alignas(128) Element key[cute::cosize_v<typename Intra::KeyLayout>];
-    alignas(128) Element value[cute::cosize_v<typename Intra::ValueLayout>];
+    alignas(128) Element key[cute::cosize_v<typename IntraOf<Warpgroups>::KeyLayout>];
+    alignas(128) Element value[cute::cosize_v<typename IntraOf<Warpgroups>::ValueLayout>];
     union {
-      typename Contract::SharedStorage contract;
+      typename ContractOf<Warpgroups>::SharedStorage contract;
       typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
@@ -75,8 +78,9 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
     float* gate_target;
     float* state_gate_target;
     float const* gate_source;
-    detail::CumulativeGate row_gate[kRows + 1];  // and that of the chunk's last token
-    float ones[kRows];
+    // And that of the chunk's last token.
+    detail::CumulativeGate row_gate[TilingOf<Warpgroups>::kRows + 1];
+    float ones[TilingOf<Warpgroups>::kRows];
   };
   using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
@@ -91,7 +95,11 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
     TokenStride d_gate_stride;  // of state_d_gate as well
   };
 
-  CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
+  template <bool Warpgroups>
+  CUTE_HOST static dim3 grid_of(Params const& params) {
+    return RowsOf<Warpgroups>::grid(params);
+  }
+  CUTE_HOST static dim3 grid(Params const& params) { return grid_of<kWarpgroups>(params); }
 
   CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
     return Rows::turn_blocks(params);
@@ -214,7 +222,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           auto const pair = *reinterpret_cast<std::uint32_t const*>(
-              &key(row + Tiling::kMmaPitch * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
+              &key(row + 16 * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
           sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
                      sum);
           sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
@@ -234,7 +242,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
     for (int m = 0; m < Tiling::kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
+        int const row = first_row + 16 * m + 8 * upper;
         float const sum = sum_of_quad(products[m][upper]);
         if (thread % 4 == 0 && row < shared.work.rows) {
           shared.state_gate_target[row * stride] =
@@ -254,7 +262,7 @@ struct KeyGradient : OneItem<KeyGradient<Traits>> {
     for (int m = 0; m < Tiling::kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
+        int const row = first_row + 16 * m + 8 * upper;
         bool const valid = row < shared.work.rows;
         float sum = factor * products[m][upper];
         if (valid) {

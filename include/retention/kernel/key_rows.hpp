@@ -199,7 +199,7 @@ CUTE_DEVICE void store_rows(Element* target, std::int64_t stride, int count, flo
   for (int m = 0; m < cute::size<1>(gradient); ++m) {
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
+      int const row = first_row + 16 * m + 8 * upper;
 #pragma unroll
       for (int first = 0; first < cute::size<2>(gradient); first += 4) {
         std::uint32_t x[4];

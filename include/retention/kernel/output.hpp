@@ -47,7 +47,9 @@ struct Output : OneItem<Output<Traits>> {
   static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kRows = Tiling::kRows;
   static constexpr int kMmaRows = Tiling::kMmaRows;
-  static constexpr int kThreads = 32 * Tiling::kWarps;
+  template <bool Warpgroups>
+  static constexpr int kThreadsOf = 32 * TilingOf<Warpgroups>::kWarps;
+  static constexpr int kThreads = kThreadsOf<kWarpgroups>;
   static constexpr int kMinBlocks = 2;
   // fp16 has too few exponents for the keys of a head and their sums: see `Exponents`.
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
@@ -56,29 +58,34 @@ struct Output : OneItem<Output<Traits>> {
   // that small weights keep their digits. The rest, up to 2^16, is for gates that do.
   static constexpr int kWeightExponent = kHasExponents ? 13 : 0;
 
-  using Apply = collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling>;
+  template <bool Warpgroups>
+  using ApplyOf = collective::ExpandApply<Element, kHeadDim, kValueDim, TilingOf<Warpgroups>>;
+  using Apply = ApplyOf<kWarpgroups>;
   template <bool Warpgroups>
   using IntraOf = cute::conditional_t<
       Warpgroups && collective::kFitsWarpgroups<kValueDim>,
       collective::sm90::IntraChunk<Element, kHeadDim, kValueDim, TilingOf<true>>,
       collective::sm80::IntraChunk<Element, kHeadDim, kValueDim, TilingOf<false>>>;
   using Intra = IntraOf<kWarpgroups>;
-  using Tiles = RowTiles<kRows>;
+  template <bool Warpgroups>
+  using TilesOf = RowTiles<TilingOf<Warpgroups>::kRows>;
+  using Tiles = TilesOf<kWarpgroups>;
   using Tile = typename Tiles::Tile;
   using Rows = collective::TileRows;
   using QueryLayout = typename Apply::QueryLayout;
 
   template <bool Warpgroups>
   struct StorageOf {
-    alignas(128) Element query[cute::cosize_v<QueryLayout>];
+    alignas(128) Element query[cute::cosize_v<typename ApplyOf<Warpgroups>::QueryLayout>];
     union {
-      typename Apply::SharedStorage apply;
+      typename ApplyOf<Warpgroups>::SharedStorage apply;
       typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
     typename IntraOf<Warpgroups>::Work work;
-    detail::CumulativeGate row_gate[kRows];  // since the chunk's start, less weight_exponent
+    // Since the chunk's start, less weight_exponent.
+    detail::CumulativeGate row_gate[TilingOf<Warpgroups>::kRows];
   };
   using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
@@ -109,9 +116,11 @@ struct Output : OneItem<Output<Traits>> {
   };
 
   /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
-  CUTE_HOST static dim3 grid(Params const& params) {
-    return Tiles{params.sequences, params.group}.grid(params.heads);
+  template <bool Warpgroups>
+  CUTE_HOST static dim3 grid_of(Params const& params) {
+    return TilesOf<Warpgroups>{params.sequences, params.group}.grid(params.heads);
   }
+  CUTE_HOST static dim3 grid(Params const& params) { return grid_of<kWarpgroups>(params); }
 
   CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
     return Tiles{params.sequences, params.group}.turn_blocks();
@@ -192,10 +201,14 @@ struct Output : OneItem<Output<Traits>> {
             detail::power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
       }
       Intra::prefetch(shared.intra, shared.work);
-      // The rest of the decay, from that row to each, is that of earlier keys.
-      float const decay = detail::exp2(shared.row_gate[Intra::reference_row(thread)].total() +
-                                       static_cast<float>(weight_exponent));
-      scale(decay * state_scale, decay * key_sum_scale, output, normalizer);
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+        // The rest of the decay, from that row to each, is that of earlier keys.
+        int const reference = Intra::reference_row(first_row + 16 * m);
+        float const decay =
+            detail::exp2(shared.row_gate[reference].total() + static_cast<float>(weight_exponent));
+        scale(decay * state_scale, decay * key_sum_scale, m, output, normalizer);
+      }
     }
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
     store(params, shared.tile, shared.work.rows, output, normalizer);
@@ -221,9 +234,10 @@ struct Output : OneItem<Output<Traits>> {
                                        int weight_exponent, Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
     // Loaded first, to arrive together with the queries.
-    detail::CumulativeGate row_gate[kRows / kThreads] = {};
+    constexpr int kGates = cute::ceil_div(kRows, kThreads);  // of a thread
+    detail::CumulativeGate row_gate[kGates] = {};
 #pragma unroll
-    for (int i = 0; i < kRows / kThreads; ++i) {
+    for (int i = 0; i < kGates; ++i) {
       int const row = thread + i * kThreads;
       if (gate != nullptr && row < rows.count()) {
         row_gate[i] = gate[rows.token(row) * params.gate_stride.token];
@@ -258,22 +272,26 @@ struct Output : OneItem<Output<Traits>> {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRows / kThreads; ++i) {
-      shared.row_gate[thread + i * kThreads] = {
-          row_gate[i].high, row_gate[i].low - static_cast<float>(weight_exponent)};
+    for (int i = 0; i < kGates; ++i) {
+      if (int const row = thread + i * kThreads; row < kRows) {
+        shared.row_gate[row] = {row_gate[i].high,
+                                row_gate[i].low - static_cast<float>(weight_exponent)};
+      }
     }
   }
 
+  // The m-th tile of rows.
   template <class Tensor>
-  CUTE_DEVICE static void scale(float factor, float key_sum_factor, Tensor& output,
+  CUTE_DEVICE static void scale(float factor, float key_sum_factor, int m, Tensor& output,
                                 float (&normalizer)[kMmaRows][2]) {
+    normalizer[m][0] *= key_sum_factor;
+    normalizer[m][1] *= key_sum_factor;
 #pragma unroll
-    for (int i = 0; i < 2 * kMmaRows; ++i) {
-      normalizer[i / 2][i % 2] *= key_sum_factor;
-    }
+    for (int n = 0; n < kValueDim / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < cute::size(output); ++i) {
-      output(i) *= factor;
+      for (int i = 0; i < 4; ++i) {
+        output(i, m, n) *= factor;
+      }
     }
   }
 
@@ -304,7 +322,7 @@ struct Output : OneItem<Output<Traits>> {
         float const scaled = sum > FLT_MIN ? sum * unit : cute::min(sum * unit, sum);
         float const inverse = scaled <= FLT_MIN ? 0.0f : 1.0f / sum;
 
-        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
+        int const row = first_row + 16 * m + 8 * upper;
         bool const valid = row < rows.count();
         int const token = first_token + rows.token(row);
         int const query_head = head * params.group + rows.head(row);

@@ -43,23 +43,23 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   static constexpr int kValueDim = Traits::kValueDim;
   // Long rows leave no register for turns, and take far longer than idle blocks.
   static constexpr bool kTakesTurns = kHeadDim * kValueDim < 64 * 64;
-  static constexpr int kWarps = Traits::kWarps;
-  static constexpr int kThreads = 32 * kWarps;
   // Shared memory has room for one block of long rows.
   static constexpr int kMinBlocks = kHeadDim > 64 ? 1 : 2;
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
 
   static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
   template <bool Warpgroups>
-  using ContractOf = collective::Contract<Element, kHeadDim, kValueDim, kWarps, false, Warpgroups>;
+  using TilingOf = collective::ContractTiling<kValueDim, Traits::kWarps, Warpgroups>;
+  template <bool Warpgroups>
+  using ContractOf =
+      collective::Contract<Element, kHeadDim, kValueDim, TilingOf<Warpgroups>, false>;
   template <bool Warpgroups>
   using IntraOf = cute::conditional_t<
       Warpgroups && collective::kFitsWarpgroups<kValueDim>,
-      collective::sm90::IntraQueryGradient<Element, kHeadDim, kValueDim,
-                                           typename ContractOf<true>::Tiling>,
-      collective::sm80::IntraQueryGradient<Element, kHeadDim, kValueDim, kWarps>>;
+      collective::sm90::IntraQueryGradient<Element, kHeadDim, kValueDim, TilingOf<true>>,
+      collective::sm80::IntraQueryGradient<Element, kHeadDim, kValueDim, Traits::kWarps>>;
   using Contract = ContractOf<kWarpgroups>;
-  using Tiling = typename Contract::Tiling;
+  using Tiling = TilingOf<kWarpgroups>;
   using Intra = IntraOf<kWarpgroups>;
   using QueryLayout = typename Contract::RowLayout;
   using OutputLayout = typename Contract::ValueLayout;
@@ -67,18 +67,24 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   static constexpr int kRows = Tiling::kRows;
   static constexpr int kMmaRows = Tiling::kMmaRows;
 
-  using Tiles = RowTiles<kRows>;
+  template <bool Warpgroups>
+  static constexpr int kThreadsOf = 32 * TilingOf<Warpgroups>::kWarps;
+  static constexpr int kThreads = kThreadsOf<kWarpgroups>;
+  template <bool Warpgroups>
+  using TilesOf = RowTiles<TilingOf<Warpgroups>::kRows>;
+  using Tiles = TilesOf<kWarpgroups>;
   using Tile = typename Tiles::Tile;
   using Rows = collective::TileRows;
 
-  static_assert(kRows == kThreads, "a thread has a row");
+  static_assert(kRows <= kThreads, "a thread has a row, if any");
 
   template <bool Warpgroups>
   struct StorageOf {
-    alignas(128) Element query[cute::cosize_v<QueryLayout>];
-    alignas(128) Element d_output[cute::cosize_v<OutputLayout>];
+    static constexpr int kRows = TilingOf<Warpgroups>::kRows;
+    alignas(128) Element query[cute::cosize_v<typename ContractOf<Warpgroups>::RowLayout>];
+    alignas(128) Element d_output[cute::cosize_v<typename ContractOf<Warpgroups>::ValueLayout>];
     union {
-      typename Contract::SharedStorage contract;
+      typename ContractOf<Warpgroups>::SharedStorage contract;
       typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
@@ -125,9 +131,11 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
   };
 
   /// blockIdx = (tile of rows, key head). Nothing to do where x is 0.
-  CUTE_HOST static dim3 grid(Params const& params) {
-    return Tiles{params.sequences, params.group}.grid(params.heads);
+  template <bool Warpgroups>
+  CUTE_HOST static dim3 grid_of(Params const& params) {
+    return TilesOf<Warpgroups>{params.sequences, params.group}.grid(params.heads);
   }
+  CUTE_HOST static dim3 grid(Params const& params) { return grid_of<kWarpgroups>(params); }
 
   CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
     return Tiles{params.sequences, params.group}.turn_blocks();
@@ -240,11 +248,14 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
     }
   }
 
-  // Each thread a row.
+  // A thread a row.
   CUTE_DEVICE static void prepare_rows(Params const& params, SharedStorage& shared,
                                        typename Intra::Work const& work, Sequence const& sequence,
                                        int first_token, int score_exponent, int weight_exponent,
                                        int thread) {
+    if (thread >= kRows) {
+      return;
+    }
     Rows const& rows = work.rows;
     float inverse = 0.0f, delta = 0.0f, scale = 0.0f;
     detail::CumulativeGate gate{0.0f, 0.0f}, reference_gate{0.0f, 0.0f};
@@ -285,7 +296,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        float const factor = factors[first_row + Tiling::kMmaPitch * m + 8 * upper];
+        float const factor = factors[first_row + 16 * m + 8 * upper];
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           gradient(cute::make_coord(0, upper), m, n) *= factor;
@@ -310,7 +321,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           auto const pair = *reinterpret_cast<std::uint32_t const*>(
-              &query(row + Tiling::kMmaPitch * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
+              &query(row + 16 * m + 8 * upper, 8 * n + 2 * (thread % 4), 0));
           sum = fmaf(detail::unpack_lo<Element>(pair), gradient(cute::make_coord(0, upper), m, n),
                      sum);
           sum = fmaf(detail::unpack_hi<Element>(pair), gradient(cute::make_coord(1, upper), m, n),
@@ -335,7 +346,7 @@ struct QueryGradient : OneItem<QueryGradient<Traits>> {
     for (int m = 0; m < kMmaRows; ++m) {
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        int const row = first_row + Tiling::kMmaPitch * m + 8 * upper;
+        int const row = first_row + 16 * m + 8 * upper;
         bool const valid = row < rows.count();
         float const scale = shared.scale[row];
         // Not a product with zero: without weight, what was accumulated may be anything.

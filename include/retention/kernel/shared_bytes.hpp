@@ -1,5 +1,6 @@
-// How much shared memory a block takes: of some kernels more with main loops by Hopper's wgmma. The
-// host that launches them does not know which it is from the type, for it is compiled once.
+// What a block takes, and how many there are: of some kernels another thing with main loops by
+// Hopper's wgmma. The host that launches them does not know which it is from the type, for it is
+// compiled once.
 
 #pragma once
 
@@ -23,6 +24,27 @@ struct SharedStorageFor<Kernel, Warpgroups,
 };
 template <class Kernel, bool Warpgroups>
 using SharedStorageOf = typename SharedStorageFor<Kernel, Warpgroups>::type;
+
+/// Threads of a block, and the grid, with main loops by wgmma or without. Where they differ,
+/// Kernel::kThreadsOf<bool> and Kernel::grid_of<bool> tell; Kernel::kThreads and Kernel::grid are
+/// those of the device compiled for.
+template <class Kernel, bool Warpgroups, class = void>
+struct LaunchShape {
+  static constexpr int kThreads = Kernel::kThreads;
+  template <class Params>
+  static auto grid(Params const& params) {
+    return Kernel::grid(params);
+  }
+};
+template <class Kernel, bool Warpgroups>
+struct LaunchShape<Kernel, Warpgroups,
+                   std::void_t<decltype(Kernel::template kThreadsOf<Warpgroups>)>> {
+  static constexpr int kThreads = Kernel::template kThreadsOf<Warpgroups>;
+  template <class Params>
+  static auto grid(Params const& params) {
+    return Kernel::template grid_of<Warpgroups>(params);
+  }
+};
 
 struct SharedBytes {
   std::size_t warpgroups;  // with main loops by wgmma

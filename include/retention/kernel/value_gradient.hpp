@@ -39,7 +39,9 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
   // Long rows leave no register for turns, and take far longer than idle blocks.
   static constexpr bool kTakesTurns = kHeadDim <= 64;
   static constexpr int kRows = Tiling::kRows;
-  static constexpr int kThreads = 32 * Tiling::kWarps;
+  template <bool Warpgroups>
+  static constexpr int kThreadsOf = 32 * TilingOf<Warpgroups>::kWarps;
+  static constexpr int kThreads = kThreadsOf<kWarpgroups>;
   static constexpr int kMinBlocks = 2;
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
   // Keys are scaled to magnitudes below 2^kKeyExponent, so that products of two are in range.
@@ -48,26 +50,31 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
   // ones keep their digits.
   static constexpr int kWeightExponent = kHasExponents ? 14 : 0;
 
-  using Apply =
-      collective::ExpandApply<Element, kHeadDim, kValueDim, Tiling, collective::Expanded::kKeys>;
+  template <bool Warpgroups>
+  using ApplyOf = collective::ExpandApply<Element, kHeadDim, kValueDim, TilingOf<Warpgroups>,
+                                          collective::Expanded::kKeys>;
+  using Apply = ApplyOf<kWarpgroups>;
   template <bool Warpgroups>
   using IntraOf = IntraKeyGradientOf<Element, kHeadDim, kValueDim, TilingOf,
                                      collective::RowGradient::kValue, Warpgroups>;
   using Intra = IntraOf<kWarpgroups>;
-  using Rows = KeyRows<kRows>;
+  template <bool Warpgroups>
+  using RowsOf = KeyRows<TilingOf<Warpgroups>::kRows>;
+  using Rows = RowsOf<kWarpgroups>;
 
   template <bool Warpgroups>
   struct StorageOf {
-    alignas(128) Element key[cute::cosize_v<typename Intra::KeyLayout>];
+    alignas(128) Element key[cute::cosize_v<typename IntraOf<Warpgroups>::KeyLayout>];
     union {
-      typename Apply::SharedStorage apply;
+      typename ApplyOf<Warpgroups>::SharedStorage apply;
       typename IntraOf<Warpgroups>::SharedStorage intra;
     };
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     typename IntraOf<Warpgroups>::Work work;
     int state_exponent;  // of what the state gives, in units of the accumulators
     Element* target;     // the first row's gradient
-    detail::CumulativeGate row_gate[kRows + 1];  // and that of the chunk's last token
+    // And that of the chunk's last token.
+    detail::CumulativeGate row_gate[TilingOf<Warpgroups>::kRows + 1];
   };
   using SharedStorage = StorageOf<kWarpgroups>;
   static_assert(collective::kKeepsAlignment<typename Intra::KeyLayout>, "tiles of wgmma follow");
@@ -77,7 +84,11 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
     TokenStride d_value_stride;
   };
 
-  CUTE_HOST static dim3 grid(Params const& params) { return Rows::grid(params); }
+  template <bool Warpgroups>
+  CUTE_HOST static dim3 grid_of(Params const& params) {
+    return RowsOf<Warpgroups>::grid(params);
+  }
+  CUTE_HOST static dim3 grid(Params const& params) { return grid_of<kWarpgroups>(params); }
 
   CUTE_HOST static std::int64_t turn_blocks(Params const& params) {
     return Rows::turn_blocks(params);

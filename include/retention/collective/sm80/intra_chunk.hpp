@@ -73,8 +73,10 @@ struct IntraChunk : WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWar
     Tiles::prefetch(shared, work);
   }
 
-  /// The row from whose token on R_i decays the rows of a thread's warp.
-  CUTE_DEVICE static int reference_row(int thread) { return thread / 32 * Tiling::kWarpRows; }
+  /// The row from whose token on R_i decays, for a row: the first of its warp.
+  CUTE_DEVICE static int reference_row(int row) {
+    return row / Tiling::kWarpRows * Tiling::kWarpRows;
+  }
 
   /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
   /// as `work` is. `output` and `normalizer` are over R_i, the decay since the first token of the

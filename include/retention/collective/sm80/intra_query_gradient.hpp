@@ -94,8 +94,8 @@ struct IntraQueryGradient : WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Warps
     Tiles::prefetch(shared, work);
   }
 
-  /// The row from whose token on R_i decays the rows of a thread's warp.
-  CUTE_DEVICE static int reference_row(int thread) { return thread / 32 * kWarpRows; }
+  /// The row from whose token on R_i decays, for a row: the first of its warp.
+  CUTE_DEVICE static int reference_row(int row) { return row / kWarpRows * kWarpRows; }
 
   /// Adds to `gradient`, (MMA, rows / 16, d / 8), of the warp's rows, and to `products` in the same
   /// units. The tiles of rows `query` and

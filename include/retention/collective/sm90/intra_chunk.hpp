@@ -1,14 +1,14 @@
 // The causal mainloop inside a chunk by Hopper's wgmma: o_i += sum_{j <= i} w_ij v_j and
 // n_i += sum_{j <= i} w_ij, with w_ij = f (q_i . k_j)^2 exp(g_i - g_j) for cumulative log gates g.
 //
-// A block is a warpgroup with several tiles of 64 rows. Of one after the other it multiplies
-// queries and a tile of 64 keys, both in shared memory, and then the weights, which are made of the
-// scores in registers, and the values. While it makes weights, the tensor cores have products of
-// another block of the multiprocessor. Row tiles that end before a tile of keys leave it out.
+// A warpgroup has 64 rows. It multiplies its queries and a tile of 64 keys, both in shared memory,
+// and then the weights, which are made of the scores in registers, and the values. While it makes
+// weights, the tensor cores have products of other warpgroups. One whose rows end before a tile of
+// keys leaves it out.
 //
-// Keys before the first token i0 of the block's rows have exp(g_i - g_j) = R_i C_j, where
+// Keys before the warpgroup's first token i0 have exp(g_i - g_j) = R_i C_j, where
 // R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both: one exponential a key serves all of
-// the rows. Up to there, outputs and normalisers are sums in units of R_i, what comes from a state
+// its rows. Up to there, outputs and normalisers are sums in units of R_i, what comes from a state
 // included; they are multiplied by it once. Later keys have such factors with the first token of a
 // warp's 16 rows; those that are not before it have a mask and an exponential for every weight.
 
@@ -38,14 +38,14 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   using Tiles::this_thread;
   using typename Tiles::Work;
 
-  static constexpr int kMmaRows = Tiling::kMmaRows;  // tiles of 64 rows
+  static_assert(Tiling::kMmaRows == 1 && kTileKeys == kTileColumns);
 
   struct SharedStorage : Tiles::SharedStorage {
     alignas(8) float factor[Tiling::kWarps][kTileKeys];  // each warp's own
   };
 
-  /// The row from whose token on R_i decays the rows of a thread's warp.
-  CUTE_DEVICE static int reference_row(int) { return 0; }
+  /// The row from whose token on R_i decays, for a row: the first of its warpgroup.
+  CUTE_DEVICE static int reference_row(int row) { return row / kTileRows * kTileRows; }
 
   /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
   /// as `work` is. `output` and `normalizer` are over R_i; what is added to them and returned is
@@ -53,43 +53,29 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               detail::CumulativeGate const* row_gate, Output& output,
-                              float (&normalizer)[kMmaRows][2]) {
+                              float (&normalizer)[1][2]) {
     int first_key = 0;
 #pragma unroll 1
     do {
       wait_for_copies<0, true>();  // of the queries as well
       __syncthreads();
       load(shared, work, first_key + kTileKeys);
-      Operands const operands(shared, query, first_key / kTileKeys % kSlots);
-      int const first_token = work.rows.first_token;
-      if (first_key + kTileKeys <= first_token) {
-        // C_j times the unit.
-        float const* const factors =
-            set_column_decays<false, Tiles>(shared, operands.slot, work.gate, row_gate[0],
-                                            work.unit, shared.factor[this_thread() / 32]);
-        auto const weigh_early = [&](int, Product& score) {
-#pragma unroll
-          for (int n = 0; n < kTileKeys / 8; ++n) {
-            float2 const factor = column_pair(factors, n);
-#pragma unroll
-            for (int i = 4 * n; i < 4 * n + 4; ++i) {
-              score[i] = score[i] * (i % 2 == 0 ? factor.x : factor.y) * score[i];
-            }
-          }
-        };
-        if (work.rows.count() > kTileRows * (kMmaRows - 1)) {
-          add_to_all(operands, weigh_early, output, normalizer);
+      int const row = first_row();
+      int const last_row = cute::min(row + kTileRows, work.rows.count()) - 1;
+      // The same for the whole warpgroup.
+      if (last_row >= row && work.rows.token(last_row) >= first_key) {
+        int const slot = first_key / kTileKeys % kSlots;
+        int const first_token = work.rows.token(row);
+        if (first_key + kTileKeys <= first_token) {
+          add(shared, query, slot, output, normalizer[0],
+              [&](Product& score) { weigh_early(shared, work, row_gate[row], slot, score); });
         } else {
-          add(work, operands, first_key, weigh_early, output, normalizer);
+          if (first_key <= first_token && work.gate != nullptr) {
+            decay(row_gate, output, normalizer[0]);
+          }
+          add(shared, query, slot, output, normalizer[0],
+              [&](Product& score) { weigh_late(shared, work, row_gate, slot, first_key, score); });
         }
-      } else {
-        if (first_key <= first_token && work.gate != nullptr) {
-          decay(row_gate, output, normalizer);
-        }
-        auto const weigh_late = [&](int m, Product& score) {
-          weigh(shared, work, row_gate, operands.slot, first_key, m, score);
-        };
-        add(work, operands, first_key, weigh_late, output, normalizer);
       }
     } while ((first_key += kTileKeys) < work.rows.end_token());
   }
@@ -98,30 +84,30 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   using QueryTile = WarpgroupTile<Tiling::kRows, HeadDim>;
   using KeyTile = WarpgroupTile<kTileKeys, HeadDim>;
   using ValueTile = WarpgroupTile<kTileKeys, ValueDim>;
-  static constexpr int kSums = kMmaRows * ValueDim / 2;  // of a lane
 
-  static_assert(Tiling::kWarps == 4 && Tiling::kMmaPitch == kTileRows, "a warpgroup a block");
-  static_assert(kTileKeys == kTileColumns);
+  // Of the thread's warpgroup.
+  CUTE_DEVICE static int first_row() { return this_thread() / 128 * kTileRows; }
+  // Of rows g and g + 8 of the thread's warp, the first.
+  CUTE_DEVICE static int lane_row() {
+    return Tiling::first_row(this_thread() / 32) + this_thread() % 32 / 4;
+  }
 
-  struct Operands {
-    typename QueryTile::Start query;
-    typename KeyTile::Start key;
-    typename ValueTile::Start value;
-    int slot;
-
-    CUTE_DEVICE Operands(SharedStorage const& shared, Element const* queries, int slot_)
-        : query(queries),
-          key(shared.key + slot_ * (kTileKeys * HeadDim)),
-          value(shared.value + slot_ * (kTileKeys * ValueDim)),
-          slot(slot_) {}
-  };
-
-  // score = Q K^T of the m-th tile of rows; what was started before is done as well.
-  CUTE_DEVICE static void multiply(Operands const& operands, int m, Product& score,
-                                   Weight& weight) {
+  // Adds what a tile of keys gives; `weigh` makes weights of scores, in place.
+  template <class Output, class Weigh>
+  CUTE_DEVICE static void add(SharedStorage const& shared, Element const* query, int slot,
+                              Output& output, float (&normalizer)[2], Weigh const& weigh) {
+    typename QueryTile::Start const queries(query, first_row());
+    typename KeyTile::Start const keys(shared.key + slot * (kTileKeys * HeadDim));
+    typename ValueTile::Start const values(shared.value + slot * (kTileKeys * ValueDim));
+    Product score;
     cute::warpgroup_arrive();
-    start_scores<Element, HeadDim>(operands.query, kTileRows * m, operands.key, score);
-    finish_scores(weight, score);
+    start_scores<Element, HeadDim>(queries, keys, score);
+    finish_scores(score);
+    weigh(score);
+    Weight weight;
+    pack(score, weight, normalizer);
+    start_sums<Element, ValueDim>(weight, values, &output(0));
+    finish_sums<ValueDim / 2>(weight, &output(0));
   }
 
   // Weights as an operand, and to the normalisers of rows g and g + 8. What is divided by is the
@@ -136,54 +122,30 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
     }
   }
 
-  // Adds what a tile of keys gives; `weigh(m, score)` makes weights of scores. Of row tiles without
-  // a row that attends that far nothing is done: one after the other, since ptxas does not let
-  // wgmma run on over a branch.
-  template <class Weigh, class Output>
-  CUTE_DEVICE static void add(Work const& work, Operands const& operands, int first_key,
-                              Weigh const& weigh, Output& output,
-                              float (&normalizer)[kMmaRows][2]) {
-    int const rows = work.rows.count();
+  // Of keys before the warpgroup's rows, in units of R_i; `first_gate` is that of the first row.
+  CUTE_DEVICE static void weigh_early(SharedStorage& shared, Work const& work,
+                                      detail::CumulativeGate const& first_gate, int slot,
+                                      Product& score) {
+    // C_j times the unit.
+    float const* const factors = set_column_decays<false, Tiles>(
+        shared, slot, work.gate, first_gate, work.unit, shared.factor[this_thread() / 32]);
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-      int const last_row = cute::min(kTileRows * (m + 1), rows) - 1;
-      if (last_row < kTileRows * m || work.rows.token(last_row) < first_key) {
-        continue;  // the same for the whole block
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      float2 const factor = column_pair(factors, n);
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + 4; ++i) {
+        score[i] = score[i] * (i % 2 == 0 ? factor.x : factor.y) * score[i];
       }
-      Product score;
-      Weight weight;
-      multiply(operands, m, score, weight);
-      weigh(m, score);
-      pack(score, weight, normalizer[m]);
-      start_sums<Element, ValueDim>(weight, operands.value, &output(0, m, 0));
-      finish_sums<kSums>(weight, &output(0));
     }
   }
 
-  // The same where every row tile has such rows: each product with values is under way during the
-  // next one with queries.
-  template <class Weigh, class Output>
-  CUTE_DEVICE static void add_to_all(Operands const& operands, Weigh const& weigh, Output& output,
-                                     float (&normalizer)[kMmaRows][2]) {
-    Weight weight;
-#pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
-      Product score;  // anew: a product that starts from zeros waits for no register
-      multiply(operands, m, score, weight);
-      weigh(m, score);
-      pack(score, weight, normalizer[m]);
-      start_sums<Element, ValueDim>(weight, operands.value, &output(0, m, 0));
-    }
-    finish_sums<kSums>(weight, &output(0));
-  }
-
-  // Scores to weights, in place.
-  CUTE_DEVICE static void weigh(SharedStorage const& shared, Work const& work,
-                                detail::CumulativeGate const* row_gates, int slot, int first_key,
-                                int m, Product& score) {
+  // Of others.
+  CUTE_DEVICE static void weigh_late(SharedStorage const& shared, Work const& work,
+                                     detail::CumulativeGate const* row_gates, int slot,
+                                     int first_key, Product& score) {
     int const thread = this_thread();
-    RowDecays<false> const decays(work.rows, kTileRows * m + Tiling::first_row(thread / 32),
-                                  first_key, thread % 32);
+    RowDecays<false> const decays(work.rows, Tiling::first_row(thread / 32), first_key,
+                                  thread % 32);
     // One factor after the other: a square may be infinite where the decay is 0.
     if (work.gate == nullptr) {
 #pragma unroll
@@ -207,21 +169,16 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   // Multiplies by R_i what there is so far.
   template <class Output>
   CUTE_DEVICE static void decay(detail::CumulativeGate const* row_gates, Output& output,
-                                float (&normalizer)[kMmaRows][2]) {
-    int const thread = this_thread();
-    int const first_row = Tiling::first_row(thread / 32) + thread % 32 / 4;
+                                float (&normalizer)[2]) {
+    detail::CumulativeGate const first_gate = row_gates[first_row()];
 #pragma unroll
-    for (int m = 0; m < kMmaRows; ++m) {
+    for (int upper = 0; upper < 2; ++upper) {
+      float const factor = detail::exp2(row_gates[lane_row() + 8 * upper].since(first_gate));
+      normalizer[upper] *= factor;
 #pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        float const factor =
-            detail::exp2(row_gates[first_row + kTileRows * m + 8 * upper].since(row_gates[0]));
-        normalizer[m][upper] *= factor;
-#pragma unroll
-        for (int n = 0; n < ValueDim / 8; ++n) {
-          output(cute::make_coord(0, upper), m, n) *= factor;
-          output(cute::make_coord(1, upper), m, n) *= factor;
-        }
+      for (int n = 0; n < ValueDim / 8; ++n) {
+        output(cute::make_coord(0, upper), 0, n) *= factor;
+        output(cute::make_coord(1, upper), 0, n) *= factor;
       }
     }
   }

@@ -19,23 +19,21 @@ inline constexpr int kTileColumns = 64;
 using Product = float[kTileColumns / 2];             // [column / 8][4], as accumulators are
 using Weight = std::uint32_t[kTileColumns / 16][4];  // as the A operand
 
-/// Starts product = rows columns^T, of the rows from `row` on and a tile of columns, which have
-/// `Depth` elements.
+/// Starts product = rows columns^T, of 64 rows and a tile of columns, which have `Depth` elements.
 template <class Element, int Depth, class Rows, class Columns>
-CUTE_DEVICE void start_scores(Rows const& rows, int row, Columns const& columns, Product& product) {
+CUTE_DEVICE void start_scores(Rows const& rows, Columns const& columns, Product& product) {
 #pragma unroll
   for (int k = 0; k < Depth; k += 16) {
-    warpgroup_multiply_shared<Element>(rows.at(row, k), columns.at(0, k), product, k > 0);
+    warpgroup_multiply_shared<Element>(rows.at(0, k), columns.at(0, k), product, k > 0);
   }
 }
 
-/// Waits for scores, and for what was started before with `weight`.
+/// Waits for scores.
 template <class... Products>
-CUTE_DEVICE void finish_scores(Weight& weight, Products&... products) {
+CUTE_DEVICE void finish_scores(Products&... products) {
   cute::warpgroup_commit_batch();
   cute::warpgroup_wait<0>();
   (hold<kTileColumns / 2>(products), ...);
-  hold(weight);
 }
 
 /// Starts sums += weight columns, of a tile of columns with N elements.
