@@ -82,8 +82,11 @@ struct WarpgroupTile {
    public:
     template <class Element>
     CUTE_DEVICE explicit Start(Element const* tile, int row = 0)
-        : low_(((cute::cast_smem_ptr_to_uint(tile + Layout{}(row, 0, 0)) >> 4) & 0x3fff) |
-               kLeading << 16) {}
+        : low_(__shfl_sync(
+              0xffffffffu,
+              ((cute::cast_smem_ptr_to_uint(tile + Layout{}(row, 0, 0)) >> 4) & 0x3fff) | kLeading
+                                                                                              << 16,
+              0)) {}
 
     /// The descriptor of an operand that starts there in the tile.
     CUTE_DEVICE std::uint64_t at(int row, int column) const {

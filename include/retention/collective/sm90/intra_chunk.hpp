@@ -27,12 +27,15 @@
 namespace retention::collective::sm90 {
 
 template <class Element_, int HeadDim, int ValueDim, class Tiling_>
-struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1> {
-  using Tiles = KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1>;
+struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1, 2,
+                             ValueDim <= 64 ? 3 : 2> {
+  using Tiles =
+      KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1, 2, ValueDim <= 64 ? 3 : 2>;
   using Element = Element_;
   using Tiling = Tiling_;
   using Tiles::kSlots;
   using Tiles::kTileKeys;
+  using Tiles::kValueSlots;
   using Tiles::load;
   using Tiles::prefetch;
   using Tiles::this_thread;
@@ -48,42 +51,93 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   CUTE_DEVICE static int reference_row(int row) { return row / kTileRows * kTileRows; }
 
   /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
-  /// as `work` is. `output` and `normalizer` are over R_i; what is added to them and returned is
-  /// not.
+  /// as `work` is, which alone needs a barrier before. `output` and `normalizer` are over R_i; what
+  /// is added to them and returned is not.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               detail::CumulativeGate const* row_gate, Output& output,
                               float (&normalizer)[1][2]) {
     int first_key = 0;
-#pragma unroll 1
-    do {
+    auto const wait_for_tile = [&] {
       wait_for_copies<0, true>();  // of the queries as well
       __syncthreads();
       load(shared, work, first_key + kTileKeys);
-      int const row = first_row();
-      int const last_row = cute::min(row + kTileRows, work.rows.count()) - 1;
-      // The same for the whole warpgroup.
-      if (last_row >= row && work.rows.token(last_row) >= first_key) {
-        int const slot = first_key / kTileKeys % kSlots;
-        int const first_token = work.rows.token(row);
-        if (first_key + kTileKeys <= first_token) {
-          add(shared, query, slot, output, normalizer[0],
-              [&](Product& score) { weigh_early(shared, work, row_gate[row], slot, score); });
-        } else {
-          if (first_key <= first_token && work.gate != nullptr) {
-            decay(row_gate, output, normalizer[0]);
-          }
-          add(shared, query, slot, output, normalizer[0],
-              [&](Product& score) { weigh_late(shared, work, row_gate, slot, first_key, score); });
-        }
+    };
+    auto const weigh_before = [&](Product& score) {
+      weigh_early(shared, work, row_gate[first_row()], first_key, score);
+    };
+    auto const weigh_others = [&](Product& score) {
+      weigh_late(shared, work, row_gate, first_key, score);
+    };
+    auto const add_late = [&](Reach const& reach) {
+      if (first_key <= reach.first_token && work.gate != nullptr) {
+        decay(row_gate, output, normalizer[0]);
       }
-    } while ((first_key += kTileKeys) < work.rows.end_token());
+      Weight weight;
+      start_tile(shared, query, first_key, weigh_others, weight, output, normalizer[0]);
+      finish_sums<ValueDim / 2>(weight, &output(0));
+    };
+    if constexpr (kHasRoom) {
+      wait_for_tile();
+      Reach const reach(work.rows);
+      Weight weight = {};
+#pragma unroll 1
+      while (first_key + kTileKeys <= reach.first_token) {
+        start_tile(shared, query, first_key, weigh_before, weight, output, normalizer[0]);
+        first_key += kTileKeys;
+        wait_for_tile();
+      }
+      finish_sums<ValueDim / 2>(weight, &output(0));
+#pragma unroll 1
+      while (true) {
+        if (reach.last_token >= first_key) {  // the same for the whole warpgroup
+          add_late(reach);
+        }
+        first_key += kTileKeys;
+        if (first_key >= work.rows.end_token()) {
+          break;
+        }
+        wait_for_tile();
+      }
+    } else {
+#pragma unroll 1
+      do {
+        wait_for_tile();
+        Reach const reach(work.rows);
+        if (reach.last_token >= first_key) {
+          if (first_key + kTileKeys <= reach.first_token) {
+            Weight weight;
+            start_tile(shared, query, first_key, weigh_before, weight, output, normalizer[0]);
+            finish_sums<ValueDim / 2>(weight, &output(0));
+          } else {
+            add_late(reach);
+          }
+        }
+      } while ((first_key += kTileKeys) < work.rows.end_token());
+    }
   }
 
  private:
   using QueryTile = WarpgroupTile<Tiling::kRows, HeadDim>;
   using KeyTile = WarpgroupTile<kTileKeys, HeadDim>;
   using ValueTile = WarpgroupTile<kTileKeys, ValueDim>;
+
+  // Whether there are registers for a product with values that is under way during the next one
+  // with queries, and for one that makes normalisers: long values leave none.
+  static constexpr bool kHasRoom = ValueDim <= 64;
+
+  // Of the thread's warpgroup, tokens in the chunk: 0 and -1 where no row stands for anything.
+  struct Reach {
+    int first_token;
+    int last_token;
+
+    CUTE_DEVICE explicit Reach(TileRows const& rows) {
+      int const row = first_row();
+      int const last_row = cute::min(row + kTileRows, rows.count()) - 1;
+      first_token = last_row < row ? 0 : rows.token(row);
+      last_token = last_row < row ? -1 : rows.token(last_row);
+    }
+  };
 
   // Of the thread's warpgroup.
   CUTE_DEVICE static int first_row() { return this_thread() / 128 * kTileRows; }
@@ -92,43 +146,68 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
     return Tiling::first_row(this_thread() / 32) + this_thread() % 32 / 4;
   }
 
-  // Adds what a tile of keys gives; `weigh` makes weights of scores, in place.
-  template <class Output, class Weigh>
-  CUTE_DEVICE static void add(SharedStorage const& shared, Element const* query, int slot,
-                              Output& output, float (&normalizer)[2], Weigh const& weigh) {
+  // Starts what a tile of keys adds; what was started before is done then. `weigh` makes weights of
+  // scores, in place.
+  template <class Weigh, class Output>
+  CUTE_DEVICE static void start_tile(SharedStorage const& shared, Element const* query,
+                                     int first_key, Weigh const& weigh, Weight& weight,
+                                     Output& output, float (&normalizer)[2]) {
+    int const tile = first_key / kTileKeys;
     typename QueryTile::Start const queries(query, first_row());
-    typename KeyTile::Start const keys(shared.key + slot * (kTileKeys * HeadDim));
-    typename ValueTile::Start const values(shared.value + slot * (kTileKeys * ValueDim));
+    typename KeyTile::Start const keys(shared.key + tile % kSlots * (kTileKeys * HeadDim));
+    typename ValueTile::Start const values(shared.value +
+                                           tile % kValueSlots * (kTileKeys * ValueDim));
     Product score;
     cute::warpgroup_arrive();
     start_scores<Element, HeadDim>(queries, keys, score);
     finish_scores(score);
+    if constexpr (kHasRoom) {
+      hold(weight);
+      hold<ValueDim / 2>(&output(0));
+    }
     weigh(score);
-    Weight weight;
     pack(score, weight, normalizer);
     start_sums<Element, ValueDim>(weight, values, &output(0));
-    finish_sums<ValueDim / 2>(weight, &output(0));
   }
 
-  // Weights as an operand, and to the normalisers of rows g and g + 8. What is divided by is the
-  // sum of the weights as they were rounded: in fp16 the smallest have few digits left, and where
-  // one of them is all that a row has, its error cancels.
+  // Weights as an operand, and to the normalisers of rows g and g + 8: a lane's part of a sum over
+  // the four that share these. What is divided by is the sum of the weights as they were rounded:
+  // in fp16 the smallest have few digits left, and where one of them is all that a row has, its
+  // error cancels.
   CUTE_DEVICE static void pack(Product const& score, Weight& weight, float (&normalizer)[2]) {
 #pragma unroll
-    for (int i = 0; i < kTileKeys / 4; ++i) {
-      std::uint32_t const pair = detail::pack<Element>(score[2 * i], score[2 * i + 1]);
-      weight[i / 4][i % 4] = pair;
-      normalizer[i % 2] += detail::unpack_lo<Element>(pair) + detail::unpack_hi<Element>(pair);
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      pack_columns<Element>(score, n, weight);
+    }
+    if constexpr (kHasRoom) {
+      // A quarter of all of the sum, in each column of a C fragment.
+      float sums[4] = {};
+      std::uint32_t const quarters = detail::pack<Element>(0.25f, 0.25f);
+#pragma unroll
+      for (int k = 0; k < kTileKeys / 16; ++k) {
+        std::uint32_t const(&a)[4] = weight[k];
+        MmaOperation<Element>::type::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3],
+                                         quarters, quarters, sums[0], sums[1], sums[2], sums[3]);
+      }
+      normalizer[0] += sums[0];
+      normalizer[1] += sums[2];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTileKeys / 4; ++i) {
+        std::uint32_t const pair = weight[i / 4][i % 4];
+        normalizer[i % 2] += detail::unpack_lo<Element>(pair) + detail::unpack_hi<Element>(pair);
+      }
     }
   }
 
   // Of keys before the warpgroup's rows, in units of R_i; `first_gate` is that of the first row.
   CUTE_DEVICE static void weigh_early(SharedStorage& shared, Work const& work,
-                                      detail::CumulativeGate const& first_gate, int slot,
+                                      detail::CumulativeGate const& first_gate, int first_key,
                                       Product& score) {
     // C_j times the unit.
-    float const* const factors = set_column_decays<false, Tiles>(
-        shared, slot, work.gate, first_gate, work.unit, shared.factor[this_thread() / 32]);
+    float const* const factors =
+        set_column_decays<false, Tiles>(shared, first_key / kTileKeys % kSlots, work.gate,
+                                        first_gate, work.unit, shared.factor[this_thread() / 32]);
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
       float2 const factor = column_pair(factors, n);
@@ -141,8 +220,9 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
 
   // Of others.
   CUTE_DEVICE static void weigh_late(SharedStorage const& shared, Work const& work,
-                                     detail::CumulativeGate const* row_gates, int slot,
-                                     int first_key, Product& score) {
+                                     detail::CumulativeGate const* row_gates, int first_key,
+                                     Product& score) {
+    int const slot = first_key / kTileKeys % kSlots;
     int const thread = this_thread();
     RowDecays<false> const decays(work.rows, Tiling::first_row(thread / 32), first_key,
                                   thread % 32);
