@@ -42,7 +42,13 @@ class Settings:
 
 
 class Conversation(abc.ABC):
-    """Turns of a user and a model, of which each reads only what is new."""
+    """Turns of a user and a model, of which each reads only what is new.
+
+    Attributes:
+        plain: whether it is in the plain format, in which a space may come before an answer.
+    """
+
+    plain: bool
 
     @abc.abstractmethod
     def answer(self, text: bytes, statistics: Statistics) -> Stream[str]:

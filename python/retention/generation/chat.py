@@ -67,12 +67,11 @@ def run(options: argparse.Namespace) -> int:
 def _answer(conversation: Conversation, text: bytes, statistics: Statistics) -> None:
     """Print an answer as it comes. An interruption stops it, and a second one everything."""
     stream = conversation.answer(text, statistics)
-    first = True
+    first = conversation.plain
     stopping = False
     while True:
         try:
             for piece in stream:
-                # A model's space behind the colon of the plain format.
                 write(piece.lstrip(" ") if first else piece)
                 first = first and not piece.strip(" ")
             break

@@ -76,9 +76,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"{statistics}, {statistics.state_bytes:,} bytes of {model.memory}", file=sys.stderr)
         if options.stats or len(names) > 1:
             sys.stderr.write(speed.table(name, model.memory, statistics))
-        # The next one's memory.
         del model
-        gc.collect()
+        if models:
+            gc.collect()  # the next one needs the memory
     if plot is not None:
         plot.write(marks, statistics.prompt_tokens)
     return 0

@@ -474,6 +474,7 @@ class _Turns(Conversation):
         self._folder = folder
         self._settings = settings
         self._system = system
+        self.plain = not folder.has_template
         self.reset()
         folder.render([], system, "")
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from retention.generation import speed
 from retention.lm.generation import Mark
 
-_STRETCHES = 40
+_STRETCHES = 20
 
 
 def formats() -> list[str]:

@@ -69,6 +69,8 @@ class Run(Model):
 class _Lines(Conversation):
     """In the plain format, in which an answer ends with its line, or where a file ends."""
 
+    plain = True
+
     def __init__(self, model: LanguageModel, settings: Settings, system: str | None):
         self._settings = settings
         self._system = system
