@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -41,11 +43,15 @@ def byte_tokenizer(**more: Any) -> PreTrainedTokenizerFast:
     return finished(tokenizer, **more)
 
 
-def letter_tokenizer(characters: str = LETTERS, **more: Any) -> PreTrainedTokenizerFast:
-    """A character is a token: any of them are whole text."""
+def letter_tokenizer(
+    characters: str = LETTERS, in_front: str = "", **more: Any
+) -> PreTrainedTokenizerFast:
+    """A character is a token: any of them are whole text. Some tokenizers put one in front."""
     words = {word: i for i, word in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if in_front:
+        tokenizer.normalizer = normalizers.Prepend(in_front)
     tokenizer.decoder = decoders.Fuse()
     return finished(tokenizer, **more)
 
@@ -67,6 +73,15 @@ def make_model(kind: str, vocabulary: int, **more: Any) -> Any:
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     if kind == "mistral":
         return MistralForCausalLM(MistralConfig(**sizes, sliding_window=5)).eval()
+    if kind == "mamba":
+        config = MambaConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            num_hidden_layers=2,
+            initializer_range=0.3,
+            tie_word_embeddings=False,
+        )
+        return MambaForCausalLM(config).eval()
     assert kind == "gpt2"
     return GPT2LMHeadModel(
         GPT2Config(

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from retention.generation import chat, runs
 from retention.generation.base import Conversation
 from retention.generation.stream import Stream
 from retention.lm import data, generation
+from retention.lm.errors import OutputError
 from retention.lm.model import LanguageModel
 
 TEMPLATE = (
@@ -34,7 +36,7 @@ TEMPLATE = (
 # Tells what was said in another way each time.
 COUNTING = "<bos>{{ 'n' * messages | length }}" + TEMPLATE.removeprefix("<bos>")
 PICKY = "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') }}{% endif %}<bos>"
-KINDS = ("retention", "mixed", "powercoder", "llama", "mistral")
+KINDS = ("retention", "mixed", "powercoder", "llama", "mistral", "mamba")
 NEW = 12
 TURNS = ["hello there", "And you", "why"]
 
@@ -139,7 +141,7 @@ def shown(answers: list[str]) -> str:
     return "".join(f"{answer}\n" for answer in answers)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:-1])
 def test_turns_are_one_conversation(made: dict[str, Path], say, read: list[int], kind: str):
     """And each turn reads what is new alone."""
     code, out, err = say(made[kind], TURNS)
@@ -189,6 +191,26 @@ def test_a_template_that_changes_what_came_before(
     out = say(folder, TURNS)[1]
     widths, read[:] = list(read), []
     answers, given = without_a_cache(folder, TURNS, render)
+    assert out == shown(answers)
+    assert [width for width in widths if width > 1] == [len(ids) for ids in given]
+
+
+def test_a_cache_that_counts_no_tokens(made: dict[str, Path], say):
+    """That of a Mamba: all is read again."""
+    answers, _ = without_a_cache(made["mamba"], TURNS, by_template)
+    assert say(made["mamba"], TURNS)[1] == shown(answers)
+
+
+def test_a_tokenizer_that_puts_something_in_front(
+    made: dict[str, Path], say, read: list[int], tmp_path: Path
+):
+    """Of the pieces of a text, of which the model then says other text: all is read again."""
+    folder = Path(shutil.copytree(made["plain"], tmp_path / "front"))
+    tokenizer = cases.letter_tokenizer(cases.LETTERS + "\n", in_front="x")
+    tokenizer.save_pretrained(folder)
+    out = say(folder, TURNS)[1]
+    widths, read[:] = list(read), []
+    answers, given = without_a_cache(folder, TURNS, by_lines, lines=True)
     assert out == shown(answers)
     assert [width for width in widths if width > 1] == [len(ids) for ids in given]
 
@@ -375,6 +397,18 @@ def test_a_second_interruption_ends_it_all(capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         chat._answer(Endless(), b"", generation.Statistics())
     assert capsys.readouterr().out == "xy"
+
+
+def test_a_reader_that_goes_away(made: dict[str, Path], say, monkeypatch):
+    def write(text: str) -> None:
+        raise OutputError(BrokenPipeError())
+
+    monkeypatch.setattr(chat, "write", write)
+    threads = threading.active_count()
+    # As when the process ends; capsys has a standard output that is none of its files.
+    monkeypatch.setattr(cli, "_discard", lambda stream: None)
+    assert say(made["retention"], ["hello"], "--max-new-tokens", 10**6) == (1, "", "")
+    assert threading.active_count() == threads
 
 
 class Terminal:

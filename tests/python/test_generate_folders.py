@@ -3,6 +3,7 @@ and comparisons, of runs too."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from retention.generation import command, folders, plot, speed
 from retention.generation.text import Detokenizer
 from retention.lm.generation import Mark
 
-KINDS = ("retention", "mixed", "brumby", "powercoder", "llama", "mistral", "gpt2")
+KINDS = ("retention", "mixed", "brumby", "powercoder", "llama", "mistral", "gpt2", "mamba")
 PROMPT = "def f(é):"
 NEW = 24
 
@@ -330,6 +331,25 @@ def test_a_plot_draws_the_marks(monkeypatch: pytest.MonkeyPatch):
     assert "9 of the prompt" in rate.get_xlabel()
 
 
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
+def test_a_plot_is_written_whole_or_not_at_all(
+    made: dict[str, Path], capsys, tmp_path: Path, monkeypatch, step: str
+):
+    target = tmp_path / "speed.png"
+    target.write_text("old")
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*{"write_bytes": (Path, step), "replace": (os, step)}[step], full)
+        code, out, err = generate(capsys, made["llama"], "--prompt", "a", "--plot", target)
+    assert (code, out[0]) == (2, "a")
+    assert err.endswith(f"--plot: cannot write {target}: No space left on device\n")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == [target.name]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -447,6 +467,11 @@ def no_tokenizer(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def no_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+
+
 def larger_tokenizer(folder: Path) -> None:
     model = cases.make_model("llama", cases.BYTES - 200)
     model.save_pretrained(folder)
@@ -496,6 +521,7 @@ DAMAGE = {
     "code of its own": (own_code, "has, got 'own'; no code of a checkpoint is run"),
     "an encoder": (no_causal_model, "expected a causal language model, got model_type 't5'"),
     "no tokenizer": (no_tokenizer, "cannot read the tokenizer: "),
+    "no vocabulary": (no_vocabulary, "cannot read the tokenizer: no vocabulary is there"),
     "a broken tokenizer": (
         lambda x: (x / "tokenizer.json").write_text("{}"),
         "cannot read the tokenizer: ",
@@ -536,6 +562,17 @@ def test_a_damaged_folder(capsys, copied: Path, damage: str):
     assert not (copied / "ran").exists()
     if damage != "no numbers":
         assert err.startswith(f"retention generate: error: --checkpoint: {copied}")
+
+
+def test_code_of_a_checkpoint_is_not_run(capsys, copied: Path):
+    """Nor asked for, where transformers knows the model without it."""
+    own_code(copied)
+    change(copied / "config.json", model_type="llama")
+    names = {"AutoTokenizer": [None, "code.Tokenizer"]}
+    change(copied / "tokenizer_config.json", auto_map=names)
+    code, out, _ = generate(capsys, copied, "--prompt", PROMPT, "--temperature", 0)
+    assert (code, out) == (0, expected(copied, PROMPT))
+    assert not (copied / "ran").exists()
 
 
 @pytest.mark.parametrize(

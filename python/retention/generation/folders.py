@@ -89,8 +89,11 @@ class Folder(Model):
     def _read_tokenizer(self) -> Any:
         with self._explained("the tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.path, **_LOCAL)
-        if not len(tokenizer):
-            raise UsageError(f"{self.flag}: {self.path}: has no tokenizer")
+        # Where its files are missing, some classes make one that knows no text.
+        if not {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids}:
+            raise UsageError(
+                f"{self.flag}: {self.path}: cannot read the tokenizer: no vocabulary is there"
+            )
         return tokenizer
 
     def _read_sampling(self) -> transformers.GenerationConfig:
