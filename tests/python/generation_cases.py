@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 # First, since it keeps transformers offline.
 import transformers_cases as cases
 from retention import cli
+from retention.generation.stream import Stream
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<user>", "<model>"]
 BYTES = len(SPECIAL) + 256
@@ -104,6 +106,11 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
     code = cli.main([*map(str, arguments), "--device", "cpu"])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def threads() -> list[threading.Thread]:
+    """Those of streams that still work."""
+    return [x for x in threading.enumerate() if x.name == Stream.__name__]
 
 
 SMALL_RUN = [

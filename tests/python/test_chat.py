@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from retention.generation import chat, runs
 from retention.generation.base import Conversation
 from retention.generation.stream import Stream
 from retention.lm import data, generation
+from retention.lm.config import ModelConfig
 from retention.lm.errors import OutputError
 from retention.lm.model import LanguageModel
 
@@ -198,6 +198,7 @@ def test_a_template_that_changes_what_came_before(
 def test_a_cache_that_counts_no_tokens(made: dict[str, Path], say):
     """That of a Mamba: all is read again."""
     answers, _ = without_a_cache(made["mamba"], TURNS, by_template)
+    assert len({*answers}) == 3
     assert say(made["mamba"], TURNS)[1] == shown(answers)
 
 
@@ -245,42 +246,57 @@ def test_an_answer_is_a_line(made: dict[str, Path], say, tmp_path: Path):
     assert say(folder, TURNS)[1] == shown(answers)
 
 
-def greedy_run(run: Path, turns: list[bytes], system: bytes = b"") -> tuple[bytes, list[int]]:
-    """Answers of a run, each behind all that was said, read anew; and how many bytes that is."""
-    model = generation.load_model(run, torch.device("cpu"))
-    text, answers, lengths = system, [], []
-    for turn in turns:
-        text += b"User: " + turn + b"\nAssistant:"
-        lengths.append(len(text))
-        stream = generation.generate(model, [text], NEW, temperature=0)
-        answer = re.split(b"[\n\0]", b"".join(piece for (piece,) in stream))[0]
-        answers.append(answer.lstrip(b" ") + b"\n")
-        text += answer + b"\n"
-    return b"".join(answers), lengths
+@pytest.fixture
+def random_model(monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
+    """In the run's place: one of which every byte that came before changes what it says."""
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(layers=2, hidden_size=32, heads=2)).eval()
+    with torch.no_grad():
+        model.embedding.weight.mul_(8)
+    monkeypatch.setattr(generation, "load_model", lambda *arguments: model)
+    return model
 
 
-@pytest.mark.parametrize("ends", [b"\n", b"r", b"e"])
-def test_a_run(made: dict[str, Path], say, monkeypatch, ends: bytes):
+def follows(model: LanguageModel, text: bytes, count: int = NEW) -> bytes:
+    """Greedy bytes behind a text that is read anew."""
+    stream = generation.generate(model, [text], count, temperature=0)
+    return b"".join(piece for (piece,) in stream)
+
+
+@pytest.mark.parametrize("kind", ["long", "a line", "a file"])
+def test_a_run(made: dict[str, Path], say, monkeypatch, random_model: LanguageModel, kind: str):
     """Bytes as they came; an answer ends with its line, or where a file does."""
-    monkeypatch.setattr(data, "SEPARATOR", ends)
+    turns = [b"d\xc3\xa9f f1(x):", b"\xff", b"return"]
+    text = b"abc\nUser: " + turns[0] + b"\nAssistant:"
+    end = follows(random_model, text)[4:5]
+    if kind == "a line":
+        monkeypatch.setattr(runs, "_LINE_END", end)
+    elif kind == "a file":
+        monkeypatch.setattr(data, "SEPARATOR", end)
     inner, widths = LanguageModel.step, []
 
     def step(self: LanguageModel, tokens: torch.Tensor, *more: Any) -> torch.Tensor:
         widths.append(tokens.shape[1])
         return inner(self, tokens, *more)
 
-    turns = [b"d\xc3\xa9f f1(x):", b"\xff", b"return"]
     with monkeypatch.context() as patched:
         patched.setattr(LanguageModel, "step", step)
         code, out, err = say(made["run"], [turn + b"\n" for turn in turns], "--system", "abc")
     assert (code, err) == (0, "")
-    with monkeypatch.context() as patched:
-        patched.setattr(re, "split", lambda _, x: [x.partition(b"\n")[0].partition(ends)[0]])
-        wanted, lengths = greedy_run(made["run"], turns, b"abc\n")
-    assert out == wanted.decode("utf-8", "replace")
-    firsts = [width for width in widths if width > 1]
-    assert firsts[0] == lengths[0] - 1  # the last byte is a step
-    assert max(firsts[1:]) < len(b"x" * NEW + b"\nUser: d\xc3\xa9f f1(x):\nAssistant:")
+    answers, firsts = [], [len(text) - 1]  # the last byte is a step
+    for i, turn in enumerate(turns):
+        new = b"\nUser: " + turn + b"\nAssistant:"
+        if i:
+            text += new
+            # What was not given a step yet is read too: the last byte of an answer that was long.
+            firsts.append(len(new) - (len(answers[-1]) < NEW))
+        answer = follows(random_model, text)
+        answers.append(answer if kind == "long" else answer.partition(end)[0])
+        text += answers[-1]
+    assert (len(answers[0]) < NEW) == (kind != "long")
+    assert not any(set(x) & {*b"\n\0 "} for x in answers)
+    assert out == "".join(x.decode("utf-8", "replace") + "\n" for x in answers)
+    assert [width for width in widths if width > 1] == firsts
 
 
 def test_sampling_and_commands(made: dict[str, Path], say):
@@ -352,7 +368,9 @@ def test_an_interruption_stops_an_answer(made: dict[str, Path], say, monkeypatch
     assert second == tokenizer.decode(said).partition("\n")[0]
 
 
-def test_an_interruption_of_a_run(made: dict[str, Path], say, monkeypatch):
+def test_an_interruption_of_a_run(
+    made: dict[str, Path], say, monkeypatch, random_model: LanguageModel
+):
     interrupted(monkeypatch, 3)
     inner, answers = generation.Continuation.go_on, []
 
@@ -363,15 +381,33 @@ def test_an_interruption_of_a_run(made: dict[str, Path], say, monkeypatch):
             yield piece
 
     monkeypatch.setattr(generation.Continuation, "go_on", go_on)
-    # A model of few steps says line ends when it likes.
     monkeypatch.setattr(runs, "_LINE_END", b"")
+    monkeypatch.setattr(data, "SEPARATOR", b"")
     assert say(made["run"], ["hello", "and"], "--max-new-tokens", MANY)[0] == 0
     assert 3 <= len(answers[0]) < MANY // 2
     text = b"User: hello\nAssistant:%b\nUser: and\nAssistant:" % answers[0]
-    model = generation.load_model(made["run"], torch.device("cpu"))
-    stream = generation.generate(model, [text], MANY, temperature=0, stop=True)
-    assert answers[1] == b"".join(piece for (piece,) in stream)
-    assert len(answers) == 2
+    assert answers[1:] == [follows(random_model, text, MANY)]
+
+
+class Said(Conversation):
+    """With one answer."""
+
+    def __init__(self, plain: bool, pieces: list[str]):
+        self.plain = plain
+        self._pieces = pieces
+
+    def answer(self, text: bytes, statistics: generation.Statistics) -> Stream[str]:
+        return Stream(lambda give, stopped: [give(piece) for piece in self._pieces])
+
+    def reset(self) -> None:
+        pass
+
+
+def test_the_space_behind_a_colon_is_not_printed(capsys):
+    """Which comes with answers in the plain format alone."""
+    for plain, shown in ((True, "a  b\n"), (False, "  a  b\n")):
+        chat._answer(Said(plain, [" ", " a", " ", " b"]), b"", generation.Statistics())
+        assert capsys.readouterr().out == shown
 
 
 class Endless(Conversation):
@@ -397,18 +433,19 @@ def test_a_second_interruption_ends_it_all(capsys, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         chat._answer(Endless(), b"", generation.Statistics())
     assert capsys.readouterr().out == "xy"
+    assert not cases.threads()
 
 
 def test_a_reader_that_goes_away(made: dict[str, Path], say, monkeypatch):
     def write(text: str) -> None:
+        assert cases.threads()
         raise OutputError(BrokenPipeError())
 
     monkeypatch.setattr(chat, "write", write)
-    threads = threading.active_count()
     # As when the process ends; capsys has a standard output that is none of its files.
     monkeypatch.setattr(cli, "_discard", lambda stream: None)
     assert say(made["retention"], ["hello"], "--max-new-tokens", 10**6) == (1, "", "")
-    assert threading.active_count() == threads
+    assert not cases.threads()
 
 
 class Terminal:

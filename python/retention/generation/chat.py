@@ -77,6 +77,7 @@ def _answer(conversation: Conversation, text: bytes, statistics: Statistics) -> 
             break
         except KeyboardInterrupt:
             if stopping:
+                _abandon(stream)
                 raise
             stopping = True
             stream.stop()

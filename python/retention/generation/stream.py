@@ -26,7 +26,9 @@ class Stream(Iterator[T], Generic[T]):
         self._stopped = threading.Event()
         self._over = False
         # A daemon, so that a process which has to end does not wait for a long prompt.
-        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(work,), name=type(self).__name__, daemon=True
+        )
         self._thread.start()
 
     def _run(self, work: Callable) -> None:
