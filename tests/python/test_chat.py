@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import generation_cases as cases
 from generation_cases import call
 from retention import cli
-from retention.generation import chat, runs
+from retention.generation import chat, folders, runs
 from retention.generation.base import Conversation
 from retention.generation.stream import Stream
 from retention.lm import data, generation
@@ -195,11 +195,19 @@ def test_a_template_that_changes_what_came_before(
     assert [width for width in widths if width > 1] == [len(ids) for ids in given]
 
 
-def test_a_cache_that_counts_no_tokens(made: dict[str, Path], say):
-    """That of a Mamba: all is read again."""
+def test_a_cache_that_counts_no_tokens(made: dict[str, Path], say, monkeypatch):
+    """That of a Mamba: all is read again, into a new one."""
+    inner, caches = folders.Folder.run, []
+
+    def run(self: folders.Folder, *arguments: Any) -> folders.Outcome:
+        caches.append(arguments[-1])
+        return inner(self, *arguments)
+
+    monkeypatch.setattr(folders.Folder, "run", run)
     answers, _ = without_a_cache(made["mamba"], TURNS, by_template)
     assert len({*answers}) == 3
     assert say(made["mamba"], TURNS)[1] == shown(answers)
+    assert caches == [None] * 3
 
 
 def test_a_tokenizer_that_puts_something_in_front(
@@ -389,25 +397,19 @@ def test_an_interruption_of_a_run(
     assert answers[1:] == [follows(random_model, text, MANY)]
 
 
-class Said(Conversation):
-    """With one answer."""
-
-    def __init__(self, plain: bool, pieces: list[str]):
-        self.plain = plain
-        self._pieces = pieces
-
-    def answer(self, text: bytes, statistics: generation.Statistics) -> Stream[str]:
-        return Stream(lambda give, stopped: [give(piece) for piece in self._pieces])
-
-    def reset(self) -> None:
-        pass
-
-
-def test_the_space_behind_a_colon_is_not_printed(capsys):
+@pytest.mark.parametrize("kind", ["plain", "llama", "run"])
+def test_the_space_behind_a_colon_is_not_printed(
+    made: dict[str, Path], say, monkeypatch, kind: str
+):
     """Which comes with answers in the plain format alone."""
-    for plain, shown in ((True, "a  b\n"), (False, "  a  b\n")):
-        chat._answer(Said(plain, [" ", " a", " ", " b"]), b"", generation.Statistics())
-        assert capsys.readouterr().out == shown
+    answer = "  a  b"
+    tokenizer = cases.letter_tokenizer(cases.LETTERS)
+    forced = iter([*tokenizer(answer).input_ids, tokenizer.eos_token_id])
+    monkeypatch.setattr(folders, "sample", lambda *_: torch.tensor([next(forced)]))
+    pieces = [letter.encode() for letter in answer]
+    monkeypatch.setattr(generation.Continuation, "go_on", lambda *_: pieces)
+    shown = answer if kind == "llama" else answer.lstrip(" ")
+    assert say(made[kind], ["hello"])[1] == f"{shown}\n"
 
 
 class Endless(Conversation):
@@ -421,6 +423,7 @@ class Endless(Conversation):
             while not stopped():
                 time.sleep(0.001)
             give("y")
+            time.sleep(0.3)
 
         return Stream(work)
 

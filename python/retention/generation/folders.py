@@ -216,13 +216,8 @@ class Folder(Model):
             self.run(encoded, count, draw, ends.__contains__, take, statistics, stopped, cache)
 
         def run() -> Iterator[list[bytes]]:
-            if count == 0:
-                return
-            stream = Stream(work)
-            try:
-                yield from stream
-            finally:
-                stream.close()
+            if count:
+                yield from Stream(work)  # which is closed with this
 
         return run()
 
