@@ -355,7 +355,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, *places: int) -> None:
     monkeypatch.setattr(chat, "write", write)
 
 
-MANY = 120  # tokens, far more than are made before an interruption is seen
+MANY = 80  # tokens, far more than are made before an interruption is seen
 
 
 @pytest.mark.parametrize("kind", ["retention", "llama", "plain"])
