@@ -19,13 +19,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from retention.bench import command, compare, decoding, modes, peers, report
+from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
+from retention.bench.timing import Ceilings, Effort, Timing
 
 import retention
 from cases import use_kernels
 from retention import _C, cli
-from retention.bench import command, compare, decoding, modes, peers, report
-from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
-from retention.bench.timing import Ceilings, Effort, Timing
 from retention.lm.errors import UsageError
 from retention.ops.cuda import coverage, launch, plans
 from retention.ops.pytorch import chunked

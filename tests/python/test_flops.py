@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
+from retention.bench.problem import Problem, retention_work
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import retention
 from cases import Case, make
-from retention.bench.problem import Problem, retention_work
 from retention.ops.cuda import coverage, plans
 from retention.ops.flops import flops as flops_of
 from retention.ops.pytorch.run import choose_chunk

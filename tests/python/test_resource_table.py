@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from retention.bench import resource_table as table
 
 HMMA = "HMMA.16816.F32.BF16 R4, R8, R12, R4"
