@@ -1,5 +1,5 @@
-"""The `retention` command: train a model, generate from it, convert others, measure, say what is
-built in."""
+"""The `retention` command: train a model, generate from it, chat with it, convert others, measure,
+say what is built in."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from typing import Any, NoReturn, TextIO
 
 from retention.lm.config import DTYPES, LARGEST, ModelConfig, TrainConfig
 from retention.lm.errors import OutputError, UsageError, shown
-from retention.lm.output import encodable
+from retention.lm.output import write
 
 # Each command imports what it needs when it runs: the command line itself starts without any extra.
 _NEEDS = {
     "train": ("rich", "matplotlib", "safetensors"),
     "generate": ("safetensors",),
+    "chat": ("safetensors",),
     "bench": ("rich", "matplotlib"),
     "convert": ("transformers",),
 }
 # The extra with what a command needs, where it is not `train`.
 _EXTRAS = {"bench": "bench", "convert": "transformers"}
 _INTERRUPTED = 130
-_STANDARD_INPUT = Path("-")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         # argparse itself says nothing where its help cannot be written.
         if file is sys.stdout:
-            _write(message)
+            write(message)
         else:
             super()._print_message(message, file)
 
@@ -49,7 +49,7 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         from retention import installation
 
-        _write(f"retention {installation.info()['version']}\n")
+        write(f"retention {installation.info()['version']}\n")
         parser.exit()
 
 
@@ -58,7 +58,7 @@ class _CMakeDir(argparse.Action):
         import retention._C as _C
 
         # Beside the compiled module, which an editable installation keeps apart from the sources.
-        _write(f"{Path(_C.__file__).parent / 'lib' / 'cmake' / 'retention'}\n")
+        write(f"{Path(_C.__file__).parent / 'lib' / 'cmake' / 'retention'}\n")
         parser.exit()
 
 
@@ -165,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_train(commands)
     _add_generate(commands)
+    _add_chat(commands)
     _add_convert(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="what is built in and which devices are there")
@@ -229,17 +230,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser(
         "generate",
         help="generate text from a trained model",
-        description="Generate text from a trained model, behind one prompt or several at once. The "
-        "memory it needs does not grow with the length of the text. One text is streamed; several "
-        "are printed each when it and those before it have ended.",
+        description="Generate text behind one prompt or several at once, from a run of `retention "
+        "train`, whose tokens are bytes, or from any causal language model of transformers. The "
+        "memory that power retention needs does not grow with the length of the text. One text is "
+        "streamed; several are printed each when it and those before it have ended.",
     )
     generate.set_defaults(run=_generate)
-
-    def add(flag: str, kind: Callable, default: object, text: str, metavar: str) -> None:
-        shown = f"{text} (default: %(default)s)"
-        generate.add_argument(flag, type=kind, default=default, help=shown, metavar=metavar)
-
-    add("--checkpoint", _path, Path("run"), "a run's folder, or one checkpoint's", "DIR")
+    _add_model(generate)
     prompts = generate.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt",
@@ -254,28 +251,104 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="a file with one prompt a line, taken as it is, without escapes; -: standard input",
         metavar="FILE",
     )
-    add("--max-new-tokens", _non_negative, 500, "bytes to generate, of each text", "N")
     generate.add_argument(
-        "--stop", action="store_true", help="end a text where the model begins another file"
+        "--stop",
+        action="store_true",
+        help="end a text where its model ends it: a run's where it begins another file, that of a "
+        "model of transformers at its end-of-sequence token",
     )
-    add("--temperature", _non_negative_float, 0.8, "0: always the likeliest byte", "X")
-    add("--top-p", _share, 0.95, "draw from the likeliest bytes of this joint probability", "X")
-    add("--seed", _non_negative, 0, "of what is drawn; each next prompt has the next one", "N")
+    _add_sampling(generate, "of each text")
     generate.add_argument(
+        "--stats",
+        action="store_true",
+        help="say on standard error the time to the first token, and tokens a second as the text "
+        "grows; after a warm-up",
+    )
+    generate.add_argument(
+        "--plot",
+        type=_path,
+        help="draw the time of generation over its tokens, and tokens a second, after a warm-up; "
+        "the name's end says as what: .png, .svg, .pdf",
+        metavar="FILE",
+    )
+    generate.add_argument(
+        "--compare",
+        type=_path,
+        help="a second model, which generates as many tokens behind the same prompts after the "
+        "first: the model of softmax attention that one was converted from, for example",
+        metavar="DIR",
+    )
+
+
+def _add_chat(commands: argparse._SubParsersAction) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a trained model",
+        description="Talk to a model, a line of standard input a turn. What was said stays in its "
+        "memory: a turn reads what is new. A model of transformers is spoken to by its tokenizer's "
+        "chat template; without one, and with a run of `retention train`, turns are lines, `User: "
+        "...` and `Assistant: ...`. /reset forgets, /exit or Ctrl-D ends, Ctrl-C stops an answer.",
+    )
+    chat.set_defaults(run=_chat, stop=True)
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what is said before all (default: nothing)")
+    _add_sampling(chat, "of each answer")
+    chat.add_argument(
+        "--stats",
+        action="store_true",
+        help="say on standard error, for each answer, the time to the first token, and tokens a "
+        "second as it grows",
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that generate: which model, and where it runs."""
+    parser.add_argument(
+        "--checkpoint",
+        type=_path,
+        default=Path("run"),
+        help="a run's folder, one checkpoint's, or that of a model of transformers (default: run)",
+        metavar="DIR",
+    )
+    parser.add_argument(
         "--switch-over-seq-len",
         type=_positive,
-        help="recent bytes kept before they are folded into the state (default: chosen by shape)",
+        help="recent bytes kept before they are folded into the state; of runs alone (default: "
+        "chosen by shape)",
         metavar="N",
     )
-    generate.add_argument(
+    parser.add_argument(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
-        help="capture a step in a CUDA graph, and replay it (default: on a CUDA device)",
+        help="capture a step in a CUDA graph, and replay it; a model of transformers is compiled "
+        "for it, with a static cache (default: a run's on a CUDA device, others' not)",
     )
-    generate.add_argument(
+    parser.add_argument(
         "--device", metavar="NAME", help="where to run (default: cuda where there is one, else cpu)"
     )
-    _add_dtype(generate, "float32", "float32")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of a run, what its products are in, float32 by default; of a model of transformers, "
+        "what its weights are in, as they are stored by default",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, of: str) -> None:
+    """The options of commands that generate: which tokens."""
+
+    def add(flag: str, kind: Callable, text: str, metavar: str, default: object = None) -> None:
+        parser.add_argument(flag, type=kind, help=text, metavar=metavar, default=default)
+
+    count = f"tokens to generate, {of}; bytes, of a run (default: %(default)s)"
+    add("--max-new-tokens", _non_negative, count, "N", default=500)
+    theirs = "or what the generation_config.json of a model of transformers says"
+    likeliest = f"0: always the likeliest token (default: 0.8, {theirs})"
+    add("--temperature", _non_negative_float, likeliest, "X")
+    nucleus = f"draw from the likeliest tokens of this joint probability (default: 0.95, {theirs})"
+    add("--top-p", _share, nucleus, "X")
+    seed = "of what is drawn; each next prompt has the next one (default: %(default)s)"
+    add("--seed", _non_negative, seed, "N", default=0)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -474,44 +547,15 @@ def _shown(value: object) -> str:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from retention.lm import devices, generation
+    from retention.generation import command
 
-    def say(line: str) -> None:
-        print(f"retention generate: {line}", file=sys.stderr)
+    return command.run(options)
 
-    if options.prompts is None:
-        prompts = [os.fsencode(prompt) for prompt in options.prompt or [""]]
-    else:
-        prompts = _lines(options.prompts)
-    device = devices.open_device(options.device or devices.default_device())
-    model = generation.load_model(options.checkpoint, device, say)
-    statistics = generation.Statistics()
-    stream = generation.generate(
-        model,
-        prompts,
-        options.max_new_tokens,
-        options.temperature,
-        options.top_p,
-        options.seed,
-        options.switch_over_seq_len,
-        options.dtype,
-        options.stop,
-        options.cuda_graph,
-        statistics,
-    )
-    if len(prompts) == 1:
-        _write(prompts[0].decode("utf-8", "replace"))
-        for piece in generation.as_text(pieces[0] for pieces in stream):
-            _write(piece)
-        _write("\n")
-    else:
-        texts = generation.whole_texts(prompts, stream, statistics)
-        for i, text in enumerate(texts, start=1):
-            _write(f"==> {i} of {len(prompts)} <==\n{text.decode('utf-8', 'replace')}\n")
-        for i, progress in enumerate(statistics.each, start=1):
-            print(f"{i}: {progress}", file=sys.stderr)
-    print(f"{statistics}, {statistics.state_bytes:,} bytes of state", file=sys.stderr)
-    return 0
+
+def _chat(options: argparse.Namespace) -> int:
+    from retention.generation import chat
+
+    return chat.run(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -528,43 +572,17 @@ def _convert(options: argparse.Namespace) -> int:
     except (ImportError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
     kinds = model.config.layer_types
-    _write(
+    write(
         f"{options.out}: {kinds.count('power_retention')} of {len(kinds)} layers are power "
         f"retention, {model.num_parameters():,} parameters, blend {model.config.softmax_blend:g}\n"
     )
     return 0
 
 
-def _lines(path: Path) -> list[bytes]:
-    """The lines of the file that --prompts names, without their ends."""
-    from retention.lm import files
-
-    name = "standard input" if path == _STANDARD_INPUT else str(path)
-    with files.explained(f"--prompts: cannot read {name}"):
-        if path != _STANDARD_INPUT:
-            content = files.read(path)
-        elif sys.stdin is None or sys.stdin.closed:
-            raise ValueError("closed")
-        else:
-            content = sys.stdin.buffer.read()
-    if not content:
-        raise UsageError(f"--prompts: {name} is empty")
-    return content.splitlines()
-
-
-def _write(text: str) -> None:
-    try:
-        # A terminal may know fewer characters than UTF-8 has.
-        sys.stdout.write(encodable(text, sys.stdout))
-        sys.stdout.flush()
-    except (OSError, ValueError) as error:
-        raise OutputError(error) from None
-
-
 def _info(options: argparse.Namespace) -> int:
     from retention import installation
 
-    _write(installation.format_info(installation.info()) + "\n")
+    write(installation.format_info(installation.info()) + "\n")
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the page's models are."""
     tokenizer = make_tokenizer()
     assert len(tokenizer) <= cases.VOCABULARY
@@ -38,7 +40,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("powercoder-3b", "qwen3"):
         tokenizer.save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    # What somebody types to the page's `retention chat`.
+    (tmp_path / "lines").write_text("def f(x):\n/exit\n")
+    monkeypatch.setattr(sys, "stdin", (tmp_path / "lines").open())
+    yield tmp_path
+    sys.stdin.close()
 
 
 # What the page's Trainer is told is for machines with a GPU.
@@ -56,7 +62,7 @@ def test_the_page_is_one_program(folder: Path, capsys: pytest.CaptureFixture[str
             if program == "retention":
                 assert cli.main(arguments) == 0, line
                 commands += 1
-    assert commands == 1
+    assert commands == 5
     shown = capsys.readouterr().out
     assert "2 of 2 layers are power retention" in shown
     assert names["model"].config.model_type == "powercoder"
@@ -64,6 +70,9 @@ def test_the_page_is_one_program(folder: Path, capsys: pytest.CaptureFixture[str
     assert names["cache"].positions.tolist() == [0, 4]
     # What each part leaves behind.
     assert (folder / "runs" / "own" / "model" / "model.safetensors").is_file()
+    assert "==> 1 of 2 <==\ndef add(a, b):" in shown
+    assert "==> qwen3 <==\ndef " in shown
+    assert (folder / "speed.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "qwen3-retention" / "tokenizer.json").is_file()
     assert re.search(r"^\d+ bytes a sequence$", shown, re.MULTILINE)
     assert "\n0.0\n" in shown

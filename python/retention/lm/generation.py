@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +40,22 @@ class Progress:
     tokens: int = 0  # new ones
     seconds: float = 0.0  # that these took: the prompt, and the capture of a graph, come before
     ended: bool = False
+    tokens_before: int = 0  # those of the new ones that came with the prompt, not in `seconds`
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+        return (self.tokens - self.tokens_before) / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens, {self.tokens_per_second:,.1f} tokens/s"
+
+
+class Mark(NamedTuple):
+    """How far a generation has come, as the host sees it."""
+
+    tokens: int  # new ones, of all prompts
+    seconds: float  # since the prompts were given to the model
+    state_bytes: int
 
 
 @dataclasses.dataclass
@@ -54,10 +64,41 @@ class Statistics(Progress):
 
     state_bytes: int = 0
     each: list[Progress] = dataclasses.field(default_factory=list)  # one for each prompt
+    # Steps from one mark to the next, besides those at the first and the last; 0: no marks.
+    mark_every: int = 0
+    marks: list[Mark] = dataclasses.field(default_factory=list)
+    began: float = 0.0  # by time.monotonic(), when the prompts were given to the model
+    _steps: int = 0
+    _marked: int = 0
+
+    def begin(self) -> None:
+        """The prompts are given to the model now."""
+        self.began = time.monotonic()
+
+    def count(self, steps: int, state_bytes: Callable[[], int] | None = None) -> None:
+        """So many steps more are done, and `each` has their tokens.
+
+        `state_bytes` is asked where there is a mark. Default: they are what they were.
+        """
+        now = time.monotonic()
+        self.tokens = sum(progress.tokens for progress in self.each)
+        self.ended = all(progress.ended for progress in self.each)
+        self._steps += steps
+        due = not self.marks or self._steps - self._marked >= self.mark_every
+        marking = self.mark_every > 0 and (due or self.ended)
+        if state_bytes is not None and (marking or self.ended):
+            self.state_bytes = state_bytes()
+        if not marking or (self.marks and self.tokens == self.marks[-1].tokens):
+            return  # or it is the step that only showed that all have ended
+        self._marked = self._steps
+        self.marks.append(Mark(self.tokens, now - self.began, self.state_bytes))
 
 
 def load_model(
-    path: Path, device: torch.device, say: Callable[[str], object] = lambda line: None
+    path: Path,
+    device: torch.device,
+    say: Callable[[str], object] = lambda line: None,
+    flag: str = "--checkpoint",
 ) -> LanguageModel:
     """The model of a checkpoint; `path` is one, or a run's folder (then its newest).
 
@@ -65,17 +106,18 @@ def load_model(
         path: the folder.
         device: where the model is to be.
         say: told of each checkpoint of a run that is damaged, where one before it is not.
+        flag: the option that named the folder, for errors.
 
     Raises:
         UsageError: where there is none, or none that is whole.
     """
     runs = RunFolder(path)
-    with files.explained(f"--checkpoint: cannot read {path}"):
+    with files.explained(f"{flag}: cannot read {path}"):
         found = files.status(path)
         if found is None:
-            raise UsageError(f"--checkpoint: no such folder: {path}")
+            raise UsageError(f"{flag}: no such folder: {path}")
         if not stat.S_ISDIR(found.st_mode):
-            raise UsageError(f"--checkpoint: {path} is not a folder")
+            raise UsageError(f"{flag}: {path} is not a folder")
         is_run = files.status(runs.config_file) is not None
     models: list[LanguageModel] = []
 
@@ -86,7 +128,7 @@ def load_model(
 
     if checkpoint.newest(runs.checkpoints, use, say) is None:
         if is_run:
-            raise UsageError(f"--checkpoint: the run in {path} has no checkpoint yet")
+            raise UsageError(f"{flag}: the run in {path} has no checkpoint yet")
         use(checkpoint.read(path))
     return models[-1].to(device).eval()
 
@@ -128,7 +170,7 @@ class _Sampling:
     temperature: float
     top_p: float
     seed: int
-    stop: bool
+    stop: bytes  # any of these ends a text
 
 
 class _Steps:
@@ -154,7 +196,7 @@ class _Steps:
         self._model = model.for_decoding(getattr(torch, dtype))
         self._dtype = dtype
         self.sampling = sampling
-        self._generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(n)]
+        self._seed(n)
         self.block = _STEPS_AT_ONCE.get(self.device.type, 1)
         with devices.autocast(self.device, dtype):
             self.caches = model.init_caches(n, switch_over_seq_len)
@@ -171,6 +213,22 @@ class _Steps:
         if cuda_graph:
             with devices.current(self.device):
                 self._run = self._captured()
+
+    def _seed(self, n: int) -> None:
+        seed = self.sampling.seed
+        self._generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+
+    def reset(self) -> None:
+        """Nothing was seen, and nothing was drawn."""
+        for cache in self.caches:
+            cache.reset()
+        self._seed(len(self._token))
+
+    def unread(self) -> list[bytes]:
+        """Of each sequence the last byte, which its cache has not seen; nothing where one ended it
+        that is no part of it."""
+        pairs = zip(self._token.tolist(), self._slots.tolist(), strict=True)
+        return [bytes([byte]) if slot >= 0 else b"" for byte, slot in pairs]
 
     def read(self, tokens: Tensor, slots: Tensor, attention_mask: Tensor | None) -> None:
         """Bytes `[b, t]` of prompts go into caches, as `LanguageModel.step` has them."""
@@ -231,8 +289,8 @@ class _Steps:
         shown = byte.to(self._bytes.dtype).masked_fill(broken, _NOT_FINITE)
         self._bytes.index_copy_(0, self._place, shown[None])
         self._token.copy_(byte)
-        if self.sampling.stop:
-            self._slots.masked_fill_(byte == data.SEPARATOR[0], -1)
+        for end in self.sampling.stop:
+            self._slots.masked_fill_(byte == end, -1)
         self._place.add_(1)
 
     def _captured(self) -> Callable[[], None]:
@@ -288,25 +346,100 @@ def generate(
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    device = next(model.parameters()).device
-    if cuda_graph is None:
-        cuda_graph = device.type == "cuda"
-    elif cuda_graph and device.type != "cuda":
-        raise UsageError(f"--cuda-graph: expected a CUDA device, got {device}")
+    cuda_graph = _captures(model, cuda_graph)
     prompts = [prompt or data.SEPARATOR for prompt in prompts]
-    sampling = _Sampling(temperature, top_p, seed, stop)
+    sampling = _Sampling(temperature, top_p, seed, data.SEPARATOR if stop else b"")
     statistics = Statistics() if statistics is None else statistics
-    statistics.each = [Progress(prompt_tokens=len(prompt)) for prompt in prompts]
-    statistics.prompt_tokens = sum(map(len, prompts))
 
     def run() -> Iterator[list[bytes]]:
         steps = _Steps(model, len(prompts), switch_over_seq_len, dtype, sampling, cuda_graph)
-        statistics.state_bytes = sum(cache.nbytes for cache in steps.caches)
-        _read_prompts(steps, [prompt[:-1] for prompt in prompts])
-        steps.begin(torch.tensor([prompt[-1] for prompt in prompts]))
-        yield from _collect(steps, max_new_tokens, statistics)
+        yield from _go_on(steps, prompts, max_new_tokens, statistics)
 
+    _prepare(statistics, prompts)
     return run()
+
+
+class Continuation:
+    """One text that goes on, turn by turn, from caches that are kept between the turns.
+
+    Args:
+        model, temperature, top_p, seed, switch_over_seq_len, dtype, cuda_graph: of `generate`.
+        stop: bytes of which any ends a turn, and is no part of the text.
+
+    Raises:
+        UsageError: as `generate`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+        switch_over_seq_len: int | None = None,
+        dtype: str = "float32",
+        stop: bytes = b"",
+        cuda_graph: bool | None = None,
+    ):
+        cuda_graph = _captures(model, cuda_graph)
+        sampling = _Sampling(temperature, top_p, seed, stop)
+        self._steps = _Steps(model, 1, switch_over_seq_len, dtype, sampling, cuda_graph)
+        self._unread = b""  # at the end of the text
+
+    def go_on(
+        self,
+        text: bytes,
+        max_new_tokens: int,
+        statistics: Statistics | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[bytes]:
+        """Bytes that follow all that came before and `text`, as they come.
+
+        Args:
+            text: at least a byte. Only this is read: what came before is in the caches.
+            max_new_tokens, statistics: of `generate`.
+            stopped: asked between steps, whether to end here; what is in the caches by then is
+                given still.
+        """
+        statistics = Statistics() if statistics is None else statistics
+        text = self._unread + text
+        _prepare(statistics, [text])
+        for (piece,) in _go_on(self._steps, [text], max_new_tokens, statistics, stopped):
+            yield piece
+        (self._unread,) = self._steps.unread()
+
+    def reset(self) -> None:
+        """There is no text, and its seed begins again."""
+        self._steps.reset()
+        self._unread = b""
+
+
+def _captures(model: LanguageModel, cuda_graph: bool | None) -> bool:
+    """Whether steps are a graph: what was asked for, or the default."""
+    device = next(model.parameters()).device
+    if cuda_graph and device.type != "cuda":
+        raise UsageError(f"--cuda-graph: expected a CUDA device, got {device}")
+    return device.type == "cuda" if cuda_graph is None else cuda_graph
+
+
+def _prepare(statistics: Statistics, prompts: list[bytes]) -> None:
+    statistics.each = [Progress(prompt_tokens=len(prompt)) for prompt in prompts]
+    statistics.prompt_tokens = sum(map(len, prompts))
+
+
+def _go_on(
+    steps: _Steps,
+    prompts: list[bytes],
+    max_new_tokens: int,
+    statistics: Statistics,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[list[bytes]]:
+    """What follows prompts that have a byte at least, behind what the caches have seen."""
+    statistics.state_bytes = sum(cache.nbytes for cache in steps.caches)
+    statistics.begin()
+    _read_prompts(steps, [prompt[:-1] for prompt in prompts])
+    steps.begin(torch.tensor([prompt[-1] for prompt in prompts]))
+    yield from _collect(steps, max_new_tokens, statistics, stopped)
 
 
 def _read_prompts(steps: _Steps, prompts: list[bytes]) -> None:
@@ -326,39 +459,45 @@ def _read_prompts(steps: _Steps, prompts: list[bytes]) -> None:
         rest = {slot: prompt[width:] for slot, prompt in rest.items() if len(prompt) > width}
 
 
-def _collect(steps: _Steps, max_new_tokens: int, statistics: Statistics) -> Iterator[list[bytes]]:
+def _collect(
+    steps: _Steps, max_new_tokens: int, statistics: Statistics, stopped: Callable[[], bool]
+) -> Iterator[list[bytes]]:
     """The bytes of all steps, as `generate` gives them."""
     began = time.monotonic()
     ahead = 1 if steps.block > 1 else 0  # blocks that the device has to do while one is read
     waiting: deque[Callable[[], Tensor]] = deque()
     todo = max_new_tokens
     while todo or waiting:
+        if stopped():
+            todo = 0
         if todo:
             count = min(todo, steps.block)
             waiting.append(steps.take(count))
             todo -= count
         if todo and len(waiting) <= ahead:
             continue
+        if not waiting:
+            break
         taken = waiting.popleft()().mT.tolist()
         statistics.seconds = time.monotonic() - began
         last = not todo and not waiting
         pieces = []
         for new, progress in zip(taken, statistics.each, strict=True):
             pieces.append(_take(new, progress, steps.sampling.stop, last, statistics.seconds))
-        statistics.tokens = sum(progress.tokens for progress in statistics.each)
-        statistics.ended = all(progress.ended for progress in statistics.each)
+        statistics.count(max(len(new) for new in taken))
         yield pieces
         if statistics.ended:
             break
 
 
-def _take(new: list[int], progress: Progress, stop: bool, last: bool, seconds: float) -> bytes:
+def _take(new: list[int], progress: Progress, stop: bytes, last: bool, seconds: float) -> bytes:
     """What of a sequence's next bytes, which may be the last ones, belongs to its text."""
     if progress.ended:
         return b""
     progress.ended = last
-    if stop and data.SEPARATOR[0] in new:
-        new = new[: new.index(data.SEPARATOR[0])]
+    ends = {*stop}
+    if end := [i for i, byte in enumerate(new) if byte in ends]:
+        new = new[: end[0]]
         progress.ended = True
     if _NOT_FINITE in new:
         raise UsageError("the model's logits are no finite numbers")

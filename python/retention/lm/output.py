@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TextIO
+
+from retention.lm.errors import OutputError
 
 
 def encodable(text: str, stream: TextIO) -> str:
     """`text` with a question mark for what the encoding of `stream` has no character for."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
+
+
+def write(text: str) -> None:
+    """Put `text` out at once, with a question mark for what standard output cannot say.
+
+    Raises:
+        OutputError: where it takes nothing.
+    """
+    try:
+        # A terminal may know fewer characters than UTF-8 has.
+        sys.stdout.write(encodable(text, sys.stdout))
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        raise OutputError(error) from None
 
 
 class LastingOutput:
