@@ -217,7 +217,11 @@ class Steps:
                 found[size] = [self._alone(size, i) for i in range(_SEQUENCES)]
                 continue
             together = self._together(size)
-            if all(torch.equal(self._alone(size, i), together[i]) for i in range(_ALONE)):
+            # Where each is in one row, this is how rows are compared.
+            compared = size if size <= _SEQUENCES else _ALONE
+            if together is not None and all(
+                torch.equal(self._alone(size, i), together[i]) for i in range(compared)
+            ):
                 found[size] = together
         for memory in self.network.memories:
             memory.reset()
@@ -233,16 +237,15 @@ class Steps:
         """A sequence's logits of some steps, `[steps, vocabulary]`; the other rows are padding."""
         return self._logits(size, [sequence])[0]
 
-    def _together(self, size: int) -> list[Tensor]:
-        """Likewise of several, each in many of the rows; no numbers where those differ."""
-        rows = [(i * 3 + i // _SEQUENCES) % min(size, _SEQUENCES) for i in range(size)]
+    def _together(self, size: int) -> list[Tensor] | None:
+        """Likewise of several, which fill all rows; None where one's differ from row to row."""
+        count = min(size, _SEQUENCES)
+        rows = [(i + i // count) % count for i in range(size)][::-1]
         logits = self._logits(size, rows)
-        found = []
-        for sequence in range(min(size, _SEQUENCES)):
-            first, *others = (x for x, row in zip(logits, rows, strict=True) if row == sequence)
-            same = all(torch.equal(first, other) for other in others)
-            found.append(first if same else torch.full_like(first, torch.nan))
-        return found
+        found = [logits[rows.index(sequence)] for sequence in range(count)]
+        if all(torch.equal(x, found[row]) for x, row in zip(logits, rows, strict=True)):
+            return found
+        return None
 
     def _logits(self, size: int, rows: Sequence[int]) -> Tensor:
         """Of the sequence in each row, in slots of that order, `[rows, steps, vocabulary]`."""
