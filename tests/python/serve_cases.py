@@ -107,9 +107,7 @@ def engine_of(
 class Waiting:
     """A request to an engine, and what has come of it."""
 
-    def __init__(
-        self, engine: Engine, *prompts: str | Sequence[int], n: int = 1, **settings: Any
-    ):
+    def __init__(self, engine: Engine, *prompts: str | Sequence[int], n: int = 1, **settings: Any):
         self.engine = engine
         encoded = [engine.model.text.encode(x) if isinstance(x, str) else x for x in prompts]
         self.events: queue.Queue[Event] = queue.Queue()

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import serve_cases
+
 # First, since it keeps transformers offline.
 import transformers_cases as cases
-import serve_cases
-from serve_cases import MODELS, Scripted, Waiting, Wrapped, engine_of
 from retention.lm import generation
 from retention.serve import sampling
 from retention.serve.engine import Done, Failed, Piece, QueueFullError, UnavailableError
@@ -25,6 +25,7 @@ from retention.serve.models import Model
 from retention.serve.sampling import Draw
 from retention.serve.steps import Steps
 from retention.serve.text import ByteText, StopStrings
+from serve_cases import MODELS, Scripted, Waiting, Wrapped, engine_of
 
 PROMPTS = ("the quick", "η", "fox; die schöne", "x" * 70, "🦊", "素早い", "q" * 33)
 

@@ -17,7 +17,7 @@ from retention.serve import models, server
 from retention.serve.app import Limits, create_app
 from retention.serve.engine import Engine
 from retention.serve.metrics import Metrics
-from retention.serve.models import Network
+from retention.serve.models import Model, Network
 from retention.serve.steps import Steps
 
 API_KEY = "RETENTION_API_KEY"  # of the environment
@@ -52,36 +52,41 @@ def run(options: argparse.Namespace, write: Callable[[str], None]) -> int:
         options.max_new_tokens,
         options.max_body_bytes,
     )
-    state_dtype = getattr(torch, options.state_dtype)
     # First of all, so that it need not be waited for where it fails.
-    bound = server.bind(options.host, options.port)
-    device = devices.open_device(options.device or devices.default_device())
-    model = models.load(
-        *(options.model, device, options.dtype, state_dtype),
-        *(options.served_model_name, say),
-    )
-    network = model.network
-    slots = _slots(network) if options.slots is None else options.slots
-    network.allocate(slots)
-    # States of 16 bits are rounded at random, by their slot: then nothing is the same everywhere.
-    invariant = options.batch_invariance and state_dtype != torch.bfloat16
-    steps = Steps(network, invariant)
-    metrics = Metrics()
-    engine = Engine(model, steps, options.max_queue, options.prefill_tokens, metrics)
-    metrics.watch(engine)
-    app = create_app(engine, metrics, limits)
-    _warn(options.host, limits, say)
-    each = network.slot_bytes()
-    write(
-        f"{model.name} on {server.url_of(bound)}: {slots} slots of {each:,} bytes on {device}, "
-        f"batches of {', '.join(map(str, steps.sizes))}"
-        f"{'' if invariant else ', which may round differently'}\n"
-    )
-    asyncio.run(server.Server(app, engine, options.shutdown_seconds, say).serve([bound]))
+    with server.bind(options.host, options.port) as bound:
+        model = _load(options, say)
+        slots = model.network.memories[0].slots
+        # States of 16 bits are rounded at random, by their slot: nothing is the same in all.
+        invariant = options.batch_invariance and options.state_dtype == "float32"
+        steps = Steps(model.network, invariant)
+        metrics = Metrics()
+        engine = Engine(model, steps, options.max_queue, options.prefill_tokens, metrics)
+        metrics.watch(engine)
+        app = create_app(engine, metrics, limits)
+        running = server.Server(app, engine, options.shutdown_seconds, say)
+        _warn(options.host, limits, say)
+        write(
+            f"{model.name} on {server.url_of(bound)}: {slots} slots of "
+            f"{model.network.slot_bytes():,} bytes on {model.network.device}, batches of "
+            f"{', '.join(map(str, steps.sizes))}"
+            f"{'' if invariant else ', which may round differently'}\n"
+        )
+        asyncio.run(running.serve([bound]))
     if engine.failure is not None:
         say(f"error: {engine.failure}")
         return _FAILED
     return 0
+
+
+def _load(options: argparse.Namespace, say: Callable[[str], object]) -> Model:
+    """The model, with the memory of its slots."""
+    device = devices.open_device(options.device or devices.default_device())
+    model = models.load(
+        *(options.model, device, options.dtype, getattr(torch, options.state_dtype)),
+        *(options.served_model_name, say),
+    )
+    model.network.allocate(_slots(model.network) if options.slots is None else options.slots)
+    return model
 
 
 def _api_key(option: str | None) -> str | None:

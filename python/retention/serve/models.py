@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -188,7 +189,8 @@ def load(
     try:
         model = generation.load_model(path, device, say)
     except UsageError as error:
-        raise UsageError(str(error).replace("--checkpoint", "--model", 1)) from None
+        message = str(error).removeprefix("--checkpoint: ")
+        raise UsageError(f"--model: {message}") from None
     try:
         network = _RunNetwork(model, dtype or "float32", state_dtype)
         network.slot_bytes()
@@ -198,8 +200,6 @@ def load(
 
 
 def _is_of_transformers(path: Path) -> bool:
-    import json
-
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):

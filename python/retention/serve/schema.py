@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -100,6 +101,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+def _check_encodable(body: dict[str, Any]) -> None:
+    """JSON may have surrogates by themselves, which no text of UTF-8 has."""
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        raise ApiError(400, "body: expected text of whole characters", None, "invalid") from None
+
+
 def _tokens(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -177,6 +186,7 @@ class _Generation(_Strict):
     def _without_others(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             raise ApiError(400, f"body: expected a JSON object, got {shown(given)}")
+        _check_encodable(given)
         kept = {}
         for name, value in given.items():
             if name in _HARMLESS:
