@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 import openai
 import pytest
 import torch
@@ -135,12 +135,12 @@ def test_a_chat_and_its_stream(client: openai.OpenAI, server: Served):
 
 
 def test_a_stream_as_it_is_sent(server: Served):
-    body = {"model": NAME, "prompt": "the", "max_tokens": 2, "stream": True}
+    body = {"model": NAME, "prompt": "the", "max_tokens": 9, "temperature": 0, "stream": True}
     response = httpx.post(f"{server.url}/completions", json=body)
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, end = response.text.removesuffix("\n\n").split("\n\n")
     assert end == "data: [DONE]"
-    assert len(events) == 2
+    assert len(events) > 2
     assert all(json.loads(event.removeprefix("data: "))["choices"] for event in events)
 
 
@@ -223,7 +223,7 @@ def test_stop_strings_and_characters_over_the_borders_of_tokens():
         options: dict = {"model": NAME, "prompt": [[5]], "max_tokens": 100}
         # Some of its tokens are parts of characters.
         parts = [model.text.token_bytes(token).decode("utf-8", "replace") for token in script]
-        assert sum("\N{REPLACEMENT CHARACTER}" in part for part in parts) > 3
+        assert sum("\N{REPLACEMENT CHARACTER}" in part for part in parts) > 1
         whole = client.completions.create(**options).choices[0]
         assert (whole.text, whole.finish_reason) == (said, "stop")
         chunks = list(client.completions.create(**options, stream=True))
@@ -692,9 +692,10 @@ def test_what_cannot_be_served(run: Path, tmp_path: Path, capsys, monkeypatch):
 def test_folders_of_both_kinds(run: Path, tmp_path: Path):
     cpu = torch.device("cpu")
     said: list[str] = []
-    load: Any = lambda path, dtype=None, name=None: models.load(  # noqa: E731
-        path, cpu, dtype, torch.float32, name, said.append
-    )
+
+    def load(path: Path, dtype: str | None = None, name: str | None = None) -> Any:
+        return models.load(path, cpu, dtype, torch.float32, name, said.append)
+
     folder = serve_cases.make_folder(tmp_path / "coder", torch.bfloat16)
     for model, name, dtype in (
         (load(run), "tiny", torch.float32),

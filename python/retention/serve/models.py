@@ -157,12 +157,12 @@ def empty_slot(network: Network, slot: int, prompt: Sequence[int]) -> None:
 
 
 def load(
-    path: Path,
+    path: Path | str,
     device: torch.device,
-    dtype: str | None,
-    state_dtype: torch.dtype,
-    name: str | None,
-    say: Callable[[str], object],
+    dtype: str | None = None,
+    state_dtype: torch.dtype = torch.float32,
+    name: str | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> Model:
     """The model of a folder: a run of `retention train`, one of its checkpoints, or a checkpoint of
     `retention.transformers`.
@@ -172,13 +172,14 @@ def load(
         device: where the model is to be.
         dtype: "float32", "bfloat16" or "float16". Default: a checkpoint of transformers has its
             own, a run float32.
-        state_dtype: of states.
+        state_dtype: of states, float32 (default) or bfloat16.
         name: what it is called. Default: as the folder.
         say: told of damaged checkpoints of a run.
 
     Raises:
         UsageError: for a folder with no such model.
     """
+    path = Path(path)
     with files.explained(f"--model: cannot read {path}"):
         if not path.is_dir():
             there = "is not a folder" if path.exists() else "no such folder"
