@@ -24,9 +24,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import serve_cases
-
-# First, since it keeps transformers offline.
-import transformers_cases  # noqa: F401
 from retention import cli
 from retention.serve import command, models
 from retention.serve.app import Limits

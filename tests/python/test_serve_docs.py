@@ -19,9 +19,6 @@ import httpx2 as httpx
 import pytest
 
 import serve_cases
-
-# First, since it keeps transformers offline.
-import transformers_cases  # noqa: F401
 from retention import cli
 from retention.serve import schema, server
 

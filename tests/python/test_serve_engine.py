@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import serve_cases
-
-# First, since it keeps transformers offline.
 import transformers_cases as cases
 from retention.lm import generation
 from retention.serve import sampling
