@@ -205,7 +205,7 @@ def demo(session: nox.Session) -> None:
 def serve(session: nox.Session) -> None:
     """Serve a small language model, ask it something with OpenAI's client, and end it.
 
-    The model is that of `nox -s demo` where there is one, and else trained for some 200 steps.
+    The model is that of `nox -s demo` where there is one, and else trained for 100 steps.
     """
     install_package(session, "serve,train")
     install(session, "openai")
@@ -215,8 +215,8 @@ def serve(session: nox.Session) -> None:
         if not any((out / "checkpoints").glob("step-*")):
             shutil.rmtree(out, ignore_errors=True)
             session.run(
-                *("retention", "train", "--out", str(out), "--steps", "200"),
-                *("--warmup", "20", "--eval-every", "200", "--checkpoint-every", "200"),
+                *("retention", "train", "--out", str(out), "--steps", "100"),
+                *("--warmup", "10", "--eval-every", "100", "--checkpoint-every", "100"),
             )
     command = [str(Path(session.bin) / "retention"), "serve", "--model", str(out), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 # First, since it keeps transformers offline.
 import transformers_cases as cases
+from retention import cli
 from retention.lm.config import ModelConfig
 from retention.lm.model import LanguageModel
 from retention.serve import server
@@ -226,3 +228,35 @@ def served(
         thread.join(SECONDS)
     assert not thread.is_alive()
     assert sorted(engine._free) == list(range(slots))
+
+
+class Running:
+    """`retention serve` in a thread, at a port of its own."""
+
+    def __init__(self, arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+        self.code: int | None = None
+        self.said = ""
+        self.servers: list[server.Server] = []
+        self.loops: list[asyncio.AbstractEventLoop] = []
+        running = self
+
+        class Seen(server.Server):
+            async def serve(self, sockets: Any = None) -> None:
+                running.loops.append(asyncio.get_running_loop())
+                running.servers.append(self)
+                running.url = server.url_of(sockets[0])
+                await super().serve(sockets)
+
+        monkeypatch.setattr(server, "Server", Seen)
+        self.thread = threading.Thread(target=self._run, args=(arguments,))
+        self.thread.start()
+        while self.thread.is_alive() and not (self.servers and self.servers[0].started):
+            self.thread.join(0.01)
+
+    def _run(self, arguments: list[str]) -> None:
+        self.code = cli.main([*arguments, "--port", "0", "--device", "cpu"])
+
+    def end(self) -> None:
+        for loop, running in zip(self.loops, self.servers, strict=True):
+            loop.call_soon_threadsafe(running.end)
+        self.thread.join(SECONDS)

@@ -507,10 +507,12 @@ def test_other_paths_and_methods(server: Served):
 def test_bodies_beyond_the_limit(server: Served):
     url = f"{server.url}/completions"
     body = json.dumps({"model": NAME, "prompt": "x" * 20_000}).encode()
-    for content in (body, (body[i : i + 1000] for i in range(0, len(body), 1000))):
-        message = "body: expected at most 20000 bytes, got "
+    pieces = (body[i : i + 1000] for i in range(0, len(body), 1000))
+    # One whose size is known is refused before it is read.
+    for content, got in ((body, str(len(body))), (pieces, "more")):
         headers = {"content-type": "application/json"}
-        refused(httpx.post(url, content=content, headers=headers), 413, message)
+        error = refused(httpx.post(url, content=content, headers=headers), 413)
+        assert error["message"] == f"body: expected at most 20000 bytes, got {got}"
 
 
 def test_a_key():
@@ -638,6 +640,32 @@ def test_sigint_ends_answers_that_take_too_long(start: Callable[..., Process]):
         "retention serve: finishing 1 answers, for at most 0.3 seconds",
         "retention serve: 1 answers are cut off",
     ]
+
+
+def test_without_an_engine_there_is_no_server(monkeypatch: pytest.MonkeyPatch, capsys):
+    """The process ends, for what keeps it running to start it anew."""
+
+    class Gone(serve_cases.Wrapped):
+        armed = False
+
+        def step(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+            if self.armed:
+                raise torch.AcceleratorError("no such device")
+            return super().step(tokens, slots)
+
+    model = serve_cases.run_model()
+    network = Gone(model.network)
+    monkeypatch.setattr(models, "load", lambda *_: model._replace(network=network))
+    running = serve_cases.Running(["serve", "--slots", "2"], monkeypatch)
+    network.armed = True
+    message = "the engine has failed: AcceleratorError: no such device"
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError, match=message) as error:
+            client.completions.create(model="run", prompt="x")
+        assert error.value.status_code == 503
+    running.thread.join(SECONDS)
+    assert running.code == 1
+    assert capsys.readouterr().err.endswith(f"retention serve: error: {message}\n")
 
 
 def fails(capsys: pytest.CaptureFixture[str], *options: object) -> str:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import re
 import runpy
 import shlex
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2 as httpx
 import pytest
 
 import serve_cases
 from retention import cli
-from retention.serve import schema, server
+from retention.serve import schema
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text()
@@ -39,43 +36,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Running:
-    """`retention serve` in a thread, at a port of its own."""
-
-    def __init__(self, arguments: list[str], monkeypatch: pytest.MonkeyPatch):
-        self.code: int | None = None
-        self.said = ""
-        self.servers: list[server.Server] = []
-        self.loops: list[asyncio.AbstractEventLoop] = []
-        running = self
-
-        class Seen(server.Server):
-            async def serve(self, sockets: Any = None) -> None:
-                running.loops.append(asyncio.get_running_loop())
-                running.servers.append(self)
-                running.url = server.url_of(sockets[0])
-                await super().serve(sockets)
-
-        monkeypatch.setattr(server, "Server", Seen)
-        self.thread = threading.Thread(target=self._run, args=(arguments,))
-        self.thread.start()
-        while self.thread.is_alive() and not (self.servers and self.servers[0].started):
-            self.thread.join(0.01)
-
-    def _run(self, arguments: list[str]) -> None:
-        self.code = cli.main([*arguments, "--port", "0", "--device", "cpu"])
-
-    def end(self) -> None:
-        for loop, running in zip(self.loops, self.servers, strict=True):
-            loop.call_soon_threadsafe(running.end)
-        self.thread.join(serve_cases.SECONDS)
-
-
 @pytest.fixture
-def running(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Iterator[Running]:
+def running(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Iterator[serve_cases.Running]:
     capsys.readouterr()
     (line,) = re.findall(r"^retention (serve .*)$", PAGE, re.MULTILINE)
-    started = Running(shlex.split(line), monkeypatch)
+    started = serve_cases.Running(shlex.split(line), monkeypatch)
     started.said = capsys.readouterr().out
     yield started
     started.end()
@@ -99,7 +64,7 @@ def without_numbers(line: str) -> str:
     return re.sub(r"N(, N)+", "N", re.sub(r"\d[\d,]*\d|\d", "N", line))
 
 
-def test_the_page_does_what_it_says(running: Running, capsys, monkeypatch):
+def test_the_page_does_what_it_says(running: serve_cases.Running, capsys, monkeypatch):
     assert {language for language, _ in BLOCKS} == {"", "bash", "python"}
     asked = 0
     for language, code in BLOCKS:
@@ -152,7 +117,7 @@ def test_every_option_is_there_with_its_default():
             assert f"{default:g}" in shown if isinstance(default, float) else str(default) in shown
 
 
-def test_every_parameter_error_and_metric_is_there(running: Running):
+def test_every_parameter_error_and_metric_is_there(running: serve_cases.Running):
     parameters = table_below("Endpoints")
     names = {*schema.CompletionRequest.model_fields, *schema.ChatRequest.model_fields}
     names |= {*schema._HARMLESS, *schema._NEUTRAL}

@@ -322,7 +322,10 @@ class Engine:
             self.failure = f"the engine has failed: {_one_line(error)}"
             with self._lock:
                 self._closed = self.failure
-        for sequence in [*self._active, *self._waiting, *self._inbox]:
+        with self._lock:  # nothing comes any more
+            self._waiting.extend(self._inbox)
+            self._inbox.clear()
+        for sequence in [*self._active, *self._waiting]:
             self._fail(sequence.request, self._closed, unavailable=True)
         self._sweep()
 
@@ -341,7 +344,7 @@ class Engine:
 
     def _sweep(self) -> None:
         """Sequences of requests that have ended or are cancelled leave."""
-        for sequences in (self._active, self._waiting, self._inbox):
+        for sequences in (self._active, self._waiting):
             for sequence in [x for x in sequences if x.request.cancelled or x.request.ended]:
                 if not sequence.request.ended:
                     sequence.request.ended = True
