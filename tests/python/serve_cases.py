@@ -166,6 +166,17 @@ class Wrapped:
         return self.inner.step(tokens, slots)
 
 
+class Endless(Wrapped):
+    """Never says token 0, which ends an answer of `folder_model`."""
+
+    NEVER = -1e4
+
+    def step(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        logits = super().step(tokens, slots)
+        logits[:, 0] = self.NEVER
+        return logits
+
+
 class Scripted(Wrapped):
     """Says the same behind every prompt of one token, whatever it has computed."""
 

@@ -45,6 +45,12 @@ def model(request: pytest.FixtureRequest) -> Model:
     return MODELS[request.param]()
 
 
+@pytest.fixture(scope="module")
+def small() -> Model:
+    """For what is no model's matter."""
+    return serve_cases.run_model()
+
+
 # ---- alone and under load -----------------------------------------------------------------------
 
 
@@ -52,7 +58,7 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
     """Different ones: lengths, ways of choosing, and what is asked beside tokens."""
     made = []
     for i in range(count):
-        more: dict[str, Any] = {"max_tokens": 3 + 7 * i % 41}
+        more: dict[str, Any] = {"max_tokens": 3 + 7 * i % 31}
         if i % 3 == 1:
             more |= {"temperature": 0.9, "top_p": 0.9, "seed": i}
         if i % 4 == 0:
@@ -62,9 +68,9 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_the_same_bits_alone_and_under_load(model: Model):
-    """64 requests at once in 16 slots, by one another in every way: tokens, texts and log
+    """Up to 64 requests at once in 16 slots, by one another in every way: tokens, texts and log
     probabilities are those that each has when nothing else runs."""
-    asked = requests(64)
+    asked = requests(64 if model.name == "folder" else 32)
     with engine_of(model, slots=16, prefill_tokens=16) as engine:
         assert engine.steps.sizes[-1] == 16
         together = [Waiting(engine, prompt, **more) for prompt, more in asked]
@@ -72,7 +78,7 @@ def test_the_same_bits_alone_and_under_load(model: Model):
         assert all(isinstance(done, Done) for done, *_ in together)
         for (prompt, more), got in list(zip(asked, together, strict=True))[::4]:
             assert Waiting(engine, prompt, **more).result() == got
-    assert len({str(texts) for _, texts, *_ in together}) > 48
+    assert len({str(texts) for _, texts, *_ in together}) > len(asked) * 3 / 4
 
 
 def test_greedy_tokens_are_those_of_the_model_without_a_cache():
@@ -440,7 +446,7 @@ def test_a_request_that_fails_hurts_no_other(prompt: str, loses: bool):
     model = serve_cases.run_model()
     network = Poisoned(model.network)
     network.loses = loses
-    asked = [(p, m) for p, m in requests(8) if "!" not in p]
+    asked = [(p, m) for p, m in requests(5) if "!" not in p]
     with engine_of(model._replace(network=network), slots=8, prefill_tokens=16) as engine:
         network.armed = True
         alone = [Waiting(engine, p, **m).result() for p, m in asked]
@@ -498,8 +504,8 @@ def test_a_device_that_is_gone_ends_the_engine(caplog: pytest.LogCaptureFixture)
 # ---- coming and going ---------------------------------------------------------------------------
 
 
-def test_cancelled_requests_leave_their_slots(model: Model):
-    with engine_of(model, slots=2) as engine:
+def test_cancelled_requests_leave_their_slots(small: Model):
+    with engine_of(small, slots=2) as engine:
         alone = Waiting(engine, "the end", max_tokens=20).result()
         running = [Waiting(engine, "the", max_tokens=10**6) for _ in range(2)]
         waiting = [Waiting(engine, "fox", max_tokens=10**6) for _ in range(3)]
@@ -516,8 +522,8 @@ def test_cancelled_requests_leave_their_slots(model: Model):
         engine.cancel(last.request)  # which has ended
 
 
-def test_a_queue_has_an_end(model: Model):
-    with engine_of(model, slots=2, max_queue=3) as engine:
+def test_a_queue_has_an_end(small: Model):
+    with engine_of(small, slots=2, max_queue=3) as engine:
         running = [Waiting(engine, "the", max_tokens=10**6) for _ in range(2)]
         waiting = Waiting(engine, "the", "fox", max_tokens=5)
         with pytest.raises(QueueFullError):
@@ -532,8 +538,8 @@ def test_a_queue_has_an_end(model: Model):
         assert isinstance(Waiting(engine, "fox", max_tokens=5).end(), Done)
 
 
-def test_draining_finishes_what_is_there(model: Model):
-    with engine_of(model, slots=2) as engine:
+def test_draining_finishes_what_is_there(small: Model):
+    with engine_of(small, slots=2) as engine:
         alone = Waiting(engine, "the", max_tokens=30).result()
         waiting = [Waiting(engine, "the", max_tokens=30) for _ in range(5)]
         assert engine.available
@@ -545,8 +551,8 @@ def test_draining_finishes_what_is_there(model: Model):
         assert engine.wait_until_idle(serve_cases.SECONDS)
 
 
-def test_closing_ends_what_is_there(model: Model):
-    with engine_of(model, slots=2) as engine:
+def test_closing_ends_what_is_there(small: Model):
+    with engine_of(small, slots=2) as engine:
         waiting = [Waiting(engine, "the", max_tokens=10**6) for _ in range(5)]
         waiting[0].next()
         assert not engine.wait_until_idle(0.01)
@@ -557,9 +563,9 @@ def test_closing_ends_what_is_there(model: Model):
         engine.close()
 
 
-def test_requests_from_many_threads(model: Model):
+def test_requests_from_many_threads(small: Model):
     """Some of which change their mind."""
-    with engine_of(model, slots=4) as engine:
+    with engine_of(small, slots=4) as engine:
         wanted = [Waiting(engine, p, max_tokens=9).result() for p in PROMPTS]
         found: list[bool] = []
 
