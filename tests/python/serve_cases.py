@@ -66,9 +66,9 @@ def make_folder(path: Path, dtype: torch.dtype = torch.float32) -> Path:
     return path
 
 
-def folder_model(dtype: torch.dtype = torch.float32) -> Model:
+def folder_model(dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: Any) -> Model:
     tokenizer = make_tokenizer()
-    model = cases.make_model(dtype=dtype, vocab_size=len(tokenizer))
+    model = cases.make_model(dtype=dtype, vocab_size=len(tokenizer), **sizes).to(device)
     text = TokenizerText(tokenizer, frozenset({tokenizer.eos_token_id}))
     return Model("folder", _FolderNetwork(model, torch.float32), text)
 
@@ -226,7 +226,7 @@ def served(
         loops.append(asyncio.get_running_loop())
         await running.serve([bound])
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     try:
         while not running.started and thread.is_alive():
@@ -259,7 +259,7 @@ class Running:
                 await super().serve(sockets)
 
         monkeypatch.setattr(server, "Server", Seen)
-        self.thread = threading.Thread(target=self._run, args=(arguments,))
+        self.thread = threading.Thread(target=self._run, args=(arguments,), daemon=True)
         self.thread.start()
         while self.thread.is_alive() and not (self.servers and self.servers[0].started):
             self.thread.join(0.01)
@@ -269,5 +269,7 @@ class Running:
 
     def end(self) -> None:
         for loop, running in zip(self.loops, self.servers, strict=True):
-            loop.call_soon_threadsafe(running.end)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(running.end)
         self.thread.join(SECONDS)
+        assert not self.thread.is_alive()

@@ -21,7 +21,7 @@ import serve_cases
 import transformers_cases as cases
 from retention.lm import generation
 from retention.serve import sampling
-from retention.serve.engine import Done, Failed, Piece, QueueFullError, UnavailableError
+from retention.serve.engine import Done, Engine, Failed, Piece, QueueFullError, UnavailableError
 from retention.serve.models import Model
 from retention.serve.sampling import Draw
 from retention.serve.steps import Steps
@@ -67,18 +67,39 @@ def requests(count: int) -> list[tuple[str, dict[str, Any]]]:
     return made
 
 
+def check_alone_and_under_load(engine: Engine, asked: list[tuple[str, dict[str, Any]]]) -> None:
+    """By one another in every way: tokens, texts and log probabilities are, to the last bit, those
+    that each request has when nothing else runs."""
+    together = [Waiting(engine, prompt, **more) for prompt, more in asked]
+    together = [waiting.result() for waiting in together]
+    assert all(isinstance(done, Done) for done, *_ in together)
+    for (prompt, more), got in list(zip(asked, together, strict=True))[::4]:
+        assert Waiting(engine, prompt, **more).result() == got
+    assert len({str(texts) for _, texts, *_ in together}) > len(asked) * 3 / 4
+
+
 def test_the_same_bits_alone_and_under_load(model: Model):
-    """Up to 64 requests at once in 16 slots, by one another in every way: tokens, texts and log
-    probabilities are those that each has when nothing else runs."""
-    asked = requests(64 if model.name == "folder" else 32)
+    """Up to 64 requests at once in 16 slots."""
     with engine_of(model, slots=16, prefill_tokens=16) as engine:
         assert engine.steps.sizes[-1] == 16
-        together = [Waiting(engine, prompt, **more) for prompt, more in asked]
-        together = [waiting.result() for waiting in together]
-        assert all(isinstance(done, Done) for done, *_ in together)
-        for (prompt, more), got in list(zip(asked, together, strict=True))[::4]:
-            assert Waiting(engine, prompt, **more).result() == got
-    assert len({str(texts) for _, texts, *_ in together}) > len(asked) * 3 / 4
+        check_alone_and_under_load(engine, requests(64 if model.name == "folder" else 32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_in_graphs_on_a_gpu(dtype: torch.dtype):
+    """On the kernels and on PyTorch operations; and captured steps give what calls give."""
+    sizes = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1}
+    model = serve_cases.folder_model(dtype, "cuda", **sizes)
+    with engine_of(model, slots=16, prefill_tokens=64) as engine:
+        check_alone_and_under_load(engine, requests(64))
+        assert engine.steps.bucket(16)._graphs
+    driven = []
+    for graphs in (True, False):
+        model.network.allocate(16)
+        steps = Steps(model.network, graphs=graphs)
+        driven.append(steps.drive([3, 1], [7, 8], 40).tolist())
+    assert driven[0] == driven[1]
 
 
 def test_greedy_tokens_are_those_of_the_model_without_a_cache():
