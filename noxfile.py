@@ -201,6 +201,38 @@ def demo(session: nox.Session) -> None:
     )
 
 
+@nox.session
+def serve(session: nox.Session) -> None:
+    """Serve a small language model, ask it something with OpenAI's client, and end it.
+
+    The model is that of `nox -s demo` where there is one, and else trained for 100 steps.
+    """
+    install_package(session, "serve,train")
+    install(session, "openai")
+    out = ROOT / "runs" / "demo"
+    if not any((out / "checkpoints").glob("step-*")):
+        out = ROOT / "runs" / "serve"
+        if not any((out / "checkpoints").glob("step-*")):
+            shutil.rmtree(out, ignore_errors=True)
+            session.run(
+                *("retention", "train", "--out", str(out), "--steps", "100"),
+                *("--warmup", "10", "--eval-every", "100", "--checkpoint-every", "100"),
+            )
+    command = [str(Path(session.bin) / "retention"), "serve", "--model", str(out), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            said = server.stdout.readline()
+            if (url := re.search(r"http://\S+(?=:)", said)) is None:
+                session.error(f"retention serve: expected to be told a URL, got {said!r}")
+            session.log(said.strip())
+            session.run("python", str(ROOT / "examples" / "ask_server.py"), url[0])
+        finally:
+            server.terminate()
+    if server.returncode != 0:
+        session.error(f"retention serve: expected exit code 0, got {server.returncode}")
+    session.log("retention serve: ended with exit code 0")
+
+
 def run_ctest(session: nox.Session, build: str, *arguments: str) -> None:
     session.run(
         *("ctest", "--test-dir", build, "--output-on-failure", "--parallel"),

@@ -1,5 +1,5 @@
-"""The `retention` command: train a model, generate from it, chat with it, convert others, measure,
-say what is built in."""
+"""The `retention` command: train a model, generate from it, chat with it, serve it, convert others,
+measure, say what is built in."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _NEEDS = {
     "chat": ("safetensors",),
     "bench": ("rich", "matplotlib"),
     "convert": ("transformers",),
+    "serve": ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "safetensors"),
 }
 # The extra with what a command needs, where it is not `train`.
-_EXTRAS = {"bench": "bench", "convert": "transformers"}
+_EXTRAS = {"bench": "bench", "convert": "transformers", "serve": "serve"}
 _INTERRUPTED = 130
 
 
@@ -167,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_convert(commands)
+    _add_serve(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="what is built in and which devices are there")
     info.set_defaults(run=_info)
@@ -384,6 +386,59 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model, with the endpoints of OpenAI's API",
+        description="Serve a run of `retention train` or a checkpoint of transformers on this "
+        "machine, with the endpoints of OpenAI's API. A text takes one slot whatever its length, "
+        "so that memory is known in advance. SIGTERM and SIGINT end it when what runs is done.",
+    )
+    serve.set_defaults(run=_serve)
+
+    def add(
+        flag: str, kind: Callable, default: object, text: str, metavar: str, shown: str = ""
+    ) -> None:
+        said = f"{text} (default: {shown or '%(default)s'})"
+        serve.add_argument(flag, type=kind, default=default, help=said, metavar=metavar)
+
+    add("--model", _path, Path("run"), "a run's folder, or one of transformers", "DIR")
+    add("--served-model-name", str, None, "what requests call it", "NAME", "the folder's name")
+    add("--host", str, "127.0.0.1", "address to listen on", "ADDRESS")
+    add("--port", _port, 8000, "0: any that is free", "N")
+    key = "that requests must bring; in $RETENTION_API_KEY no other user can see it"
+    add("--api-key", str, None, key, "KEY", "$RETENTION_API_KEY, or none is asked for")
+    slots = "16 on a CPU; on a GPU, as many as there is memory for, at most 256"
+    add("--slots", _positive, None, "texts generated at once", "N", slots)
+    add("--max-queue", _non_negative, 256, "texts that may wait for a slot", "N")
+    add("--max-prompt-tokens", _positive, None, "of a request", "N", "any number")
+    add("--max-new-tokens", _positive, 4096, "of a text; a chat has these unless it says", "N")
+    add("--max-body-bytes", _positive, 2**22, "of a request", "N")
+    piece = "of a prompt read between two steps of the others"
+    add("--prefill-tokens", _positive, 512, piece, "N")
+    add("--shutdown-seconds", _non_negative_float, 30.0, "for what runs when told to end", "X")
+    device = "cuda where there is one, else cpu"
+    add("--device", str, None, "where to run", "NAME", device)
+    serve.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the products (default: a checkpoint's own; float32 for a run)",
+    )
+    serve.add_argument(
+        "--state-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="what states are held in; bfloat16 takes half the memory (default: float32)",
+    )
+    serve.add_argument(
+        "--batch-invariance",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use batch sizes alone in which a text's numbers do not depend on the others, found "
+        "by trying them at the start (default: it is so)",
+    )
+
+
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
@@ -579,6 +634,12 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from retention.serve import command
+
+    return command.run(options, write)
+
+
 def _info(options: argparse.Namespace) -> int:
     from retention import installation
 
@@ -604,6 +665,13 @@ def _non_negative(text: str) -> int:
     value = _integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return value
+
+
+def _port(text: str) -> int:
+    value = _integer(text)
+    if not 0 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 65535, got {text!r}")
     return value
 
 
