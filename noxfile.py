@@ -287,27 +287,20 @@ def tests(session: nox.Session) -> None:
 
 
 def last_seen_revision() -> str:
-    """What CI has seen all mutations caught at: where this branch left origin's main, or, on main
-    itself, its last commit of a week before; `all` where git knows none."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    head = git("rev-parse", "HEAD")
-    base = git("merge-base", "HEAD", "origin/main")
-    if base and base != head:
-        return base
-    week_before = int(git("show", "--no-patch", "--format=%ct", "HEAD") or 0) - 7 * 24 * 3600
-    return git("rev-list", "--max-count=1", f"--before={week_before}", "HEAD") or "all"
+    """The commit of tests/mutations/seen, at which all mutations were seen caught; `all` where git
+    knows none of that name before this one."""
+    seen = (ROOT / "tests" / "mutations" / "seen").read_text().split()[0]
+    command = ["git", "-C", str(ROOT), "merge-base", "--is-ancestor", seen, "HEAD"]
+    known = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return seen if known else "all"
 
 
 @nox.session
 def mutations(session: nox.Session) -> None:
     """See that the tests notice mistakes in kernels, of which tests/mutations has a list.
 
-    In kernels that changed, or whose tests did; `-- all` for all kernels, or a git revision since
-    which changes count.
+    In kernels that changed since the commit of tests/mutations/seen, or whose tests did; `-- all`
+    for all kernels, or another git revision.
     """
     if len(session.posargs) > 1:
         session.error(f"mutations: expected `all` or a git revision, got {session.posargs}")

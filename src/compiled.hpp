@@ -8,7 +8,7 @@
 #include "retention/device/backward_plan.hpp"
 #include "retention/device/decode_plan.hpp"
 #include "retention/device/forward_plan.hpp"
-#include "retention/kernel/shared_bytes.hpp"
+#include "retention/kernel/launch_shape.hpp"
 
 namespace retention::device {
 

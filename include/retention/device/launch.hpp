@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "retention/device/status.hpp"
-#include "retention/kernel/shared_bytes.hpp"
+#include "retention/kernel/launch_shape.hpp"
 
 namespace retention::device {
 

@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <cute/tensor.hpp>
 
-#include "retention/kernel/shared_bytes.hpp"
+#include "retention/kernel/launch_shape.hpp"
 
 namespace retention::kernel {
 
