@@ -461,6 +461,19 @@ def cuda_modes(session: nox.Session) -> None:
             session.error(f"RETENTION_CUDA={mode}: another API than OFF: {seen}")
         session.log(f"RETENTION_CUDA={mode}: cuda {expected}, {len(seen[mode]['names'])} names")
 
+    if nvcc:
+        # Programs that are run on a GPU alone. Their objects, for no kernel is compiled again.
+        with timed(session, "tests on a device"):
+            tests = str(fresh_folder(session, "tests"))
+            options = QUICK | {"RETENTION_CUDA": "ON", "RETENTION_BUILD_TESTS": "ON"}
+            options["RETENTION_WARNINGS_AS_ERRORS"] = "ON"
+            session.run(
+                *("cmake", "-S", str(ROOT), "-B", tests, "-G", "Ninja", *defines(options)),
+            )
+            programs = [f"{name}_device_test" for name in ("forward", "backward", "decode")]
+            objects = [f"tests/cpp/CMakeFiles/{name}.dir/{name}.cu.o" for name in programs]
+            session.run("cmake", "--build", tests, "--target", *objects)
+
     message = session.run(
         "cmake",
         *("-S", str(ROOT), "-B", str(fresh_folder(session, "no-compiler"))),

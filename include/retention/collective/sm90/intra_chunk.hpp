@@ -61,7 +61,6 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
     auto const wait_for_tile = [&] {
       wait_for_copies<0, true>();  // of the queries as well
       __syncthreads();
-      load(shared, work, first_key + kTileKeys);
     };
     auto const weigh_before = [&](Product& score) {
       weigh_early(shared, work, row_gate[first_row()], first_key, score);
@@ -78,14 +77,19 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
       finish_sums<ValueDim / 2>(weight, &output(0));
     };
     if constexpr (kHasRoom) {
-      wait_for_tile();
+      typename Tiles::Loader const loader(work);
       Reach const reach(work.rows);
+      auto const next_tile = [&] {
+        wait_for_tile();
+        loader.load(shared, first_key + kTileKeys);
+      };
+      next_tile();
       Weight weight = {};
 #pragma unroll 1
       while (first_key + kTileKeys <= reach.first_token) {
         start_tile(shared, query, first_key, weigh_before, weight, output, normalizer[0]);
         first_key += kTileKeys;
-        wait_for_tile();
+        next_tile();
       }
       finish_sums<ValueDim / 2>(weight, &output(0));
 #pragma unroll 1
@@ -97,12 +101,13 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
         if (first_key >= work.rows.end_token()) {
           break;
         }
-        wait_for_tile();
+        next_tile();
       }
     } else {
 #pragma unroll 1
       do {
         wait_for_tile();
+        load(shared, work, first_key + kTileKeys);
         Reach const reach(work.rows);
         if (reach.last_token >= first_key) {
           if (first_key + kTileKeys <= reach.first_token) {
