@@ -322,8 +322,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
-        help="capture a step in a CUDA graph, and replay it; a model of transformers is compiled "
-        "for it, with a static cache (default: a run's on a CUDA device, others' not)",
+        help="capture a step in a CUDA graph, and replay it; of runs alone (default: on a CUDA "
+        "device)",
     )
     parser.add_argument(
         "--device", metavar="NAME", help="where to run (default: cuda where there is one, else cpu)"

@@ -500,7 +500,7 @@ def test_statistics_of_each_answer(made: dict[str, Path], say):
         ([b"\xff\n"], [], "the line: expected UTF-8 for the tokenizer of"),
         (["a"], ["--max-new-tokens", 0], "--max-new-tokens: expected at least 1, got 0"),
         (["a"], ["--checkpoint", "nowhere"], "--checkpoint: no such folder: nowhere"),
-        (["a"], ["--cuda-graph"], "--cuda-graph: expected a CUDA device, got cpu"),
+        (["a"], ["--cuda-graph"], "--cuda-graph: of runs of `retention train` alone; "),
         (["a"], ["--switch-over-seq-len", 4], "--switch-over-seq-len: of runs of"),
         (["a"], ["--checkpoint", "PICKY", "--system", "x"], "does not take this: No system."),
     ],

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticCache
+from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 import retention.transformers  # noqa: F401  (makes its model types known)
@@ -52,14 +52,16 @@ class Folder(Model):
         super().__init__(path, flag)
         self._device = device
         self._model: Any = None
-        self._static: StaticCache | None = None
         if settings.switch_over_seq_len is not None:
             raise UsageError(
                 f"--switch-over-seq-len: of runs of `retention train` alone; {path} is a model of "
                 "transformers, whose cache chooses it"
             )
-        if settings.cuda_graph and device.type != "cuda":
-            raise UsageError(f"--cuda-graph: expected a CUDA device, got {device}")
+        if settings.cuda_graph:
+            raise UsageError(
+                f"--cuda-graph: of runs of `retention train` alone; {path} is a model of "
+                "transformers, whose steps are called one by one"
+            )
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self._config = self._read_config()
@@ -212,8 +214,7 @@ class Folder(Model):
                     pieces.append((piece + text.end() if progress.ended else piece).encode())
                 give(pieces)
 
-            cache = self._static_cache(encoded, settings) if settings.cuda_graph else None
-            self.run(encoded, count, draw, ends.__contains__, take, statistics, stopped, cache)
+            self.run(encoded, count, draw, ends.__contains__, take, statistics, stopped)
 
         def run() -> Iterator[list[bytes]]:
             if count:
@@ -222,11 +223,6 @@ class Folder(Model):
         return run()
 
     def conversation(self, settings: Settings, system: str | None) -> Conversation:
-        if settings.cuda_graph:
-            raise UsageError(
-                "--cuda-graph: of `retention generate` for a folder of transformers, since a "
-                "captured step has room for one length"
-            )
         return _Turns(self, settings, system)
 
     def run(
@@ -250,7 +246,7 @@ class Folder(Model):
             take: called with the new tokens of each text, after each step.
             statistics: filled in; `take` finds in it which texts have ended.
             stopped: asked after each step, whether to end here.
-            cache: of the only prompt, of which it has seen a part; or an empty one.
+            cache: of the only prompt, of which it has seen a part.
         """
         width = max(map(len, prompts))
         pad = next(iter(self._ends()), 0)
@@ -258,7 +254,7 @@ class Folder(Model):
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts])
         watch = _Watch(ends, count, take, statistics, stopped)
         watch.cache = cache
-        # A hook finds the cache that generate() makes, and would be in the way of compiled steps.
+        # A hook finds the cache that generate() makes.
         hook = self._model.register_forward_hook(watch.see) if cache is None else None
         self._model.generation_config = self._plan(count)
         statistics.begin()
@@ -298,16 +294,6 @@ class Folder(Model):
                 f"{self.flag}: {self.path}: the model takes no more than {limit} tokens, prompt "
                 f"and new ones; expected fewer than {length} ({error})"
             ) from None
-
-    def _static_cache(self, prompts: list[list[int]], settings: Settings) -> StaticCache:
-        """The same for the warm-up and for what follows it: compiled steps know where it is."""
-        if self._static is None:
-            length = max(map(len, prompts)) + settings.max_new_tokens
-            config = self._config.get_text_config(decoder=True)
-            self._static = StaticCache(config=config, max_cache_len=length)
-        else:
-            self._static.reset()
-        return self._static
 
     # ---- conversations --------------------------------------------------------------------------
 
