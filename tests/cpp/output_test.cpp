@@ -399,6 +399,9 @@ void run_all_cases(std::uint64_t seed) {
                           })),
       make_case("resets without weight at them",
                 [](Case& c) { c.resets = 3, c.chunk_size = 192, c.lengths = {150}, c.keys = 80; }),
+      // Of few tokens a block, and of one a warpgroup.
+      {"40 query heads a key head", 128, {70}, false, 1, 40},
+      {"64 query heads a key head", 64, {66}, false, 1, 64},
   };
   for (Case const& c : cases) {
     if (HeadDim <= 64 || c.large_too) {

@@ -405,6 +405,9 @@ void run_all_cases(std::uint64_t seed) {
                 }),
       make_case("resets, no weight after the last keys",
                 [](Case& c) { c.resets = 3, c.chunk_size = 192, c.lengths = {150}, c.keys = 80; }),
+      // Of few tokens a block, and of one a warpgroup.
+      {"40 query heads a key head", 128, {70}, false, 1, 40},
+      {"64 query heads a key head", 64, {66}, false, 1, 64},
   };
   if (HeadDim * ValueDim <= 64 * 64) {
     cases.insert(cases.end(), more.begin(), more.end());
