@@ -208,9 +208,7 @@ def _serving_plan(options: argparse.Namespace, kind: str) -> serving.Plan:
     for flag in ("model", "layers", "memory_gib"):
         if getattr(options, flag) is not None and "serving" not in options.modes:
             name = flag.replace("_", "-")
-            raise UsageError(
-                f"--{name}: expected with the mode serving alone, got {options.modes[0]}"
-            )
+            raise UsageError(f"--{name}: expected the mode serving, got {options.modes[0]}")
     if set(options.modes) == {"serving"}:
         for flag in ("h", "hq", "d", "chunk", "tokens"):
             if getattr(options, flag) is not None:

@@ -444,9 +444,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="measure, beside what one would use instead",
         description="Measure power retention beside attention and others, on the same inputs. "
-        "Modes: fwd, bwd, fwd+bwd, decode, serving (a whole model's steps), context (one sequence over "
-        "the processes that torchrun starts), components (each kernel alone), memory, host (calls of few tokens) and build; "
-        "or `compare OLD NEW`, results of two runs, which fails where the new one is slower.",
+        "Modes: fwd, bwd, fwd+bwd, decode, serving (steps of a whole model), context (one sequence "
+        "over the processes that torchrun starts), components (each kernel alone), memory, host "
+        "(calls of few tokens) and build; or `compare OLD NEW`, results of two runs, which fails "
+        "where the new one is slower.",
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("modes", nargs="+", metavar="MODE", help="one or several")
@@ -464,13 +465,13 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         None,
         "sequences; for decode and serving, one or several numbers of them",
         nargs="+",
-        shown="1; for decode, usual shapes, unless some of --b --h --hq --d --tokens --state-dtype; "
-        "for serving, 1 8 32 128 on a GPU, 1 8 on a CPU",
+        shown="1; for decode, usual shapes, unless some of --b --h --hq --d --tokens --state-dtype;"
+        " for serving, 1 8 32 128 on a GPU, 1 8 on a CPU",
         **number,
     )
     lengths = (
-        "65536 on a GPU, for decode 1024 to 131072; 1024 4096 8192 on a CPU; for serving 2048 32768 "
-        "131072 and 512 2048"
+        "65536 on a GPU, for decode 1024 to 131072; 1024 4096 8192 on a CPU; for serving "
+        "2048 32768 131072 on a GPU, 512 2048 on a CPU"
     )
     add(
         "--t", _positive, None, "tokens, one or several lengths", nargs="+", shown=lengths, **number
