@@ -203,19 +203,18 @@ def _shapes(options: argparse.Namespace, p: Problem, kind: str) -> tuple[decodin
 
 
 def _serving_plan(options: argparse.Namespace, kind: str) -> serving.Plan:
-    """The usual one, but for what flags say. Raises UsageError for flags that say nothing of it, or
-    that nothing else listens to."""
-    for flag in ("model", "layers", "memory_gib"):
-        if getattr(options, flag) is not None and "serving" not in options.modes:
-            name = flag.replace("_", "-")
-            raise UsageError(f"--{name}: expected the mode serving, got {options.modes[0]}")
-    if set(options.modes) == {"serving"}:
-        for flag in ("h", "hq", "d", "chunk", "tokens"):
-            if getattr(options, flag) is not None:
-                raise UsageError(f"--{flag}: serving takes its shape from --model")
-        if options.no_gates or options.deg != 2:
-            flag = "no-gates" if options.no_gates else "deg"
-            raise UsageError(f"--{flag}: serving takes its shape from --model")
+    """The usual one, but for what flags say. Raises UsageError for flags that nobody listens to."""
+    if "serving" not in options.modes:
+        for name in ("model", "layers", "memory_gib"):
+            if getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag}: expected the mode serving, got {options.modes[0]}")
+    elif set(options.modes) == {"serving"}:
+        given = {name: getattr(options, name) for name in ("h", "hq", "d", "chunk", "tokens")}
+        given |= {"no-gates": options.no_gates or None, "deg": None if options.deg == 2 else True}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"--{name}: serving takes the shape of --model, and no other")
     quick = {"batches": serving.QUICK_BATCHES, "contexts": _QUICK_LENGTHS} if options.quick else {}
     memory = options.memory_gib
     flags = {
