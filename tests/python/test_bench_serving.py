@@ -137,6 +137,16 @@ def test_softmax_attention_reads_its_whole_cache(softmax_model, way):
     with way.chosen(softmax_model):
         steps._step()
     assert steps.chosen.tolist() == expected.tolist()
+    # Places behind the token, which hold anything, are read without a mask alone.
+    longer = serving.Softmax(softmax_model, 2 * t, 3)
+    for mine, theirs in zip(longer.cache.layers, before.layers, strict=True):
+        mine.keys[:, :, : t - 1], mine.values[:, :, : t - 1] = theirs.keys, theirs.values
+    over_places = serving.SoftmaxSteps(longer, way)
+    longer.tokens.copy_(text[:, -1:])
+    longer.place(t - 1)
+    with way.chosen(softmax_model):
+        over_places._step()
+    assert (over_places.chosen.tolist() == expected.tolist()) == way.masked
     assert cache.nbytes() == 3 * 2 * t * 2 * 2 * 16 * 4
     # Timed steps end at the last place.
     assert len(steps.seconds(t, 3, 4)) == 4
@@ -301,22 +311,23 @@ def test_the_fastest_of_what_fits_into_the_same_memory():
 def test_what_has_no_room_has_a_row_that_says_so(monkeypatch):
     """And what comes after it is measured."""
     make = serving.Softmax.__init__
-    freed = []
+    events = []
 
     def limited(self, model, t, b):
+        events.append(b)
         if b > 1:
             raise torch.OutOfMemoryError("out of memory\nand more")
         make(self, model, t, b)
 
     monkeypatch.setattr(serving.Softmax, "__init__", limited)
     plan = serving.Plan(batches=(2, 1), contexts=(40,))
-    rows = measured(plan, free=freed.append, wanted=lambda name: name != "retention")
+    rows = measured(plan, free=events.append, wanted=lambda name: name != "retention")
     assert [(x["peer"], x["pass"], x["b"], x.get("failed")) for x in rows] == [
         *((name, "decode", 1, None) for name in NAMES),
         *((name, "decode", 2, "out of memory") for name in NAMES),
         (NAMES[1], "first token", 1, None),
     ]
-    assert freed
+    assert events[events.index(2) + 1] == "cpu"  # memory is given back before anything else
 
 
 def test_what_can_not_be_built_has_rows_that_say_so(monkeypatch):
@@ -453,6 +464,7 @@ def test_a_plot_of_what_there_is(tmp_path):
     """Ours alone, and rows of both formats of states beside softmax attention."""
     rows = [step("retention", b, 10.0 * b, 10, t=t) for t in (64, 128) for b in (1, 8)]
     others = [step("retention", 1, 9.0, 5, state="bfloat16"), step("softmax, a", 1, 3.0, 5)]
+    others += [step("retention", 3, 30.0, 10, largest=True)]  # of no line
     saved = []
 
     def save(figure, name, title):
