@@ -26,7 +26,7 @@ from rich.console import Console
 import retention
 from retention.lm.errors import UsageError
 
-from . import compare, context, decoding, report
+from . import compare, context, decoding, report, served, serving
 from .modes import MODES, Bench
 from .problem import DTYPES, Problem
 from .timing import QUICK, Effort, measure_ceilings
@@ -145,7 +145,7 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
     if hq % h != 0:
         raise UsageError(f"--hq: expected a multiple of --h {h}, got {hq}")
     batches = options.b or (1,)
-    others = [mode for mode in options.modes if mode != "decode"]
+    others = [mode for mode in options.modes if mode not in ("decode", "serving")]
     if len(batches) > 1 and others:
         raise UsageError(f"--b: expected one number for {others[0]}, got {len(batches)}")
     lengths = options.t or (_QUICK_LENGTHS if options.quick else defaults["lengths"])
@@ -162,6 +162,10 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         gated=not options.no_gates,
         device=device,
     )
+    plan = _serving_plan(options, kind)
+    if "serving" in options.modes:
+        served.check_installed()
+        serving.check(plan, problem)
     effort = QUICK if options.quick else Effort(seconds=options.seconds)
     if kind == "cuda":
         torch.cuda.set_device(torch.device(device).index or 0)
@@ -181,6 +185,7 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         tuple(options.peers),
         _shapes(options, problem, kind),
         tuple(lengths) if options.t or options.quick or kind == "cpu" else decoding.CONTEXTS,
+        plan,
         say,
     )
 
@@ -195,6 +200,33 @@ def _shapes(options: argparse.Namespace, p: Problem, kind: str) -> tuple[decodin
         decoding.Shape(b, p.hq, p.h, p.d, tokens, state)
         for b, tokens, state in itertools.product(*choices)
     )
+
+
+def _serving_plan(options: argparse.Namespace, kind: str) -> serving.Plan:
+    """The usual one, but for what flags say. Raises UsageError for flags that nobody listens to."""
+    if "serving" not in options.modes:
+        for name in ("model", "layers", "memory_gib"):
+            if getattr(options, name) is not None:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag}: expected the mode serving, got {options.modes[0]}")
+    elif set(options.modes) == {"serving"}:
+        given = {name: getattr(options, name) for name in ("h", "hq", "d", "chunk", "tokens")}
+        given |= {"no-gates": options.no_gates or None, "deg": None if options.deg == 2 else True}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"--{name}: serving takes the shape of --model, and no other")
+    quick = {"batches": serving.QUICK_BATCHES, "contexts": _QUICK_LENGTHS} if options.quick else {}
+    memory = options.memory_gib
+    flags = {
+        "model": options.model,
+        "layers": options.layers,
+        "batches": options.b and tuple(options.b),
+        "contexts": options.t and tuple(options.t),
+        "states": options.state_dtype and tuple(options.state_dtype),
+        "memory": None if memory is None else int(memory * 2**30),
+    }
+    given = {name: x for name, x in flags.items() if x is not None}
+    return dataclasses.replace(serving.PLANS[kind], **{**quick, **given})
 
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:

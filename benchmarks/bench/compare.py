@@ -14,9 +14,9 @@ from retention.lm.errors import UsageError
 
 Row = dict[str, Any]
 
-# By what rows of two runs belong together. Decoding alone has shapes of its own in a row, and
-# several processes alone have passes.
-_SHAPE = ("b", "hq", "h", "d", "tokens", "state", "ranks", "pass")
+# By what rows of two runs belong together. Decoding and serving have shapes of their own in a
+# row, and serving and several processes have passes.
+_SHAPE = ("b", "hq", "h", "d", "tokens", "state", "ranks", "pass", "model", "layers")
 _KEY = ("mode", "t", *_SHAPE)
 
 

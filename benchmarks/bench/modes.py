@@ -23,7 +23,7 @@ import retention
 from retention import _C
 from retention.ops.cuda import coverage, launch
 
-from . import context, decoding
+from . import context, decoding, serving
 from .peers import Peer, Retention, Upstream, all_peers
 from .problem import Problem, Work
 from .timing import Ceilings, Effort, Timing
@@ -44,6 +44,7 @@ class Bench:
     only: tuple[str, ...] = ()  # names of peers, or how they begin; all of them where empty
     shapes: tuple[decoding.Shape, ...] = ()  # of decoding, and its contexts
     contexts: tuple[int, ...] = ()
+    serving: serving.Plan = dataclasses.field(default_factory=lambda: serving.Plan())
     say: Callable[[str], None] = print
 
     def problems(self) -> Iterator[Problem]:
@@ -143,6 +144,21 @@ def decode(bench: Bench) -> Iterator[Row]:
         bench.contexts,
         bench.effort,
         bench.ceilings,
+        lambda name: bench.is_wanted(name, names),
+        bench.say,
+        _free,
+    )
+
+
+def served(bench: Bench) -> Iterator[Row]:
+    """A whole model's steps and first tokens, and those of softmax attention beside them."""
+    ways = serving.softmax_ways(bench.problem.device)
+    names = {serving.RETENTION, *(way.name for way in ways)}
+    yield from serving.measure(
+        bench.serving,
+        bench.problem,
+        bench.ceilings,
+        bench.effort,
         lambda name: bench.is_wanted(name, names),
         bench.say,
         _free,
@@ -347,6 +363,7 @@ MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "bwd": backward,
     "fwd+bwd": forward_and_backward,
     "decode": decode,
+    "serving": served,
     "context": several,
     "components": components,
     "memory": memory,

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import serving_report
+
 Row = dict[str, Any]
 
 # Columns of each table, by the rows' keys, with their headings.
@@ -84,6 +86,7 @@ _COLUMNS = {
     },
     "host": {"part": "call of 64 tokens", "us": "us", "us before the launch": "before the launch"},
     "build": {"part": "file", "bytes": "size"},
+    **serving_report.COLUMNS,
 }
 
 
@@ -110,7 +113,7 @@ def print_tables(results: Row, console: Console) -> None:
         }
         table = Table(title=mode, title_justify="left")
         for key, heading in columns.items():
-            text = key in ("peer", "part", "pass", "note", "shape", "state")
+            text = key in ("peer", "part", "pass", "note", "shape", "state", "model")
             table.add_column(heading, justify="left" if text else "right")
         for row in rows:
             cells = [_cell(key, row) for key in columns]
@@ -138,6 +141,8 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each table. What decoding is beside attention is a table of its own."""
     tables: dict[str, list[Row]] = {}
     for row in rows:
+        if row["mode"] == "serving":
+            continue
         if row["mode"] != "decode":
             tables.setdefault(row["mode"], []).append(row)
         elif row["peer"] == "retention":
@@ -145,7 +150,7 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     beside = [
         line for _, ours, theirs in _by_shape(rows) for line in beside_attention(ours, theirs)
     ]
-    return tables | ({_BESIDE: beside} if beside else {})
+    return tables | ({_BESIDE: beside} if beside else {}) | serving_report.tables(rows)
 
 
 def _cell(key: str, row: Row) -> str:
@@ -154,11 +159,11 @@ def _cell(key: str, row: Row) -> str:
     value = row.get(key)
     if value is None or isinstance(value, str):
         return value or ""
-    if key in ("bytes", "memory"):
+    if key in ("bytes", "memory", "budget"):
         return f"{value / 2**20:,.1f} MiB"
     if key.startswith("share"):
         return f"{value:.1%}"
-    if key in ("t", "tokens/s"):
+    if key in ("t", "tokens/s", "tokens/s beside", "fits", "fits beside"):
         return f"{value:,.0f}"
     return f"{value:.1e}" if key in ("error", "worst gradient") else f"{value:.4g}"
 
@@ -392,6 +397,7 @@ def _plots(results: Row, folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
         save(figure, "decode_copy", device)
+    serving_report.plot(rows, device, save)
     return written
 
 

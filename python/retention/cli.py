@@ -444,9 +444,10 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="measure, beside what one would use instead",
         description="Measure power retention beside attention and others, on the same inputs. "
-        "Modes: fwd, bwd, fwd+bwd, decode, context (one sequence over the processes that torchrun "
-        "starts), components (each kernel alone), memory, host (calls of few tokens) and build; "
-        "or `compare OLD NEW`, results of two runs, which fails where the new one is slower.",
+        "Modes: fwd, bwd, fwd+bwd, decode, serving (steps of a whole model), context (one sequence "
+        "over the processes that torchrun starts), components (each kernel alone), memory, host "
+        "(calls of few tokens) and build; or `compare OLD NEW`, results of two runs, which fails "
+        "where the new one is slower.",
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("modes", nargs="+", metavar="MODE", help="one or several")
@@ -462,12 +463,16 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "--b",
         _positive,
         None,
-        "sequences; for decode, one or several numbers of them",
+        "sequences; for decode and serving, one or several numbers of them",
         nargs="+",
-        shown="1; for decode, usual shapes, unless some of --b --h --hq --d --tokens --state-dtype",
+        shown="1; for decode, usual shapes, unless some of --b --h --hq --d --tokens --state-dtype;"
+        " for serving, 1 8 32 128 on a GPU, 1 8 on a CPU",
         **number,
     )
-    lengths = "65536 on a GPU, for decode 1024 to 131072; 1024 4096 8192 on a CPU"
+    lengths = (
+        "65536 on a GPU, for decode 1024 to 131072; 1024 4096 8192 on a CPU; for serving "
+        "2048 32768 131072 on a GPU, 512 2048 on a CPU"
+    )
     add(
         "--t", _positive, None, "tokens, one or several lengths", nargs="+", shown=lengths, **number
     )
@@ -492,10 +497,29 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "--state-dtype",
         str,
         None,
-        "for decode, what states are held in, one or both",
+        "for decode and serving, what states are held in, one or both",
         nargs="+",
         choices=("float32", "bfloat16"),
         shown="float32",
+    )
+    add(
+        "--model",
+        str,
+        None,
+        "for serving, whose sizes, with random weights",
+        choices=("powercoder", "brumby", "small"),
+        shown="powercoder on a GPU, small on a CPU",
+    )
+    layers = "for serving, layers of the model"
+    add("--layers", _positive, None, layers, shown="all, or as many as fit", **number)
+    memory = "for serving, GiB for the memory of sequences, in which both models are compared"
+    add(
+        "--memory-gib",
+        _positive_float,
+        None,
+        memory,
+        shown="nine tenths of what is free beside the weights on a GPU, 1 on a CPU",
+        metavar="X",
     )
     _add_dtype(bench, None, "bfloat16 on a GPU, float32 on a CPU")
     add(
