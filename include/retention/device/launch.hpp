@@ -42,9 +42,11 @@ struct CudaLauncher {
   Status launch(typename Kernel::Params const& params) const {
     constexpr auto kShared = kernel::SharedBytes::of<Kernel>();
     auto const kernel = run_kernel<Kernel, kShared.warpgroups, kShared.warps>;
-    Code code{kShared.warps, false};
+    Code code{kShared.warps, false, false};
     constexpr std::size_t kDefaultSharedBytes = 48 * 1024;  // for which nobody need be asked
-    if constexpr (kStartsEarly<Kernel> || kShared.warpgroups != kShared.warps ||
+    constexpr bool kSameThreads =
+        kernel::LaunchShape<Kernel, true>::kThreads == kernel::LaunchShape<Kernel, false>::kThreads;
+    if constexpr (kStartsEarly<Kernel> || !kSameThreads || kShared.warpgroups != kShared.warps ||
                   kShared.warps > kDefaultSharedBytes) {
       if (Status status = prepare<Kernel>(kernel, kShared, code); !status) {
         return status;
@@ -67,7 +69,7 @@ struct CudaLauncher {
       attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       attribute.val.programmaticStreamSerializationAllowed = 1;
       config.attrs = &attribute;
-      config.numAttrs = code.warpgroups ? 1 : 0;
+      config.numAttrs = code.waits ? 1 : 0;
     }
     return to_status(cudaLaunchKernelEx(&config, kernel, params), "launch of a kernel");
   }
@@ -76,7 +78,8 @@ struct CudaLauncher {
   /// Of a kernel, what the current device runs.
   struct Code {
     std::size_t shared_bytes;
-    bool warpgroups;  // and waits for the launch before, where it may start early
+    bool warpgroups;  // whether its shape is that of main loops by wgmma
+    bool waits;       // for the launch before, where it may start early
   };
 
   // Finds out, and lets blocks have their shared memory: once a device, for the calls cost as much
@@ -85,7 +88,7 @@ struct CudaLauncher {
   static Status prepare(Function* kernel, kernel::SharedBytes const& shared, Code& code) {
     constexpr int kHopper = 90;
     constexpr int kDevices = 64;
-    enum class Known : char { kNothing, kForHopper, kForOthers };
+    enum class Known : char { kNothing, kForOthers, kForHopper, kWithWarpgroups };
     static std::atomic<Known> known[kDevices] = {};
     int device = 0;
     if (Status status = to_status(cudaGetDevice(&device), "current device"); !status) {
@@ -95,17 +98,21 @@ struct CudaLauncher {
         device < kDevices ? known[device].load(std::memory_order_relaxed) : Known::kNothing;
     bool const is_new = answer == Known::kNothing;
     if (is_new) {
-      // Code for older devices runs on new ones, too: it has no wgmma, and waits for nothing.
+      // Code for older devices runs on new ones, too: it has no wgmma, and waits for nothing. That
+      // for any device from Hopper on waits, and has no wgmma: its blocks may be smaller.
       cudaFuncAttributes attributes{};
       if (Status status =
               to_status(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel");
           !status) {
         return status;
       }
-      answer = attributes.ptxVersion >= kHopper ? Known::kForHopper : Known::kForOthers;
+      answer = attributes.ptxVersion < kHopper ? Known::kForOthers
+               : attributes.maxThreadsPerBlock < kernel::LaunchShape<Kernel, true>::kThreads
+                   ? Known::kForHopper
+                   : Known::kWithWarpgroups;
     }
-    bool const for_hopper = answer == Known::kForHopper;
-    code = {for_hopper ? shared.warpgroups : shared.warps, for_hopper};
+    bool const warpgroups = answer == Known::kWithWarpgroups;
+    code = {warpgroups ? shared.warpgroups : shared.warps, warpgroups, answer != Known::kForOthers};
     if (is_new) {
       if (Status status =
               to_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

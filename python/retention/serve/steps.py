@@ -18,10 +18,13 @@ from retention.serve.models import Network
 from retention.serve.sampling import Draw, as_tensor, choose, log_probabilities
 
 _WARM_UP_STEPS = 2
-# What buckets are tried with: sequences, those of them that are stepped alone too, and steps.
+# What buckets are tried with: sequences, those of them that are stepped alone too, and steps. The
+# kernels of a device divide a state among blocks by how many sequences there are, and what sums in
+# another order change may round away for many steps.
 _SEQUENCES = 4
 _ALONE = 2
 _STEPS = 3
+_STEPS_OF_KERNELS = 24
 
 
 class Row(NamedTuple):
@@ -129,6 +132,7 @@ class Steps:
             graphs = network.device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if graphs else None
         self.sizes = _powers_of_two(self.slots)
+        self._tried = _STEPS_OF_KERNELS if network.device.type == "cuda" else _STEPS
         self._buckets: dict[int, Bucket] = {}
         with devices.current(network.device):
             if batch_invariance:
@@ -255,7 +259,7 @@ class Steps:
         padding = [-1] * (size - len(rows))
         bucket.slots.copy_(torch.tensor([*range(len(rows)), *padding], dtype=torch.int32))
         steps = []
-        for step in range(_STEPS):
+        for step in range(self._tried):
             tokens = [self._token(sequence, step) for sequence in rows] + [0] * len(padding)
             bucket.tokens.copy_(torch.tensor(tokens)[:, None])
             bucket.run(sampled=False)
@@ -265,10 +269,13 @@ class Steps:
     def _begin(self, slot: int, sequence: int) -> None:
         """A slot has read a prompt, or nothing, and its window ends at one of the steps to come."""
         device = self.network.device
-        prompt = [self._token(sequence, -1 - i) for i in range(3 * sequence)]
+        length = 3 * sequence
+        if device.type == "cuda":
+            length += self.network.memories[0].window  # of which a state is made
+        prompt = [self._token(sequence, -1 - i) for i in range(length)]
         slots = torch.tensor([slot], dtype=torch.int32, device=device)
         for memory in self.network.memories:
-            end = len(prompt) + 1 + sequence % (_STEPS - 1)  # the step after it folds
+            end = len(prompt) + 1 + sequence % (self._tried - 1)  # the step after it folds
             torch.ops.retention.decode_reset(
                 *memory.pool, slots, torch.full_like(slots, end % memory.window)
             )
