@@ -101,6 +101,8 @@ def print_tables(results: Row, console: Console) -> None:
         f"ceilings: {ceilings['tflops']:.4g} TFLOP/s (large product), "
         f"{ceilings['tbytes']:.3g} TB/s (large copy)"
     )
+    for line in serving_report.models(results["rows"]):
+        console.print(line)
     for mode, rows in _tables(results["rows"]).items():
         # Where something failed, for that and why.
         measured = "ms" if "ms" in _COLUMNS[mode] else "bytes"

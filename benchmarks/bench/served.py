@@ -98,6 +98,7 @@ def configurations(name: str, layers: int | None) -> Pair:
         raise UsageError(f"--layers: expected at most the {whole} of {name}, got {layers}")
     config = ours(**{**sizes, "num_hidden_layers": layers or whole})
     shared = {key: getattr(config, key) for key in _SHARED}
+    shared |= {"bos_token_id": None, "eos_token_id": None}  # nothing begins or ends here
     if theirs is Starcoder2Config:  # its heads' channels are those of the hidden size
         shared |= {"norm_epsilon": config.norm_eps, "use_bias": config.use_bias}
     else:

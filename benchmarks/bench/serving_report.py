@@ -14,8 +14,6 @@ STEPS, FIRST, MEMORY = (
 )
 COLUMNS: dict[str, dict[str, str]] = {
     STEPS: {
-        "model": "model",
-        "layers": "layers",
         "t": "context",
         "b": "batch",
         "peer": "implementation",
@@ -30,8 +28,6 @@ COLUMNS: dict[str, dict[str, str]] = {
         "note": "",
     },
     FIRST: {
-        "model": "model",
-        "layers": "layers",
         "t": "prompt",
         "peer": "implementation",
         "state": "states",
@@ -40,7 +36,6 @@ COLUMNS: dict[str, dict[str, str]] = {
         "note": "",
     },
     MEMORY: {
-        "model": "model",
         "t": "context",
         "budget": "memory",
         "state": "states",
@@ -54,6 +49,14 @@ COLUMNS: dict[str, dict[str, str]] = {
         "speed-up": "speed-up",
     },
 }
+
+
+def models(rows: Iterable[Row]) -> list[str]:
+    """A line for each model that was served."""
+    served = dict.fromkeys(
+        (row["model"], row["layers"]) for row in rows if row["mode"] == "serving"
+    )
+    return [f"serving: sizes of {model}, {layers} layers" for model, layers in served]
 
 
 def tables(rows: Iterable[Row]) -> dict[str, list[Row]]:

@@ -468,6 +468,7 @@ def test_a_run_has_rows_of_both_with_the_same_memory(tmp_path: Path, capsys):
         assert len(list(csv.DictReader(file))) == len(rows)
     assert (tmp_path / "serving_small.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
+    assert "\nserving: sizes of small, 1 layers\n" in shown
     for title in (serving_report.STEPS, serving_report.FIRST, serving_report.MEMORY):
         assert f"\n{title} " in shown
     assert cli.main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
