@@ -403,7 +403,7 @@ def on_path(path, request):
     torch.set_num_threads(threads)
 
 
-# Of the kernels, the smallest are built for the emulator. There calls have one dtype after the other:
+# Of the kernels, the smallest are built for the emulator. There calls have one dtype after another:
 # the kernels' own tests have both, and these are of what is between them and a tensor.
 ROWS_AND_CALLS = [
     pytest.param(*row.values, name, marks=row.marks)

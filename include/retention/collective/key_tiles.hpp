@@ -127,49 +127,6 @@ struct KeyTiles {
     cute::cp_async_fence();
   }
 
-  /// What `load` needs, where there are registers for it.
-  class Loader {
-   public:
-    CUTE_DEVICE explicit Loader(Work const& work)
-        : key_stride_(work.key_stride),
-          value_stride_(work.value_stride),
-          gate_stride_(work.gate_stride),
-          end_token_(work.rows.end_token()) {
-      int const thread = this_thread();
-      key_ = work.key + thread / kKeyPieces * key_stride_ + thread % kKeyPieces * 8;
-      value_ = work.value + thread / kValuePieces * value_stride_ + thread % kValuePieces * 8;
-      gate_ = work.gate == nullptr ? nullptr : work.gate + thread * gate_stride_;
-    }
-
-    /// As KeyTiles::load.
-    CUTE_DEVICE void load(SharedStorage& shared, int first_key) const {
-      int const left = end_token_ - first_key;
-      if (left > 0) {
-        int const thread = this_thread();
-        int const slot = first_key / kTileKeys % kSlots;
-        copy<HeadDim, KeyLayout>(key_ + first_key * key_stride_, key_stride_, shared.key, slot,
-                                 left, thread);
-        copy<ValueDim, ValueLayout>(value_ + first_key * value_stride_, value_stride_,
-                                    shared.value, first_key / kTileKeys % kValueSlots, left,
-                                    thread);
-        if (gate_ != nullptr && thread < kLoadKeys) {
-          cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<detail::CumulativeGate>::copy(
-              gate_[first_key * gate_stride_], shared.gate[slot][thread], thread < left);
-        }
-      }
-      cute::cp_async_fence();
-    }
-
-   private:
-    Element const* key_;
-    Element const* value_;
-    detail::CumulativeGate const* gate_;
-    std::int64_t key_stride_;
-    std::int64_t value_stride_;
-    std::int64_t gate_stride_;
-    int end_token_;
-  };
-
   /// Starts the copy of kLoadKeys rows, zeros from row `left` on. Returns where the next ones are.
   /// That is in another register than any address of a copy: an instruction that changes one has to
   /// wait until the copy was issued.

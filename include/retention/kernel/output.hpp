@@ -210,7 +210,6 @@ struct Output : OneItem<Output<Traits>> {
         scale(decay * state_scale, decay * key_sum_scale, m, output, normalizer);
       }
     }
-    __syncthreads();  // the work is there
     Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
     store(params, shared.tile, shared.work.rows, output, normalizer);
   }

@@ -51,8 +51,8 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   CUTE_DEVICE static int reference_row(int row) { return row / kTileRows * kTileRows; }
 
   /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
-  /// as `work` is, which alone needs a barrier before. `output` and `normalizer` are over R_i; what
-  /// is added to them and returned is not.
+  /// as `work` is. `output` and `normalizer` are over R_i; what is added to them and returned is
+  /// not. What the other threads wrote or copied there needs no barrier before.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               detail::CumulativeGate const* row_gate, Output& output,
@@ -61,6 +61,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
     auto const wait_for_tile = [&] {
       wait_for_copies<0, true>();  // of the queries as well
       __syncthreads();
+      load(shared, work, first_key + kTileKeys);
     };
     auto const weigh_before = [&](Product& score) {
       weigh_early(shared, work, row_gate[first_row()], first_key, score);
@@ -77,19 +78,14 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
       finish_sums<ValueDim / 2>(weight, &output(0));
     };
     if constexpr (kHasRoom) {
-      typename Tiles::Loader const loader(work);
+      wait_for_tile();
       Reach const reach(work.rows);
-      auto const next_tile = [&] {
-        wait_for_tile();
-        loader.load(shared, first_key + kTileKeys);
-      };
-      next_tile();
       Weight weight = {};
 #pragma unroll 1
       while (first_key + kTileKeys <= reach.first_token) {
         start_tile(shared, query, first_key, weigh_before, weight, output, normalizer[0]);
         first_key += kTileKeys;
-        next_tile();
+        wait_for_tile();
       }
       finish_sums<ValueDim / 2>(weight, &output(0));
 #pragma unroll 1
@@ -101,13 +97,12 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
         if (first_key >= work.rows.end_token()) {
           break;
         }
-        next_tile();
+        wait_for_tile();
       }
     } else {
 #pragma unroll 1
       do {
         wait_for_tile();
-        load(shared, work, first_key + kTileKeys);
         Reach const reach(work.rows);
         if (reach.last_token >= first_key) {
           if (first_key + kTileKeys <= reach.first_token) {
