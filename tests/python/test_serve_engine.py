@@ -86,11 +86,10 @@ def test_the_same_bits_alone_and_under_load(model: Model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_in_graphs_on_a_gpu(dtype: torch.dtype):
-    """On the kernels and on PyTorch operations; and captured steps give what calls give."""
+def test_the_same_bits_in_graphs_on_a_gpu():
+    """And captured steps give what calls give."""
     sizes = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1}
-    model = serve_cases.folder_model(dtype, "cuda", **sizes)
+    model = serve_cases.folder_model(torch.float32, "cuda", **sizes)
     with engine_of(model, slots=16, prefill_tokens=64) as engine:
         check_alone_and_under_load(engine, requests(64))
         assert engine.steps.bucket(16)._graphs
