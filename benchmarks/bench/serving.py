@@ -407,13 +407,13 @@ class Retention:
     def __init__(
         self, pair: served.Pair, device: torch.device, dtype: torch.dtype, state: str, slots: int
     ):
-        from retention.serve.models import _FolderNetwork
+        from retention.serve.models import FolderNetwork
         from retention.serve.steps import Steps
 
         self._pair, self._dtype, self._state = pair, dtype, state
         model = served.build(pair.retention, device, dtype)
         self.weight_bytes = served.read_bytes(model)
-        self.network = _FolderNetwork(model, getattr(torch, state))
+        self.network = FolderNetwork(model, getattr(torch, state))
         self.network.allocate(slots)
         self.window = self.network.memories[0].window
         self.steps = Steps(self.network, batch_invariance=False)

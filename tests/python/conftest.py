@@ -33,6 +33,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=f"needs a GPU with kernels: {reason}"))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def emulated_module():
     folder = os.environ.get(EMULATED)

@@ -25,7 +25,7 @@ from retention.serve import server
 from retention.serve.app import Limits, create_app
 from retention.serve.engine import Done, Engine, Event, Failed, Piece, Request, Settings
 from retention.serve.metrics import Metrics
-from retention.serve.models import Model, _FolderNetwork, _RunNetwork
+from retention.serve.models import Model, FolderNetwork, RunNetwork
 from retention.serve.steps import Steps
 from retention.serve.text import ByteText, TokenizerText
 
@@ -70,7 +70,7 @@ def folder_model(dtype: torch.dtype = torch.float32, device: str = "cpu", **size
     tokenizer = make_tokenizer()
     model = cases.make_model(dtype=dtype, vocab_size=len(tokenizer), **sizes).to(device)
     text = TokenizerText(tokenizer, frozenset({tokenizer.eos_token_id}))
-    return Model("folder", _FolderNetwork(model, torch.float32), text)
+    return Model("folder", FolderNetwork(model, torch.float32), text)
 
 
 def run_model() -> Model:
@@ -79,7 +79,7 @@ def run_model() -> Model:
     model = LanguageModel(ModelConfig(layers=2, hidden_size=32, heads=2)).eval()
     with torch.no_grad():
         model.norm.weight.mul_(3)
-    return Model("run", _RunNetwork(model, "float32", torch.float32), ByteText())
+    return Model("run", RunNetwork(model, "float32", torch.float32), ByteText())
 
 
 MODELS = {"folder": folder_model, "run": run_model}

@@ -24,13 +24,7 @@ TEXT = b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i % 7, i * 3 % 10) for 
 PROMPT = TEXT[:29]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,11 +34,7 @@ def open_model(
         UsageError: where there is none of these, or transformers is missing.
     """
     with files.explained(f"{flag}: cannot read {path}"):
-        found = files.status(path)
-        if found is None:
-            raise UsageError(f"{flag}: no such folder: {path}")
-        if not stat.S_ISDIR(found.st_mode):
-            raise UsageError(f"{flag}: {path} is not a folder")
+        files.require_folder(path, flag)
         is_checkpoint = files.status(path / "state.json") is not None
         has_checkpoints = files.status(path / "checkpoints") is not None
         has_config = files.status(path / "config.json") is not None

@@ -53,6 +53,16 @@ def status(path: Path) -> os.stat_result | None:
         raise
 
 
+def require_folder(path: Path, flag: str) -> None:
+    """Raises UsageError where `path`, which the option `flag` named, is none; and OSError as
+    `status` does."""
+    found = status(path)
+    if found is None:
+        raise UsageError(f"{flag}: no such folder: {path}")
+    if not stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"{flag}: {path} is not a folder")
+
+
 def read(path: Path) -> bytes:
     """The content of a file.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,11 +112,7 @@ def load_model(
     """
     runs = RunFolder(path)
     with files.explained(f"{flag}: cannot read {path}"):
-        found = files.status(path)
-        if found is None:
-            raise UsageError(f"{flag}: no such folder: {path}")
-        if not stat.S_ISDIR(found.st_mode):
-            raise UsageError(f"{flag}: {path} is not a folder")
+        files.require_folder(path, flag)
         is_run = files.status(runs.config_file) is not None
     models: list[LanguageModel] = []
 
@@ -148,21 +143,33 @@ def sample(logits: Tensor, temperature: float, top_p: float, drawn: Tensor) -> T
     """
     if temperature == 0:
         return logits.argmax(-1)
+    limits = torch.finfo(widest(logits.device))
+    return sample_warm(logits, min(max(temperature, limits.tiny), limits.max), top_p, drawn)
+
+
+def sample_warm(
+    logits: Tensor, temperature: float | Tensor, top_p: float | Tensor, drawn: Tensor
+) -> Tensor:
+    """`sample` at temperatures above 0, which may differ from row to row, as `top_p` may.
+
+    Args:
+        logits, drawn: as `sample` has them.
+        temperature: normal and finite in the device's widest dtype; one, or `[b, 1]` of that dtype.
+        top_p: one, or `[b, 1]` of that dtype.
+    """
     wide = widest(logits.device)
-    limits = torch.finfo(wide)
     # As they came: of fewer bits, a device sorts them faster.
-    logits, byte = logits.sort(dim=-1, descending=True, stable=True)
+    logits, token = logits.sort(dim=-1, descending=True, stable=True)
     logits = logits.to(wide)
     # At most 0, so that no temperature makes an infinity that is not a probability of 0.
     below = logits - logits[:, :1]
-    probability = (below / min(max(temperature, limits.tiny), limits.max)).softmax(-1)
-    reached = probability.cumsum(-1)
+    reached = (below / temperature).softmax(-1).cumsum(-1)
     # The set ends where top_p is reached; rounding may have it that it never is.
     last = (reached[:, :-1] < top_p).sum(-1, keepdim=True)
     place = torch.searchsorted(
         reached, drawn.to(wide)[:, None] * reached.gather(-1, last), right=True
     )
-    return byte.gather(-1, torch.minimum(place, last))[:, 0]
+    return token.gather(-1, torch.minimum(place, last))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Model(NamedTuple):
     text: Text
 
 
-class _RunNetwork:
+class RunNetwork:
     """A run of `retention train`."""
 
     def __init__(self, model: LanguageModel, dtype: str, state_dtype: torch.dtype):
@@ -94,7 +94,7 @@ class _RunNetwork:
             return self._decoding.step(tokens, self.memories, slots)
 
 
-class _FolderNetwork:
+class FolderNetwork:
     """A model of `retention.transformers`."""
 
     def __init__(self, model: Any, state_dtype: torch.dtype):
@@ -193,7 +193,7 @@ def load(
         message = str(error).removeprefix("--checkpoint: ")
         raise UsageError(f"--model: {message}") from None
     try:
-        network = _RunNetwork(model, dtype or "float32", state_dtype)
+        network = RunNetwork(model, dtype or "float32", state_dtype)
         network.slot_bytes()
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model: {path}: {error}") from None
@@ -223,7 +223,7 @@ def _load_folder(
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype is None else getattr(torch, dtype), local_files_only=True
         )
-        network = _FolderNetwork(model.to(device).eval(), state_dtype)
+        network = FolderNetwork(model.to(device).eval(), state_dtype)
         network.slot_bytes()
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, TypeError, ValueError, KeyError) as error:

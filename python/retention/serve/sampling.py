@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from retention.lm import generation
 from retention.ops.numerics import widest
 
 NOT_FINITE = -1  # in a token's place, where logits are no finite numbers
@@ -39,26 +40,14 @@ def choose(logits: Tensor, draws: Tensor | None) -> Tensor:
     """
     token = logits.argmax(-1)
     if draws is not None:
-        temperature, top_p, drawn = draws.unbind(1)
-        token = torch.where(temperature == 0, token, _sample(logits, temperature, top_p, drawn))
+        temperature, top_p = draws[:, :1], draws[:, 1:2]
+        limits = torch.finfo(draws.dtype)
+        warm = generation.sample_warm(
+            logits, temperature.clamp(limits.tiny, limits.max), top_p, draws[:, 2]
+        )
+        token = torch.where(temperature[:, 0] == 0, token, warm)
     broken = (logits * 0).sum(-1) != 0  # as NaN is, of infinities too
     return token.masked_fill(broken, NOT_FINITE)
-
-
-def _sample(logits: Tensor, temperature: Tensor, top_p: Tensor, drawn: Tensor) -> Tensor:
-    wide = temperature.dtype
-    limits = torch.finfo(wide)
-    # As they came: of fewer bits, a device sorts them faster.
-    logits, token = logits.sort(dim=-1, descending=True, stable=True)
-    logits = logits.to(wide)
-    # At most 0, so that no temperature makes an infinity that is not a probability of 0.
-    below = logits - logits[:, :1]
-    probability = (below / temperature.clamp(limits.tiny, limits.max)[:, None]).softmax(-1)
-    reached = probability.cumsum(-1)
-    # The set ends where top_p is reached; rounding may have it that it never is.
-    last = (reached[:, :-1] < top_p[:, None]).sum(-1, keepdim=True)
-    place = torch.searchsorted(reached, drawn[:, None] * reached.gather(-1, last), right=True)
-    return token.gather(-1, torch.minimum(place, last))[:, 0]
 
 
 def as_tensor(draws: list[Draw], device: torch.device) -> Tensor:
