@@ -25,7 +25,7 @@ from retention.serve import server
 from retention.serve.app import Limits, create_app
 from retention.serve.engine import Done, Engine, Event, Failed, Piece, Request, Settings
 from retention.serve.metrics import Metrics
-from retention.serve.models import Model, FolderNetwork, RunNetwork
+from retention.serve.models import FolderNetwork, Model, RunNetwork
 from retention.serve.steps import Steps
 from retention.serve.text import ByteText, TokenizerText
 
