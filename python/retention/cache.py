@@ -55,8 +55,12 @@ class RetentionCache:
         gating: whether tokens have log gates. Default True.
         deg: the degree p, positive and even. Default 2.
         device: of all tensors. Default: PyTorch's.
+        slices: how many blocks of threads share a state in ``step``, whose sums are added up in
+            order; 1 or more. By kernels a row's output then has the same bits whatever the number
+            of rows; so it has on no other path. Default: as many as fill the device, by the rows.
 
     Attributes:
+        slices: as given; may be set.
         pool: the tensors, a :class:`retention.ops.pool.Pool`.
 
     Raises:
@@ -82,6 +86,7 @@ class RetentionCache:
         gating: bool = True,
         deg: int = 2,
         device: torch.device | str | None = None,
+        slices: int | None = None,
     ):
         self.window, self._layout = _lay_out(
             slots,
@@ -97,6 +102,7 @@ class RetentionCache:
         )
         self.max_tokens_per_step = max_tokens_per_step
         self.pool = self._layout.allocate(device)
+        self.slices = slices
         self._checked: set[tuple[Any, ...]] = set()  # what of new tokens was found to fit
         self.reset()
 
@@ -146,6 +152,16 @@ class RetentionCache:
         return self._layout.state_dtype
 
     @property
+    def slices(self) -> int | None:
+        return self._slices or None
+
+    @slices.setter
+    def slices(self, slices: int | None) -> None:
+        if slices is not None:
+            checks.check_integer("slices", slices, 1)
+        self._slices = slices or 0  # as operators have it
+
+    @property
     def device(self) -> torch.device:
         return self.pool.cursors.device
 
@@ -173,7 +189,7 @@ class RetentionCache:
             f"{layout.value_dim}, window={self.window}, "
             f"max_tokens_per_step={self.max_tokens_per_step}, dtype={layout.dtype}, "
             f"state_dtype={layout.state_dtype}, gating={layout.gating}, deg={layout.deg}, "
-            f"device={str(self.device)!r})"
+            f"device={str(self.device)!r}, slices={self.slices})"
         )
 
     # ---- tokens ---------------------------------------------------------------------------------
@@ -259,7 +275,8 @@ class RetentionCache:
             raise ValueError(
                 f"Q: expected at most max_tokens_per_step = {most} tokens, got {Q.shape[1]}"
             )
-        return _step(*(*self.pool, Q, K, V, log_G, slots, cu_seqlens, most, self.window, self.deg))
+        sizes = (most, self.window, self.deg, self._slices)
+        return _step(*self.pool, Q, K, V, log_G, slots, cu_seqlens, *sizes)
 
     def rollback(self, slots: Tensor, tokens: int | Tensor) -> None:
         """The last tokens of each slot were never seen.

@@ -881,8 +881,8 @@ def test_opcheck():
     operators = torch.ops.retention
     for operator, arguments in (
         (operators.decode_fold, (slots, config.window, 0, 2)),
-        (operators.decode_step, (*rows, slots, None, config.most, config.window, 2)),
-        (operators.decode_step, (*packed, slots, bounds, config.most, config.window, 2)),
+        (operators.decode_step, (*rows, slots, None, config.most, config.window, 2, 0)),
+        (operators.decode_step, (*packed, slots, bounds, config.most, config.window, 2, 0)),
         (operators.decode_prefill, (*rows, slots, None, 1, 2)),
         (operators.decode_prefill, (*packed, slots, bounds, 1, 2)),
         (operators.decode_copy, (slots, slots.flip(0))),
@@ -931,7 +931,7 @@ def test_operators_refuse_gradients():
     before = snapshot(cache)
     operators = torch.ops.retention
     calls = {
-        "decode_step": (None, config.most, config.window, config.deg),
+        "decode_step": (None, config.most, config.window, config.deg, 0),
         "decode_prefill": (None, 0, config.deg),
     }
     for wanted in tokens:
@@ -980,6 +980,8 @@ def test_operators_refuse_gradients():
         ),
         ({"gating": 1}, TypeError, r"gating: expected a bool, got int"),
         ({"deg": 3}, ValueError, r"deg: .*even.*got 3"),
+        ({"slices": 0}, ValueError, r"slices: .*at least 1, got 0"),
+        ({"slices": 2.0}, TypeError, r"slices: expected an integer, got float"),
     ],
 )
 def test_wrong_sizes(arguments: dict, kind: type[Exception], message: str):

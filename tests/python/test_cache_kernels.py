@@ -158,6 +158,35 @@ def test_a_list_of_no_slots_and_one_of_too_many(device, paths):
     ]
 
 
+def test_slices_decide_the_order_of_sums_and_not_the_number_of_rows(device):
+    """By default there are as many as fill the device, which the rows of a batch share."""
+    config = changed(device=device, formats=(F16, F32), gating=False, window=16)
+    slots = config.indices(*range(config.slots))
+    new = config.tokens(0, config.slots, 1)
+    new["Q"].fill_(1)
+    new["V"].zero_()
+    # Of numbers of all sizes, each of which is there twice, but for its sign: all that queries of
+    # ones read from it is what rounding leaves of sums in their order.
+    D = retention.state_dim(config.d)
+    half = torch.randn(D // 2, config.dv) * 2.0 ** torch.randint(-9, 10, (D // 2, config.dv))
+    state = torch.cat((half, -half.flip(0))).expand(config.slots, config.h, D, config.dv)
+    sum_of_keys = torch.full((config.slots, config.h, D), 1e-3)
+
+    def read(rows: int, slices: int | None) -> Tensor:
+        """By the first of so many rows."""
+        cache = config.cache()
+        cache.slices = slices
+        cache.set_state(slots, state.to(device), sum_of_keys.to(device), 16)
+        rows_of = {name: x if x is None else x[:rows] for name, x in new.items()}
+        return cache.step(**rows_of, slots=slots[:rows])[0]
+
+    for slices in (2, 3, 5):
+        assert torch.equal(read(1, slices), read(4, slices))
+    assert not torch.equal(read(1, 2), read(1, 5))
+    if device == "cpu":  # of the emulator's few multiprocessors, rows take all
+        assert not torch.equal(read(1, None), read(4, None))
+
+
 @pytest.mark.parametrize("name", ["high", "key_sum", "log_gates", "cursors", "Q", "slots"])
 def test_tensors_that_do_not_fit_are_refused(device, name):
     """The kernels would read and write what is not theirs."""
@@ -167,7 +196,7 @@ def test_tensors_that_do_not_fit_are_refused(device, name):
     narrowed = {"Q": new["Q"][..., :-8], "slots": slots.long()}.get(name, new[name][:-1])
     arguments = {**new, name: narrowed}.values()
     with pytest.raises(ValueError, match=f"^{name}: expected .* as the pool, got "):
-        torch.ops.retention.decode_step(*arguments, None, config.most, config.window, 2)
+        torch.ops.retention.decode_step(*arguments, None, config.most, config.window, 2, 0)
 
 
 def test_rows_as_they_lie_and_rows_that_are_copied(device, paths):

@@ -78,11 +78,21 @@ def test_the_same_bits_alone_and_under_load(model: Model):
         check_alone_and_under_load(engine, requests(64 if model.name == "folder" else 32))
 
 
+WIDE = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1}
+
+
+def test_the_same_bits_where_many_tokens_are_as_likely():
+    """As in 16 bits."""
+    model = serve_cases.folder_model(torch.bfloat16, **WIDE)
+    with engine_of(model, slots=16, prefill_tokens=64) as engine:
+        check_alone_and_under_load(engine, requests(32))
+
+
 @pytest.mark.gpu
-def test_the_same_bits_in_graphs_on_a_gpu():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_in_graphs_on_a_gpu(dtype):
     """And captured steps give what calls give."""
-    sizes = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1}
-    model = serve_cases.folder_model(torch.float32, "cuda", **sizes)
+    model = serve_cases.folder_model(dtype, "cuda", **WIDE)
     with engine_of(model, slots=16, prefill_tokens=64) as engine:
         check_alone_and_under_load(engine, requests(64))
         assert engine.steps.bucket(16)._graphs
@@ -386,6 +396,20 @@ def test_rows_are_sampled_as_one_is_alone(draws: list[tuple], seed: int):
         wanted = generation.sample(logits[row : row + 1], temperature, top_p, uniform)
         assert got[row] == wanted[0]
     assert torch.equal(sampling.choose(logits, None), logits.argmax(-1))
+
+
+def test_among_equals_the_first_is_the_likeliest_whatever_is_asked():
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)).round().bfloat16()
+    chosen = sampling.choose(logits, None)
+    whole = sampling.log_probabilities(logits, chosen, 20)
+    assert torch.equal(whole[2][:, 0], chosen)
+    assert torch.equal(whole[1][:, 0], whole[0])
+    for row, tokens in zip(logits.tolist(), whole[2].tolist(), strict=True):
+        assert tokens == sorted(range(50), key=lambda token: (-row[token], token))[:20]
+    for rows, count in ((slice(0, 9), 3), (slice(4, 5), 20), (slice(7, 9), 1)):
+        got = sampling.log_probabilities(logits[rows], chosen[rows], count)
+        wanted = (whole[0][rows], *(x[rows, :count] for x in whole[1:]))
+        assert all(map(torch.equal, got, wanted))
 
 
 def test_a_seed_is_that_of_retention_generate():

@@ -104,7 +104,7 @@ def _fold(*arguments: Any) -> None:
 
 def _step(*arguments: Any) -> Tensor:
     p, new = Pool(*arguments[:_FIELDS]), NewTokens(*arguments[_FIELDS : _FIELDS + 4])
-    slots, cu_seqlens, max_tokens, window, deg = arguments[_FIELDS + 4 :]
+    slots, cu_seqlens, max_tokens, window, deg, _ = arguments[_FIELDS + 4 :]
     check_distinct("slots", slots, p)
     _check_lengths(cu_seqlens, new.Q.shape[1], max_tokens)
     return decoding.step(p, new, slots, cu_seqlens, max_tokens, window, deg)
@@ -209,7 +209,9 @@ def _output(*arguments: Any) -> Tensor:
 
 _OPERATORS = {
     "decode_fold(POOL, Tensor slots, int window, int keep, int deg) -> ()": (_fold, _nothing),
-    "decode_step(POOL, NEW, int max_tokens, int window, int deg) -> Tensor": (_step, _output),
+    "decode_step(POOL, NEW, int max_tokens, int window, int deg, int slices) -> Tensor": (
+        *(_step, _output),
+    ),
     "decode_prefill(POOL, NEW, int keep, int deg) -> Tensor": (_prefill, _output),
     "decode_copy(POOL, Tensor source, Tensor target) -> ()": (_copy, _nothing),
     "decode_reset(POOL, Tensor slots, Tensor phases) -> ()": (_reset, _nothing),

@@ -68,8 +68,10 @@ def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tenso
         count: how many of the likeliest tokens.
 
     Returns:
-        `[b]`, of the tokens; and `[b, count]` twice, of the likeliest and which they are.
+        `[b]`, of the tokens; and `[b, count]` twice, of the likeliest and which they are. Among
+        equals the first comes first, as in `choose`: in 16 bits many are, and `topk` takes any.
     """
     each = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = each.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
-    return chosen, *each.topk(min(count, each.shape[-1]), dim=-1)
+    likeliest = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    return chosen, each.gather(-1, likeliest), likeliest

@@ -3,6 +3,7 @@
 A batch's size is its bucket; rows that are not there are padding, of slot -1. Products of different
 sizes may round differently, and then a sequence's tokens would depend on how many others there are.
 So buckets are tried when they are made, and those with other bits than the largest are left out.
+Kernels that add up parts of a state are told how many parts: their sums have one order in all.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from retention.serve.models import Network
 from retention.serve.sampling import Draw, as_tensor, choose, log_probabilities
 
 _WARM_UP_STEPS = 2
-# What buckets are tried with: sequences, those of them that are stepped alone too, and steps. The
-# kernels of a device divide a state among blocks by how many sequences there are, and what sums in
-# another order change may round away for many steps.
+# What buckets are tried with: sequences, those of them that are stepped alone too, and steps.
 _SEQUENCES = 4
 _ALONE = 2
 _STEPS = 3
-_STEPS_OF_KERNELS = 24
+# Of a state, in batches of any size: enough to read those of few sequences fast.
+_SLICES = 8
 
 
 class Row(NamedTuple):
@@ -118,7 +118,8 @@ class Steps:
     Args:
         network: with its memory allocated.
         batch_invariance: whether a sequence's logits may depend on nothing but itself, to the last
-            bit. Then buckets are tried, and `sizes` are those that are left. Default: True.
+            bit. Then buckets are tried, and `sizes` are those that are left; and kernels divide
+            states alike in all of them. Default: True.
         graphs: whether steps are CUDA graphs. Default: on a CUDA device.
 
     Attributes:
@@ -132,7 +133,8 @@ class Steps:
             graphs = network.device.type == "cuda"
         self._graph_pool = torch.cuda.graph_pool_handle() if graphs else None
         self.sizes = _powers_of_two(self.slots)
-        self._tried = _STEPS_OF_KERNELS if network.device.type == "cuda" else _STEPS
+        for memory in network.memories:
+            memory.slices = _SLICES if batch_invariance else None
         self._buckets: dict[int, Bucket] = {}
         with devices.current(network.device):
             if batch_invariance:
@@ -259,7 +261,7 @@ class Steps:
         padding = [-1] * (size - len(rows))
         bucket.slots.copy_(torch.tensor([*range(len(rows)), *padding], dtype=torch.int32))
         steps = []
-        for step in range(self._tried):
+        for step in range(_STEPS):
             tokens = [self._token(sequence, step) for sequence in rows] + [0] * len(padding)
             bucket.tokens.copy_(torch.tensor(tokens)[:, None])
             bucket.run(sampled=False)
@@ -275,7 +277,7 @@ class Steps:
         prompt = [self._token(sequence, -1 - i) for i in range(length)]
         slots = torch.tensor([slot], dtype=torch.int32, device=device)
         for memory in self.network.memories:
-            end = len(prompt) + 1 + sequence % (self._tried - 1)  # the step after it folds
+            end = len(prompt) + 1 + sequence % (_STEPS - 1)  # the step after it folds
             torch.ops.retention.decode_reset(
                 *memory.pool, slots, torch.full_like(slots, end % memory.window)
             )

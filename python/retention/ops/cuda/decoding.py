@@ -26,6 +26,7 @@ from retention.ops.torch_private import allocate, current_device, current_stream
 
 _DEG = 2
 _NULL_SLOT = -1
+_PAIR_ROWS = 64  # of a state, in one of the block pairs that slices are made of
 _FIELDS = len(Pool._fields)
 
 
@@ -161,14 +162,16 @@ def _plan_tokens(arguments: tuple[Any, ...], make: Callable[[tuple[Any, ...]], P
         log_G is not None and signature(log_G),
         signature(slots),
         cu_seqlens is not None and signature(cu_seqlens),
-        arguments[_FIELDS + 6 :],  # three of a step, two of a prefill
+        arguments[_FIELDS + 6 :],  # four of a step, two of a prefill
     )
     return _plans.get(key) or keep(_plans, key, make(arguments))
 
 
 def _make_step(arguments: tuple[Any, ...]) -> Plan:
-    max_tokens, window, _ = arguments[-3:]
-    total, keep_, slice_pairs = arguments[_FIELDS].shape[1], 0, 0
+    max_tokens, window, _, slices = arguments[-4:]
+    total, keep_ = arguments[_FIELDS].shape[1], 0
+    pairs = arguments[0].shape[2] // _PAIR_ROWS
+    slice_pairs = -(-pairs // slices) if slices else 0
     plan = _make_tokens(
         *(arguments, max_tokens, (total, window, keep_, slice_pairs)),
         *(_C.decode_step_can_implement, _C.decode_step_workspace_size),
