@@ -23,8 +23,12 @@ _WARM_UP_STEPS = 2
 _SEQUENCES = 4
 _ALONE = 2
 _STEPS = 3
-# Of a state, in batches of any size: enough to read those of few sequences fast.
-_SLICES = 8
+# In 16 bits most sums in another order are rounded to the same number. Then so many numbers are
+# tried, counted in values that heads read. On an H200 a batch of one differed from larger ones
+# within 2^17, and not within 2^14; on a CPU it does, where a step takes longer.
+_ROUNDED = {"cuda": 2**17, "cpu": 2**14}
+# Of a state, in batches of any size: more read those of few sequences faster, fewer those of many.
+_SLICES = 4
 
 
 class Row(NamedTuple):
@@ -135,6 +139,7 @@ class Steps:
         self.sizes = _powers_of_two(self.slots)
         for memory in network.memories:
             memory.slices = _SLICES if batch_invariance else None
+        self._tried = _steps_to_try(network)
         self._buckets: dict[int, Bucket] = {}
         with devices.current(network.device):
             if batch_invariance:
@@ -261,7 +266,7 @@ class Steps:
         padding = [-1] * (size - len(rows))
         bucket.slots.copy_(torch.tensor([*range(len(rows)), *padding], dtype=torch.int32))
         steps = []
-        for step in range(_STEPS):
+        for step in range(self._tried):
             tokens = [self._token(sequence, step) for sequence in rows] + [0] * len(padding)
             bucket.tokens.copy_(torch.tensor(tokens)[:, None])
             bucket.run(sampled=False)
@@ -277,7 +282,7 @@ class Steps:
         prompt = [self._token(sequence, -1 - i) for i in range(length)]
         slots = torch.tensor([slot], dtype=torch.int32, device=device)
         for memory in self.network.memories:
-            end = len(prompt) + 1 + sequence % (_STEPS - 1)  # the step after it folds
+            end = len(prompt) + 1 + sequence % (self._tried - 1)  # the step after it folds
             torch.ops.retention.decode_reset(
                 *memory.pool, slots, torch.full_like(slots, end % memory.window)
             )
@@ -286,6 +291,14 @@ class Steps:
 
     def _token(self, sequence: int, step: int) -> int:
         return (7 + 31 * sequence + 13 * step) % self.network.vocabulary
+
+
+def _steps_to_try(network: Network) -> int:
+    if network.memories[0].dtype.itemsize > 2:
+        return _STEPS
+    values = sum(memory.kv_heads * memory.value_dim for memory in network.memories)
+    rounded = _ROUNDED.get(network.device.type, _ROUNDED["cpu"])
+    return max(_STEPS, -(-rounded // values))
 
 
 def _powers_of_two(slots: int) -> list[int]:
