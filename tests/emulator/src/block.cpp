@@ -388,16 +388,16 @@ void Launch::access_memory(std::uintptr_t address, std::size_t bytes, Access kin
     touch_shared(offset, bytes, store, /*async=*/false, site);
     return;
   }
-  if (Array* array = arrays().find(address)) {
-    touch_global(*array, address, bytes, kind, aligned, site);
-    return;
-  }
   if (!store) {
     auto const image = reinterpret_cast<std::uintptr_t>(&__ehdr_start);
     if (address - params_ < params_bytes_ ||
         address - image < reinterpret_cast<std::uintptr_t>(&_end) - image) {
       return;
     }
+  }
+  if (Array* array = arrays().find(address)) {
+    touch_global(*array, address, bytes, kind, aligned, site);
+    return;
   }
   std::string const what = name_of(kind) + std::string(store ? " to " : " from ");
   std::uintptr_t const past_shared = address - shared - config_.shared_bytes;

@@ -42,7 +42,7 @@ void* Arrays::allocate(std::size_t bytes, char const* name, bool read_only) {
   }
   array.cells = static_cast<GlobalCell*>(
       map_pages(array.num_cells() * sizeof(GlobalCell), PROT_READ | PROT_WRITE));
-  last_ = nullptr;
+  found_.fill(nullptr);
   return arrays_.emplace(reinterpret_cast<std::uintptr_t>(array.data), array).first->second.data;
 }
 
@@ -52,21 +52,23 @@ void Arrays::release(void* data) {
   munmap(array.cells, array.num_cells() * sizeof(GlobalCell));
   munmap(array.mapping, array.mapping_bytes);
   arrays_.erase(it);
-  last_ = nullptr;
+  found_.fill(nullptr);
 }
 
 Array* Arrays::find(std::uintptr_t address) {
   auto holds = [&](Array const& array) {
     return address - reinterpret_cast<std::uintptr_t>(array.data) < array.bytes;
   };
-  if (last_ != nullptr && holds(*last_)) {
-    return last_;
+  constexpr std::uintptr_t kPageBytes = 4096;
+  Array*& found = found_[address / kPageBytes % found_.size()];
+  if (found != nullptr && holds(*found)) {
+    return found;
   }
   auto it = arrays_.upper_bound(address);
   if (it == arrays_.begin() || !holds((--it)->second)) {
     return nullptr;
   }
-  return last_ = &it->second;
+  return found = &it->second;
 }
 
 std::string Arrays::locate(std::uintptr_t address) {

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -101,7 +102,8 @@ class Arrays {
 
  private:
   std::map<std::uintptr_t, Array> arrays_;  // by first address
-  Array* last_ = nullptr;
+  // What pages were found to be in: kernels go to and fro between a few arrays.
+  std::array<Array*, 256> found_{};
 };
 
 }  // namespace emulator::detail
