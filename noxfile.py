@@ -243,8 +243,9 @@ def run_ctest(session: nox.Session, build: str, *arguments: str) -> None:
 def run_pytest(session: nox.Session, *arguments: str, env: dict[str, str]) -> None:
     """On all processors, but where tests share a GPU and measure times and memory on it."""
     if not gpu_architectures():
-        # A thread of PyTorch's each, else they wait for one another's.
-        arguments = ("--numprocesses", "auto", *arguments)
+        # A file is one process's, so that what its tests share is made once. A thread of PyTorch's
+        # each, else they wait for one another's.
+        arguments = ("--numprocesses", "auto", "--dist", "loadfile", *arguments)
         env = {"OMP_NUM_THREADS": "1"} | env
     session.run("python", "-m", "pytest", *arguments, env=env)
 

@@ -258,7 +258,7 @@ void run_all_cases(std::uint64_t seed) {
       {"packed, strided", 64, {0, 400, 0}, 4, true, 3, 0.5f, true, false, true}, seed++);
   run<Element, kDirection>({"no initial state", 64, {300}, 3, false, 1, 0.5f, false}, seed++);
   // Segments longer than a batch of factors.
-  run<Element, kDirection>({"many chunks", 1, {700}, 350, false, 1, 0.01f}, seed++);
+  run<Element, kDirection>({"many chunks", 1, {560}, 280, false, 1, 0.01f}, seed++);
   Case c{"states only"};
   c.finals = false;
   run<Element, kDirection>(c, seed++);

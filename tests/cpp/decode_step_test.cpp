@@ -324,7 +324,7 @@ template <class Element, int HeadDim, int ValueDim>
 void run_all() {
   std::uint64_t seed = 0;
   // A state of many elements takes its time on the emulator: of that, what differs by its size.
-  constexpr bool kLarge = HeadDim > 64;
+  constexpr bool kLarge = HeadDim * ValueDim > 64 * 64;
   auto const run_both = [&](Case const& c, bool large_too = false) {
     if (!kLarge || large_too) {
       run<Element, HeadDim, ValueDim, 1>(c, seed);

@@ -337,6 +337,7 @@ void run(Case const& c, std::uint64_t seed) {
       }
     }
   }
+  std::cout << c.name << ", seed " << seed << "\n";
 }
 
 }  // namespace
@@ -364,7 +365,7 @@ RETENTION_TEST(exponents) {
   for (Gates const gates : {Gates::kNone, Gates::kMild, Gates::kSixty, Gates::kInfinite,
                             Gates::kPositive, Gates::kNaN}) {
     for (float const initial : {0.0f, 1e-30f, 1.0f, 1e30f}) {
-      Case c{"packed", 64, {65, 0, 1, 330, 0, 64}, true, 3, gates};
+      Case c{"packed", 64, {65, 0, 1, 200, 0, 64}, true, 2, gates};
       c.initial = initial;
       c.strided = initial == 1.0f;
       run(c, seed++);
@@ -396,7 +397,7 @@ RETENTION_TEST(exponents) {
   }
   // More chunks than a round of the scan takes, three rounds.
   for (Gates const gates : {Gates::kNone, Gates::kMild, Gates::kSixty, Gates::kPositive}) {
-    Case c{"many chunks", 2, {2500}, false, 2, gates};
+    Case c{"many chunks", 2, {2500}, false, 1, gates};
     c.initial = 1e20f;
     c.head_dim = c.value_dim = 8;
     run(c, seed++);

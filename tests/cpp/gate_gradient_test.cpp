@@ -262,9 +262,11 @@ void run_case(Case const& c, std::uint64_t seed) {
 }
 
 void run(Case const& c, std::uint64_t seed) {
-  run_case<cute::bfloat16_t>(c, seed);
-  if (c.chunk_size != 0) {
+  // Of a state alone the type is one of two; then one after the other.
+  if (c.chunk_size != 0 && seed % 2 == 1) {
     run_case<cute::half_t>(c, seed);
+  } else {
+    run_case<cute::bfloat16_t>(c, seed);
   }
 }
 
