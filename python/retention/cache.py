@@ -301,18 +301,31 @@ class RetentionCache:
 
     # ---- slots ----------------------------------------------------------------------------------
 
-    def reset(self, slots: Tensor | None = None) -> None:
-        """Slots, int32 ``[n]``, have seen nothing. Default: all of them.
+    def reset(self, slots: Tensor | None = None, phases: int | Tensor | None = None) -> None:
+        """Slots have seen nothing.
 
-        Where their windows end is spread again, which copies carry from slot to slot.
+        Args:
+            slots: int32 ``[n]``. Default: all of them.
+            phases: where windows end, in tokens seen modulo the window, one number or int32
+                ``[n]``; copies carry it from slot to slot. An engine may have it that a sequence
+                folds at the same tokens in every slot. Default: spread over the slots, so that few
+                fold in one step.
 
         Raises:
-            TypeError, ValueError: ``slots`` of another type, dtype, shape or device.
+            TypeError, ValueError: an argument of the wrong type, dtype, shape, device or value.
         """
         if slots is None:
             slots = torch.arange(self.slots, dtype=torch.int32, device=self.device)
         self.check_slots("slots", slots)
-        phases = (slots.long() * self.window // self.slots).int()
+        if phases is None:
+            phases = (slots.long() * self.window // self.slots).int()
+        elif isinstance(phases, Tensor):
+            self._check_indices("phases", phases)
+            checks.check_shape("phases", phases, tuple(slots.shape), "[n]", "slots")
+            phases = phases.remainder(self.window)
+        else:
+            checks.check_integer("phases", phases, 0)
+            phases = torch.full_like(slots, phases % self.window)
         _operators.decode_reset(*self.pool, slots, phases)
 
     def copy(self, source: Tensor, target: Tensor) -> None:

@@ -342,10 +342,15 @@ class Anything(RuleBasedStateMachine):
     def reset(self, data: st.DataObject) -> None:
         rows = self.draw_rows(data)
         before = snapshot(self.cache)
-        self.cache.reset(self.config.indices(*rows))
-        for slot in self.there(rows):
-            self.sequences[slot] = Sequence(self.config)
-            self.phases[slot] = slot * self.config.window // self.config.slots
+        spread = [slot * self.config.window // self.config.slots for slot in rows]
+        phase = data.draw(st.none() | st.integers(0, 9))
+        phases = spread if phase is None else [phase + i for i in range(len(rows))]
+        given = None if phase is None else self.config.indices(*phases)
+        self.cache.reset(self.config.indices(*rows), given)
+        for slot, phase in zip(rows, phases, strict=True):
+            if slot in self.there(rows):
+                self.sequences[slot] = Sequence(self.config)
+                self.phases[slot] = phase
         assert_same(self.cache, before, self.untouched(rows))
         scribble(self.cache, self.config.indices(*self.there(rows)))
 
@@ -476,6 +481,25 @@ def test_phases_are_spread_and_windows_end_there():
         [(4, 4), (12, 8), (20, 8), (28, 8), (36, 8)],
         [(6, 6), (14, 8), (22, 8), (30, 8), (38, 8)],
     ]
+
+
+def test_phases_may_be_given():
+    config = Config(slots=3, window=8, most=1)
+    cache = config.cache()
+    slots = indices(0, 2)
+    for phases, wanted in ((3, [3, 2, 3]), (11, [3, 2, 3]), (indices(4, 17), [4, 2, 1])):
+        cache.reset(slots, phases)
+        assert pool.unpack(cache.pool.cursors).phase.tolist() == wanted
+    before = snapshot(cache)
+    for wrong, kind, message in (
+        (-1, ValueError, "phases: expected an integer of at least 0, got -1"),
+        (1.5, TypeError, "phases: expected an integer, got float"),
+        (indices(1), ValueError, r"phases: expected \[n\] = \[2\] to match slots, got \[1\]"),
+        (indices(1, 2).long(), TypeError, "phases: expected torch.int32 as the cache"),
+    ):
+        with pytest.raises(kind, match=f"^{message}"):
+            cache.reset(slots, wrong)
+        assert_same(cache, before, [0, 1, 2])
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -149,8 +149,7 @@ def empty_slot(network: Network, slot: int, prompt: Sequence[int]) -> None:
     number = zlib.crc32(repr(list(prompt)).encode())
     slots = torch.tensor([slot], dtype=torch.int32, device=network.device)
     for memory in network.memories:
-        phases = torch.full_like(slots, number % memory.window)
-        torch.ops.retention.decode_reset(*memory.pool, slots, phases)
+        memory.reset(slots, number)
 
 
 # ---- from files ---------------------------------------------------------------------------------

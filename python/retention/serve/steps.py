@@ -282,10 +282,8 @@ class Steps:
         prompt = [self._token(sequence, -1 - i) for i in range(length)]
         slots = torch.tensor([slot], dtype=torch.int32, device=device)
         for memory in self.network.memories:
-            end = len(prompt) + 1 + sequence % (self._tried - 1)  # the step after it folds
-            torch.ops.retention.decode_reset(
-                *memory.pool, slots, torch.full_like(slots, end % memory.window)
-            )
+            # The step after it folds.
+            memory.reset(slots, len(prompt) + 1 + sequence % (self._tried - 1))
         if prompt:
             self.network.read(torch.tensor([prompt], device=device), slots)
 
