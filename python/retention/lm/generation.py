@@ -124,7 +124,10 @@ def load_model(
     if checkpoint.newest(runs.checkpoints, use, say) is None:
         if is_run:
             raise UsageError(f"{flag}: the run in {path} has no checkpoint yet")
-        use(checkpoint.read(path))
+        try:
+            use(checkpoint.read(path))
+        except checkpoint.DamagedCheckpointError as error:
+            raise UsageError(f"{flag}: {error}") from None
     return models[-1].to(device).eval()
 
 

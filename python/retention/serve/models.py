@@ -186,11 +186,7 @@ def load(
     name = name or path.resolve().name
     if _is_of_transformers(path):
         return _load_folder(path, device, dtype, state_dtype, name)
-    try:
-        model = generation.load_model(path, device, say)
-    except UsageError as error:
-        message = str(error).removeprefix("--checkpoint: ")
-        raise UsageError(f"--model: {message}") from None
+    model = generation.load_model(path, device, say, flag="--model")
     try:
         network = RunNetwork(model, dtype or "float32", state_dtype)
         network.slot_bytes()
