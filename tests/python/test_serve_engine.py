@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import serve_cases
 import transformers_cases as cases
 from retention.lm import generation
+from retention.nn import GateProjection
 from retention.serve import sampling
 from retention.serve.engine import Done, Engine, Failed, Piece, QueueFullError, UnavailableError
 from retention.serve.models import Model
@@ -397,6 +398,23 @@ def test_rows_are_sampled_as_one_is_alone(draws: list[tuple], seed: int):
         wanted = generation.sample(logits[row : row + 1], temperature, top_p, uniform)
         assert got[row] == wanted[0]
     assert torch.equal(sampling.choose(logits, None), logits.argmax(-1))
+
+
+def test_gates_are_widened_once():
+    """To the same bits."""
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        network = serve_cases.folder_model(torch.bfloat16).network
+        gates = [x for x in network._model.modules() if isinstance(x, GateProjection)]
+        assert {gate.weight.dtype for gate in gates} == {torch.float32}
+        for gate in gates:
+            gate.to(dtype)
+        network.allocate(2)
+        slots = torch.tensor([1, 0], dtype=torch.int32)
+        tokens = torch.tensor([[3], [9]])
+        logits.append(torch.stack([network.step(tokens + i, slots) for i in range(5)]))
+    assert torch.equal(*logits)
+    assert logits[0].dtype == torch.bfloat16
 
 
 def test_among_equals_the_first_is_the_likeliest_whatever_is_asked():

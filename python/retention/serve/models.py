@@ -15,7 +15,7 @@ from retention.cache import RetentionCache
 from retention.lm import devices, files, generation
 from retention.lm.errors import UsageError
 from retention.lm.model import VOCABULARY, LanguageModel
-from retention.nn import all_or_nothing
+from retention.nn import GateProjection, all_or_nothing
 from retention.serve.text import ByteText, Text, TokenizerText
 
 
@@ -101,6 +101,10 @@ class FolderNetwork:
         self.device = model.device
         self.vocabulary = model.config.vocab_size
         self.memories: list[RetentionCache] = []
+        for module in model.modules():
+            if isinstance(module, GateProjection):
+                # Once, instead of in every step: it computes in float32 or wider.
+                module.to(torch.promote_types(module.weight.dtype, torch.float32))
         self._model = model
         self._state_dtype = state_dtype
 
