@@ -430,8 +430,8 @@ void run_configuration(Configuration const& configuration, bool unchecked) {
     mixed.gate = 0.0;
     run(mixed);
     run({"packed, among empty", retention::test::among_empty(70, 200), 64, 64, true, 1, 1, -0.1});
-    Case single{
-        "packed, one token each", retention::test::one_token_each(), 64, 0, true, 1, 1, -0.1};
+    auto const sequences = retention::test::one_token_each(retention::test::kOnDevice ? 250 : 90);
+    Case single{"packed, one token each", sequences, 64, 0, true, 1, 1, -0.1};
     single.aligned = true;
     run(single);
     Case strong{"strong gates, strided", {90}, 64, 0, false, 1, 2, -60.0, true, true, true};

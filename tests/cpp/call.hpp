@@ -49,9 +49,9 @@ inline std::vector<int> among_empty(int first, int second) {
   return lengths;
 }
 
-/// Sequences of one token by the dozen, on a device by the hundred, and some of more.
-inline std::vector<int> one_token_each() {
-  std::vector<int> lengths(kOnDevice ? 250 : 90, 1);
+/// So many sequences of one token, but for two of more.
+inline std::vector<int> one_token_each(std::size_t sequences = 250) {
+  std::vector<int> lengths(sequences, 1);
   lengths[7] = 140;
   lengths[70] = 70;
   return lengths;
