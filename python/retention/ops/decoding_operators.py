@@ -210,7 +210,8 @@ def _output(*arguments: Any) -> Tensor:
 _OPERATORS = {
     "decode_fold(POOL, Tensor slots, int window, int keep, int deg) -> ()": (_fold, _nothing),
     "decode_step(POOL, NEW, int max_tokens, int window, int deg, int slices) -> Tensor": (
-        *(_step, _output),
+        _step,
+        _output,
     ),
     "decode_prefill(POOL, NEW, int keep, int deg) -> Tensor": (_prefill, _output),
     "decode_copy(POOL, Tensor source, Tensor target) -> ()": (_copy, _nothing),
