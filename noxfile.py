@@ -237,7 +237,8 @@ def serve(session: nox.Session) -> None:
 def building(session: nox.Session, build: str) -> Iterator[None]:
     """A CMake build beside something that leaves processors idle. Whoever builds again sees what
     is left of it, and why."""
-    command = [str(Path(session.bin) / "cmake"), "--build", build]
+    # Not cmake, which would leave the compilers at work when it is ended.
+    command = [str(Path(session.bin) / "ninja"), "-C", build]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **quiet) as process:
         try:
