@@ -425,7 +425,7 @@ def test_among_equals_the_first_is_the_likeliest_whatever_is_asked():
     assert torch.equal(whole[1][:, 0], whole[0])
     for row, tokens in zip(logits.tolist(), whole[2].tolist(), strict=True):
         assert tokens == sorted(range(50), key=lambda token: (-row[token], token))[:20]
-    for rows, count in ((slice(0, 9), 3), (slice(4, 5), 20), (slice(7, 9), 1)):
+    for rows, count in ((slice(0, 9), 3), (slice(4, 5), 20), (slice(7, 9), 1), (slice(0, 9), 0)):
         got = sampling.log_probabilities(logits[rows], chosen[rows], count)
         wanted = (whole[0][rows], *(x[rows, :count] for x in whole[1:]))
         assert all(map(torch.equal, got, wanted))

@@ -73,5 +73,7 @@ def log_probabilities(logits: Tensor, tokens: Tensor, count: int) -> tuple[Tenso
     """
     each = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     chosen = each.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
-    likeliest = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    likeliest = tokens[:, None][:, :0]
+    if count:  # as a rule there are none, and sorting a vocabulary takes long
+        likeliest = logits.sort(dim=-1, descending=True, stable=True).indices[:, :count]
     return chosen, each.gather(-1, likeliest), likeliest
