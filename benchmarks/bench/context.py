@@ -2,9 +2,11 @@
 
     torchrun --nproc-per-node 4 -m -- retention bench context --t 1048576 --out results
 
-measures on 1, 2 and 4 of them, and PyTorch's ring attention on all. A time is that of the slowest
-process. What communication costs is the time beyond that of the same call with a copy in the
-collective's place; how much of it other work hides follows from the time of the collective alone.
+measures on 1, 2 and 4 of them, and PyTorch's ring attention on all. Calls come as layers of a model
+do, several before any is waited for; a time is one call's part of what they take on the slowest
+process. What communication costs is the time beyond that of the same call with a copy in
+the collective's place; how much of it other work hides follows from the time of the collective
+alone.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 
 RING = "ring attention"
+LAYERS, SECONDS_QUEUED = 8, 0.2
 
 
 @contextlib.contextmanager
@@ -79,18 +82,14 @@ def measure(
     for t in lengths:
         for pass_ in ("fwd", "fwd+bwd"):
             # Fewer processes first: others are compared with them.
-            pairs = {(n, tokens) for n in numbers for tokens in (t, t * n // world)}
+            own = numbers if wanted("retention") else []
+            pairs = {(n, tokens) for n in own for tokens in (t, t * n // world)}
             calls: dict[tuple[int, int], Row | None] = dict.fromkeys(sorted(pairs))
             for n, tokens in calls:
                 say(f"context, {pass_}: {n} of {world} processes, {tokens:,} tokens")
                 row = None
-                try:
-                    if dist.get_rank() < n:
-                        row = _row(problem, tokens, n, pass_ != "fwd", effort, groups[n])
-                except torch.OutOfMemoryError as error:
-                    if n > 1:  # the others wait for this one
-                        raise
-                    row = {"ranks": 1, "t": tokens, "failed": str(error).splitlines()[0]}
+                if dist.get_rank() < n:
+                    row = _row(problem, tokens, n, pass_ != "fwd", effort, groups[n])
                 free(problem.device)
                 dist.barrier()
                 calls[n, tokens] = row
@@ -121,15 +120,18 @@ def _scaling(
 
 def _row(p: Problem, tokens: int, n: int, backward: bool, effort: Effort, group: Any) -> Row:
     rank = dist.get_rank(group)
+    row: Row = {"ranks": n, "t": tokens}
     start, stop = tokens * rank // n, tokens * (rank + 1) // n
     share = Problem(**{**vars(p), "t": stop - start})
-    step = _step(share, backward, group)
+    step = _step_that_fits(share, backward, group)
+    if step is None:
+        return row | {"failed": "out of memory"}
     timing = _slowest(step, p.device, effort, group)
     with _without_exchange():
         without = _slowest(step, p.device, effort, group)
     alone = _slowest(_exchanges(share, backward, group), p.device, effort, group)
     exposed = max(0.0, timing.ms - without.ms)
-    row = {"ranks": n, "t": tokens, **timing.row()}
+    row |= timing.row()
     row |= {"tokens/s": p.b * tokens / timing.ms * 1e3, "ms of exchange": alone.ms}
     row |= {"share exposed": exposed / timing.ms}
     if n > 1:
@@ -181,6 +183,21 @@ def _step(p: Problem, backward: bool, group: Any) -> Call:
     return step
 
 
+def _step_that_fits(p: Problem, backward: bool, group: Any) -> Call | None:
+    """A step, tried once without its collectives, so that nobody waits for a process that has no
+    memory for it; None on all where one has none."""
+    step = None
+    try:
+        with _without_exchange():
+            step = _step(p, backward, group)
+            step()
+    except torch.OutOfMemoryError:
+        step = None
+    fits = torch.tensor(float(step is not None), device=p.device)
+    dist.all_reduce(fits, dist.ReduceOp.MIN, group=group)
+    return step if fits else None
+
+
 def _exchanges(p: Problem, backward: bool, group: Any) -> Call:
     """The collectives of a step, one after another, and nothing else."""
     place = exchange.Place(group.group_name, group.rank(), group.size())
@@ -213,25 +230,28 @@ def _without_exchange() -> Iterator[None]:
 
 
 def _slowest(call: Call, device: str, effort: Effort, group: Any) -> Timing:
-    """As `timing.time_call`, of processes that make as many calls, each from the same moment on."""
+    """As `timing.time_call`, of processes that make as many calls, from the same moment on: on
+    GPUs `LAYERS` one after the other, or as many as `SECONDS_QUEUED` has."""
     cuda = device.startswith("cuda")
 
-    def seconds() -> float:
+    def seconds(queued: int) -> float:
         if cuda:
             torch.cuda.synchronize()
         dist.barrier(group)
         start = time.perf_counter()
-        call()
+        for _ in range(queued):
+            call()
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / queued
 
     def largest(values: list[float]) -> list[float]:
         every = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(every, dist.ReduceOp.MAX, group=group)
         return every.tolist()
 
-    first = largest([min(seconds() for _ in range(2))])[0]
-    times = largest([seconds() for _ in range(effort.calls(first))])
+    first = largest([min(seconds(1) for _ in range(2))])[0]
+    queued = max(1, min(LAYERS, int(SECONDS_QUEUED / first))) if cuda else 1
+    times = largest([seconds(queued) for _ in range(effort.calls(queued * first))])
     low, median, high = statistics.quantiles([1e3 * x for x in times], n=4)
     return Timing(median, low, high, len(times), graph=False)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from retention.bench import command, compare, decoding, modes, peers, report
+from retention.bench import command, compare, context, decoding, modes, peers, report
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
 
@@ -993,6 +993,26 @@ def test_decoding_beside_attention(tmp_path, capsys):
     assert "decode, b3 hq4 h2 d16, 3 tokens, states of bfloat16: " in shown
     assert cli.main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
     assert "0 of 4 times are slower" in capsys.readouterr().out
+
+
+def test_a_share_without_room_is_said_to_have_none(monkeypatch, tmp_path, capsys):
+    make = context._step
+
+    def limited(problem, backward, group):
+        if problem.t > 64:
+            raise torch.OutOfMemoryError("out of [/memory]\nand more")
+        return make(problem, backward, group)
+
+    monkeypatch.setattr(context, "_step", limited)
+    assert run("context", "--out", str(tmp_path)) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["pass"], row["t"], row.get("failed")) for row in rows] == [
+        ("fwd", 64, None),
+        ("fwd+bwd", 64, None),
+        ("fwd", 128, "out of memory"),
+        ("fwd+bwd", 128, "out of memory"),
+    ]
+    assert capsys.readouterr().out.count("failed") == 2
 
 
 def test_contexts_for_which_there_is_no_room_are_said_to_be(monkeypatch, tmp_path, capsys):
