@@ -370,6 +370,12 @@ void run_all_cases(std::uint64_t seed) {
                   c.log_gate = 3.0f, c.steady = true, c.chunk_size = 192,
                   c.lengths = {1, 150, 0, 90}, c.packed = true, c.group = 3, c.heads = 2;
                 }),
+      // Keys of a row's own tile, which factors serve, come after some that they do not.
+      make_case("gates that rise steeply, shared key heads",
+                [](Case& c) {
+                  c.log_gate = kIsHalf ? -0.004f : -0.5f, c.steady = true, c.chunk_size = 128,
+                  c.lengths = {110}, c.group = 3, c.initial = true;
+                }),
       make_case("zero rows", [](Case& c) { c.zeros = true, c.initial = true, c.lengths = {70}; }),
       make_case("zero rows, nothing before", [](Case& c) { c.zeros = true, c.lengths = {40}; }),
       make_case("keys of 100, small queries, large values",

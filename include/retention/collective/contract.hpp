@@ -32,8 +32,8 @@ namespace retention::collective {
 
 /// The rows of a block, with wgmma or without.
 template <int ValueDim, int Warps, bool Warpgroups>
-using ContractTiling = cute::conditional_t<Warpgroups && kFitsWarpgroups<ValueDim>, WarpgroupTiling,
-                                           RowTiling<2, Warps>>;
+using ContractTiling = cute::conditional_t<Warpgroups && kFitsWarpgroups<ValueDim>,
+                                           WarpgroupTiling<>, RowTiling<2, Warps>>;
 
 /// `Multiplicity`: whether dphi is to be multiplied by the multiplicity of its rows, 2 where I < J.
 template <class Element_, int HeadDim, int ValueDim, class Tiling_, bool Multiplicity>
@@ -41,8 +41,7 @@ struct Contract {
   using Element = Element_;
   using Tiling = Tiling_;
 
-  static constexpr bool kWarpgroups =
-      kTakesWarpgroups<ValueDim> && cute::is_same_v<Tiling, WarpgroupTiling>;
+  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim> && Tiling::kWarpgroups != 0;
   static constexpr int kStages = 3;
   static constexpr int kTileRows = 64;  // state rows of one block pair
   static constexpr int kBlocks = HeadDim / 8;

@@ -28,9 +28,10 @@ namespace retention::collective {
 
 /// The rows of a block, with wgmma or without, so that no score is computed twice: a lane has 64
 /// or, for dv above 32, 128 outputs by mma.
-template <int ValueDim, int Warps, bool Warpgroups>
-using ApplyTiling = cute::conditional_t<Warpgroups && kFitsWarpgroups<ValueDim>, WarpgroupTiling,
-                                        RowTiling<(ValueDim > 64 ? 2 : 4), Warps>>;
+template <int ValueDim, int Warps, bool Warpgroups, int kCount = 2>
+using ApplyTiling =
+    cute::conditional_t<Warpgroups && kFitsWarpgroups<ValueDim>, WarpgroupTiling<kCount>,
+                        RowTiling<(ValueDim > 64 ? 2 : 4), Warps>>;
 
 /// The output of a warp in fp32 registers: (MMA, rows / 16, columns / 8), that of 16 rows one after
 /// another.
@@ -49,8 +50,7 @@ struct ExpandApply {
   using Element = Element_;
   using Tiling = Tiling_;
 
-  static constexpr bool kWarpgroups =
-      kTakesWarpgroups<ValueDim> && cute::is_same_v<Tiling, WarpgroupTiling>;
+  static constexpr bool kWarpgroups = kTakesWarpgroups<ValueDim> && Tiling::kWarpgroups != 0;
   static constexpr int kStages = 3;
   static constexpr int kTileRows = 64;  // state rows of one block pair
   static constexpr int kBlocks = HeadDim / 8;
@@ -76,12 +76,10 @@ struct ExpandApply {
 
   using MmaAtom = cute::MMA_Atom<typename MmaOperation<Element>::type>;
 
-  CUTE_DEVICE ExpandApply(SharedStorage& shared, Element const* state, Element const* key_sum,
-                          int thread)
+  CUTE_DEVICE ExpandApply(SharedStorage& shared, Element const* state, int thread)
       : shared_(shared),
         source_(state + source_row(thread / kPieces) * ValueDim + thread % kPieces * 8),
-        offset_(StateLayout{}(thread / kPieces, thread % kPieces * 8, 0)),
-        key_sum_(key_sum) {}
+        offset_(StateLayout{}(thread / kPieces, thread % kPieces * 8, 0)) {}
 
   /// Starts the first loads: they do not need the tile of queries, and overlap its own.
   CUTE_DEVICE void prefetch() {
@@ -91,37 +89,87 @@ struct ExpandApply {
     }
   }
 
-  /// Adds to `output` [rows, dv] and to `normalizer`, rows g and g + 8 of each mma tile, those of
-  /// the warp from `first_row` on. A lane's share of a normalizer is its part of a sum over the
-  /// four lanes of a quad. Warps whose rows stand for nothing compute as the others do: all meet at
-  /// the same barriers, and a branch around the products would cost registers.
-  template <class Output>
-  CUTE_DEVICE void operator()(Element* query_smem, int first_row, int lane, Output& output,
-                              float (&normalizer)[kMmaRows][2]) {
+  /// Adds to `normalizer`, rows g and g + 8 of each mma tile, those of the warp from `first_row`
+  /// on: to a lane's part of a sum over the four of a quad. That is sum_{I <= J} q_I^T z_IJ q_J,
+  /// where z_IJ is the [8, 8] block of the sum of keys: z_IJ q_J on the tensor cores, with z^T as
+  /// the B operand straight from global memory, where its pairs lie.
+  CUTE_DEVICE static void add_key_sum(Element const* key_sum, Element* query_smem, int first_row,
+                                      int lane, float (&normalizer)[kMmaRows][2]) {
     static_assert(kExpanded == Expanded::kQueries, "keys have no normalizers");
     cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(query_smem), QueryLayout{});
-    __syncthreads();  // the queries are there
-    add_key_sum(query, first_row, lane, normalizer);
-    apply(query, first_row, lane, output);
+    Element const* source = key_sum + 2 * lane;  // a = lane / 4, b = 2 (lane % 4)
+    auto const load_block = [&](int I, int J) {
+      return J < I ? 0u
+                   : *reinterpret_cast<std::uint32_t const*>(source +
+                                                             kTileRows * (J * (J + 1) / 2 + I));
+    };
+    std::uint32_t b[kBlocks];  // one for each J, of the next I as soon as that of this one is used
+#pragma unroll
+    for (int J = 0; J < kBlocks; ++J) {
+      b[J] = load_block(0, J);
+    }
+#pragma unroll 1
+    for (int I = 0; I < kBlocks; ++I) {
+      float product[kMmaRows][4] = {};  // [row, a]
+#pragma unroll
+      for (int J = 0; J < kBlocks; J += 2) {
+        if (J + 1 < I) {
+          continue;
+        }
+#pragma unroll
+        for (int m = 0; m < kMmaRows; ++m) {
+          std::uint32_t a[4];
+          load_mma_a(query, first_row + 16 * m, 8 * J, lane, a);
+          float (&c)[4] = product[m];
+          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[J],
+                                           b[J + 1], c[0], c[1], c[2], c[3]);
+        }
+        b[J] = load_block(I + 1, J);
+        b[J + 1] = load_block(I + 1, J + 1);
+      }
+      Element const* outer = &query(first_row + lane / 4, 8 * I, 0);
+#pragma unroll
+      for (int m = 0; m < kMmaRows; ++m) {
+#pragma unroll
+        for (int upper = 0; upper < 2; ++upper) {
+          std::uint32_t const factors = pair(outer, m, upper, 2 * (lane % 4));
+          normalizer[m][upper] += product[m][2 * upper] * detail::unpack_lo<Element>(factors) +
+                                  product[m][2 * upper + 1] * detail::unpack_hi<Element>(factors);
+        }
+      }
+    }
   }
 
-  /// The same for keys, which have no normalizers.
+  /// Adds to `output` [rows, dv]. Warps whose rows stand for nothing compute as the others do: all
+  /// meet at the same barriers, and a branch around the products would cost registers.
   template <class Output>
-  CUTE_DEVICE void operator()(Element* key_smem, int first_row, int lane, Output& output) {
-    static_assert(kExpanded == Expanded::kKeys, "queries have normalizers");
-    __syncthreads();  // the keys are there
-    apply(cute::make_tensor(cute::make_smem_ptr(key_smem), QueryLayout{}), first_row, lane, output);
+  CUTE_DEVICE void operator()(Element* smem, int first_row, int lane, Output& output) {
+    if constexpr (kExpanded == Expanded::kKeys) {
+      __syncthreads();  // the keys are there
+    }
+    int stage = 0;
+    int next_pair = kStages - 1;
+    auto const next = [&](int) {
+      wait_for_copies<kStages - 2, kWarpgroups>();
+      __syncthreads();
+      load(stage == 0 ? kStages - 1 : stage - 1, next_pair++);
+      return shared_.state + stage * (kTileRows * ValueDim);
+    };
+    auto const done = [&](int) { stage = stage == kStages - 1 ? 0 : stage + 1; };
+    apply(smem, first_row, lane, next, done, output);
   }
 
- private:
-  template <class Query, class Output>
-  CUTE_DEVICE void apply(Query const& query, int first_row, int lane, Output& output) {
+  /// The same where somebody else loads: next(pair) waits for the tile of the pair of blocks of
+  /// this number and returns it, and done(pair) gives it back.
+  template <class Next, class Done, class Output>
+  CUTE_DEVICE static void apply(Element* smem, int first_row, int lane, Next const& next,
+                                Done const& done, Output& output) {
+    cute::Tensor query = cute::make_tensor(cute::make_smem_ptr(smem), QueryLayout{});
     int const group = lane / 4;
     int const quad = lane % 4;
     // Rows 8 apart lie a constant apart, whatever the swizzle does to the columns: one address a
     // block serves them all.
     auto block = [&](int index) { return &query(first_row + group, 8 * index, 0); };
-    int stage = 0;
     int pair_index = 0;
 #pragma unroll 1
     for (int J = 0; J < kBlocks; ++J) {
@@ -136,9 +184,7 @@ struct ExpandApply {
       }
 #pragma unroll 1
       for (int I = 0; I <= J; ++I, ++pair_index) {
-        wait_for_copies<kStages - 2, kWarpgroups>();
-        __syncthreads();
-        load(stage == 0 ? kStages - 1 : stage - 1, pair_index + kStages - 1);
+        Element const* const tile = next(pair_index);
         Element const* outer = block(I);
         if constexpr (kExpanded == Expanded::kKeys) {
           if (I == J) {
@@ -146,27 +192,28 @@ struct ExpandApply {
           }
         }
         if constexpr (kWarpgroups) {
-          multiply_by_warpgroup(outer, native, stage, output);
+          multiply_by_warpgroup(outer, native, tile, output);
         } else {
-          multiply_by_warps(outer, native, stage, lane, output);
+          multiply_by_warps(outer, native, tile, lane, output);
         }
-        stage = stage == kStages - 1 ? 0 : stage + 1;
+        done(pair_index);
       }
     }
   }
 
+ private:
   using Native = std::uint32_t[kMmaRows][2][2];
 
   // Adds the products with a block pair's rows of the state.
   template <class Output>
-  CUTE_DEVICE void multiply_by_warps(Element const* outer, Native const& native, int stage,
-                                     int lane, Output& output) {
+  CUTE_DEVICE static void multiply_by_warps(Element const* outer, Native const& native,
+                                            Element const* tile, int lane, Output& output) {
     // The state row of k, as it lies in the tile: see `source_row`.
     int const state_lane = (lane & 24) | (lane & 1) << 2 | (lane & 7) >> 1;
 #pragma unroll
     for (int k = 0; k < kTileRows / 16; ++k) {
       cute::Tensor b = cute::make_tensor<Element>(cute::Shape<cute::_4, cute::Int<ValueDim / 8>>{});
-      load_rows_transposed(shared_.state, StateLayout{}, 16 * k, 0, stage, state_lane, b);
+      load_rows_transposed(tile, StateLayout{}, 16 * k, 0, 0, state_lane, b);
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
         cute::Tensor a = cute::make_tensor<Element>(cute::Shape<cute::_8>{});
@@ -182,11 +229,11 @@ struct ExpandApply {
 
   // The same: while rows of phi are made, the tensor cores read those made before.
   template <class Output>
-  CUTE_DEVICE void multiply_by_warpgroup(Element const* outer, Native const& native, int stage,
-                                         Output& output) {
+  CUTE_DEVICE static void multiply_by_warpgroup(Element const* outer, Native const& native,
+                                                Element const* tile, Output& output) {
     using Tile = WarpgroupTile<kTileRows, ValueDim>;
     constexpr int kSteps = kTileRows / 16;
-    typename Tile::Start const b(shared_.state + stage * (kTileRows * ValueDim));
+    typename Tile::Start const b(tile);
     std::uint32_t a[kSteps][kMmaRows][4];
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -227,7 +274,6 @@ struct ExpandApply {
 
   static constexpr int kPieces = ValueDim / 8;  // of 16 bytes in a row of the state
   static constexpr int kStepRows = kThreads / kPieces;
-  static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
 
   CUTE_DEVICE static int row_offset(int m, int upper) {
     return QueryLayout{}(16 * m + 8 * upper, 0, 0);
@@ -253,13 +299,14 @@ struct ExpandApply {
   // conflicts.
   CUTE_HOST_DEVICE static constexpr int source_row(int row) {
     if constexpr (kWarpgroups) {
-      return (row & ~15) | (row & 1) << 3 | (row & 14) >> 1;
+      return operand_row(row);
     } else {
       return (row & ~12) | (row & 4) << 1 | (row & 8) >> 1;
     }
   }
 
   CUTE_DEVICE void load(int stage, int pair_index) {
+    static_assert(kStepRows % 8 == 0 && kTileRows % kStepRows == 0, "steps of whole swizzles");
     if (pair_index < kPairs) {
       Element* target = shared_.state + offset_ + stage * (kTileRows * ValueDim);
 #pragma unroll
@@ -273,62 +320,9 @@ struct ExpandApply {
     cute::cp_async_fence();
   }
 
-  // sum_{I <= J} q_I^T z_IJ q_J, where z_IJ is the [8, 8] block of the sum of keys: z_IJ q_J on the
-  // tensor cores, with z^T as the B operand straight from global memory, where its pairs lie.
-  template <class Query>
-  CUTE_DEVICE void add_key_sum(Query const& query, int first_row, int lane,
-                               float (&normalizer)[kMmaRows][2]) const {
-    Element const* source = key_sum_ + 2 * lane;  // a = lane / 4, b = 2 (lane % 4)
-    std::uint32_t next[kBlocks];                  // one for each J
-    auto load_blocks = [&](int I) {
-#pragma unroll
-      for (int J = 0; J < kBlocks; ++J) {
-        next[J] = J < I ? 0
-                        : *reinterpret_cast<std::uint32_t const*>(
-                              source + kTileRows * (J * (J + 1) / 2 + I));
-      }
-    };
-    load_blocks(0);
-#pragma unroll 1
-    for (int I = 0; I < kBlocks; ++I) {
-      std::uint32_t b[kBlocks];
-#pragma unroll
-      for (int J = 0; J < kBlocks; ++J) {
-        b[J] = next[J];
-      }
-      load_blocks(I + 1);
-      float product[kMmaRows][4] = {};  // [row, a]
-#pragma unroll
-      for (int J = 0; J < kBlocks; J += 2) {
-        if (J + 1 < I) {
-          continue;
-        }
-#pragma unroll
-        for (int m = 0; m < kMmaRows; ++m) {
-          std::uint32_t a[4];
-          load_mma_a(query, first_row + 16 * m, 8 * J, lane, a);
-          float (&c)[4] = product[m];
-          MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[J],
-                                           b[J + 1], c[0], c[1], c[2], c[3]);
-        }
-      }
-      Element const* outer = &query(first_row + lane / 4, 8 * I, 0);
-#pragma unroll
-      for (int m = 0; m < kMmaRows; ++m) {
-#pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
-          std::uint32_t const factors = pair(outer, m, upper, 2 * (lane % 4));
-          normalizer[m][upper] += product[m][2 * upper] * detail::unpack_lo<Element>(factors) +
-                                  product[m][2 * upper + 1] * detail::unpack_hi<Element>(factors);
-        }
-      }
-    }
-  }
-
   SharedStorage& shared_;
   Element const* source_;
   int offset_;
-  Element const* key_sum_;
 };
 
 }  // namespace retention::collective

@@ -40,6 +40,11 @@ inline constexpr int kWarpgroupTileAlignment = 1024;
 template <class Layout>
 inline constexpr bool kKeepsAlignment = 2 * cute::cosize_v<Layout> % kWarpgroupTileAlignment == 0;
 
+/// Of a tile of the state the row that is row k of the B operand: see `ExpandApply`.
+CUTE_HOST_DEVICE constexpr int operand_row(int k) {
+  return (k & ~15) | (k & 1) << 3 | (k & 14) >> 1;
+}
+
 /// The contiguous dimension of the B operand, [N, K].
 using Major = cute::SM90::GMMA::Major;
 

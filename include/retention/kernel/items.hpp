@@ -9,28 +9,52 @@
 // Idle blocks take their time as well: where the grid would be far larger than the tokens imply,
 // fewer blocks take items in turns. That loop is a kernel of its own, since it would cost the main
 // loops registers.
+//
+// A kernel may have a warpgroup that copies for the others, beside `work` of the first kRowThreads:
+//
+//     produce(params, smem, number)       its part of an item
+//     kProducerRegisters, kRowRegisters   what a thread of either has, of those that a block was
+//                                         launched with
 
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+
+#include <cutlass/arch/reg_reconfig.h>
 #include <cute/tensor.hpp>
 
+#include "retention/detail/named_barrier.hpp"
 #include "retention/kernel/launch_shape.hpp"
 
 namespace retention::kernel {
+
+/// Calls visit(work), where work(number) is what the threads that call this do for an item.
+template <class Kernel, class Params, class Visit>
+CUTE_DEVICE void with_work(Params const& params, char* smem, Visit const& visit) {
+  if constexpr (Kernel::kProduces) {
+    if (static_cast<int>(threadIdx.x) >= Kernel::kRowThreads) {
+      cutlass::arch::warpgroup_reg_dealloc<Kernel::kProducerRegisters>();
+      visit([&](int number) { Kernel::produce(params, smem, number); });
+      return;
+    }
+    cutlass::arch::warpgroup_reg_alloc<Kernel::kRowRegisters>();
+  }
+  visit([&](int number) { Kernel::work(params, smem, number); });
+}
 
 /// An item a block.
 template <class Kernel>
 struct OneItem {
   static constexpr bool kTakesTurns = true;  // whether InTurns is an alternative
+  static constexpr bool kProduces = false;   // whether there is a warpgroup that copies
 
   template <class Params>
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     int const number = blockIdx.x;
     if (number < Kernel::count(params)) {
-      Kernel::work(params, smem, number);
+      with_work<Kernel>(params, smem, [&](auto const& work) { work(number); });
     }
   }
 };
@@ -52,8 +76,9 @@ struct InTurns {
   template <bool Warpgroups>
   static constexpr int kThreadsOf = LaunchShape<Kernel, Warpgroups>::kThreads;
   static constexpr int kThreads = Kernel::kThreads;
-  // With some more registers, for where a block is.
-  static constexpr int kMinBlocks = std::max(1, Kernel::kMinBlocks - 1);
+  // With some more registers, for where a block is, but where they are dealt out.
+  static constexpr int kMinBlocks =
+      Kernel::kProduces ? Kernel::kMinBlocks : std::max(1, Kernel::kMinBlocks - 1);
 
   template <bool Warpgroups>
   CUTE_HOST static dim3 grid_of(Params const& params) {
@@ -68,17 +93,19 @@ struct InTurns {
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
     auto& numbers = reinterpret_cast<SharedStorage*>(smem)->numbers;
-    int number = blockIdx.x;
+    with_work<Kernel>(params, smem, [&](auto const& work) {
+      int number = blockIdx.x;
 #pragma unroll 1
-    while (number < Kernel::count(params)) {
-      if (threadIdx.x % 32 == 0) {
-        numbers[threadIdx.x / 32] = number;
+      while (number < Kernel::count(params)) {
+        if (threadIdx.x % 32 == 0) {
+          numbers[threadIdx.x / 32] = number;
+        }
+        work(number);
+        detail::wait_at_barrier(0, Kernel::kThreads);  // shared memory is free
+        number = numbers[threadIdx.x / 32] + static_cast<int>(gridDim.x);
+        __syncwarp();
       }
-      Kernel::work(params, smem, number);
-      __syncthreads();  // shared memory is free
-      number = numbers[threadIdx.x / 32] + static_cast<int>(gridDim.x);
-      __syncwarp();
-    }
+    });
   }
 
  private:

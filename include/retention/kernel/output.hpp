@@ -40,17 +40,18 @@ struct Output : OneItem<Output<Traits>> {
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kValueDim = Traits::kValueDim;
   static constexpr bool kWarpgroups = collective::kTakesWarpgroups<kValueDim>;
+  // Long values leave a lane of four warpgroups no register for a product that is under way.
+  static constexpr int kWarpgroupCount = kHeadDim <= 64 && kValueDim <= 64 ? 2 : 3;
   template <bool Warpgroups>
-  using TilingOf = collective::ApplyTiling<kValueDim, Traits::kWarps, Warpgroups>;
+  using TilingOf = collective::ApplyTiling<kValueDim, Traits::kWarps, Warpgroups, kWarpgroupCount>;
   using Tiling = TilingOf<kWarpgroups>;
-  // Long rows leave no register for turns, and take far longer than idle blocks.
-  static constexpr bool kTakesTurns = kHeadDim <= 64;
+  // Long rows leave no register for turns, and take far longer than idle blocks. Nor do two blocks
+  // of three warpgroups, of values of 64.
+  static constexpr bool kTakesTurns = kHeadDim <= 64 && kValueDim != 64;
   static constexpr int kRows = Tiling::kRows;
   static constexpr int kMmaRows = Tiling::kMmaRows;
-  template <bool Warpgroups>
-  static constexpr int kThreadsOf = 32 * TilingOf<Warpgroups>::kWarps;
-  static constexpr int kThreads = kThreadsOf<kWarpgroups>;
-  static constexpr int kMinBlocks = 2;
+  static constexpr int kRowThreads = 32 * Tiling::kWarps;
+  static constexpr int kMinBlocks = kWarpgroups && kWarpgroupCount > 2 ? 1 : 2;
   // fp16 has too few exponents for the keys of a head and their sums: see `Exponents`.
   static constexpr bool kHasExponents = cute::is_same_v<Element, cute::half_t>;
   static constexpr int kQueryExponent = detail::kQueryExponent<Element>;
@@ -68,19 +69,36 @@ struct Output : OneItem<Output<Traits>> {
       collective::sm80::IntraChunk<Element, kHeadDim, kValueDim, TilingOf<false>>>;
   using Intra = IntraOf<kWarpgroups>;
   template <bool Warpgroups>
+  static constexpr int kThreadsOf = IntraOf<Warpgroups>::kThreads;
+  static constexpr int kThreads = kThreadsOf<kWarpgroups>;
+  template <bool Warpgroups>
   using TilesOf = RowTiles<TilingOf<Warpgroups>::kRows>;
   using Tiles = TilesOf<kWarpgroups>;
   using Tile = typename Tiles::Tile;
   using Rows = collective::TileRows;
   using QueryLayout = typename Apply::QueryLayout;
+  // A warpgroup that copies for the others.
+  template <bool Warpgroups>
+  static constexpr bool kProducesOf = TilingOf<Warpgroups>::kWarpgroups != 0;
+  static constexpr bool kProduces = kProducesOf<kWarpgroups>;
+  // A block was launched with 80 a thread where there are two of three warpgroups, or 128 of four.
+  static constexpr int kRowRegisters = kWarpgroupCount == 2 ? 104 : 144;
+  static constexpr int kProducerRegisters = kWarpgroupCount == 2 ? 32 : 80;
 
+  template <class Apply, class Intra>
+  union Loops {
+    Apply apply;
+    Intra intra;
+  };
+  template <bool Warpgroups>
+  using LoopsOf =
+      cute::conditional_t<kProducesOf<Warpgroups>, typename IntraOf<Warpgroups>::SharedStorage,
+                          Loops<typename ApplyOf<Warpgroups>::SharedStorage,
+                                typename IntraOf<Warpgroups>::SharedStorage>>;
   template <bool Warpgroups>
   struct StorageOf {
     alignas(128) Element query[cute::cosize_v<typename ApplyOf<Warpgroups>::QueryLayout>];
-    union {
-      typename ApplyOf<Warpgroups>::SharedStorage apply;
-      typename IntraOf<Warpgroups>::SharedStorage intra;
-    };
+    LoopsOf<Warpgroups> loops;  // one after the other, or all from one stream
     // Kept here for the loop inside the chunk and the epilogue: registers are short.
     Tile tile;
     typename IntraOf<Warpgroups>::Work work;
@@ -88,7 +106,9 @@ struct Output : OneItem<Output<Traits>> {
     detail::CumulativeGate row_gate[TilingOf<Warpgroups>::kRows];
   };
   using SharedStorage = StorageOf<kWarpgroups>;
-  static_assert(collective::kKeepsAlignment<QueryLayout>, "tiles of wgmma follow");
+  static_assert(collective::kKeepsAlignment<QueryLayout> &&
+                    collective::kKeepsAlignment<typename Apply::StateLayout>,
+                "tiles of wgmma follow");
 
   /// Every row of d or dv elements is aligned to 16 bytes.
   struct Params {
@@ -129,42 +149,32 @@ struct Output : OneItem<Output<Traits>> {
     return Tiles{params.sequences, params.group}.count();
   }
 
+  /// Copies keys and values for the others.
+  CUTE_DEVICE static void produce(Params const& params, char* smem, int number) {
+    if constexpr (kProduces) {
+      Item const item(params, number);
+      if (item.rows.tokens > 0) {
+        Intra::Stream::produce(reinterpret_cast<SharedStorage*>(smem)->loops, item.work(params));
+      }
+    }
+  }
+
   CUTE_DEVICE static void work(Params const& params, char* smem, int number) {
     SharedStorage& shared = *reinterpret_cast<SharedStorage*>(smem);
     int const thread = Intra::this_thread();
     int const lane = thread % 32;
     int const head = blockIdx.y;
-    Tiles const tiles{params.sequences, params.group};
-    Tile const tile = tiles.find(number);
-    Sequence const sequence = params.sequences.get(tile.sequence);
-    Rows const rows = tiles.rows(tile, sequence);
+    Item const item(params, number);
+    Tile const& tile = item.tile;
+    Sequence const& sequence = item.sequence;
+    Rows const& rows = item.rows;
     if (rows.tokens <= 0) {
       return;  // the same for the whole block
     }
-    int const first_token = tile.chunk * sequence.chunk_size;
-
-    auto const at = [&](TokenStride const& stride, int h) {
-      return stride.at(sequence, first_token, h);
-    };
-    detail::CumulativeGate const* gate =
-        params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head);
-    // Accumulators hold weights over 2^weight_exponent: see `Exponents` and
-    // kWeightExponent.
-    int weight_exponent = 0;
-    if constexpr (kHasExponents) {
-      std::int64_t const sequence_head =
-          static_cast<std::int64_t>(sequence.index) * params.heads + head;
-      weight_exponent =
-          2 * (score_exponent(params, sequence_head) + kQueryExponent) - kWeightExponent;
-    }
-    typename Intra::Work const work{params.key + at(params.key_stride, head),
-                                    params.value + at(params.value_stride, head),
-                                    gate,
-                                    params.key_stride.token,
-                                    params.value_stride.token,
-                                    params.gate_stride.token,
-                                    rows,
-                                    detail::power_of_two(-weight_exponent)};
+    int const weight_exponent = item.weight_exponent;
+    auto const at = [&](TokenStride const& stride, int h) { return item.at(stride, h); };
+    typename Intra::Work const work = item.work(params);
+    detail::CumulativeGate const* const gate = work.gate;
     if (thread == 0) {
       shared.tile = tile;
       shared.work = work;
@@ -173,26 +183,41 @@ struct Output : OneItem<Output<Traits>> {
     int const first_row = Tiling::first_row(thread / 32);
     float normalizer[kMmaRows][2] = {};
     cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
-    cute::clear(output);
 
-    bool const has_state = tile.chunk > 0 || (params.initial_states && sequence.continues);
+    bool const has_state = item.has_state;
     std::int64_t const slot_head =
         (sequence.first_slot + tile.chunk) * static_cast<std::int64_t>(params.heads) + head;
-    std::int64_t const state_head =
-        params.sequences.slot(sequence, tile.chunk, state_slots(params.initial_states)) *
-            params.heads +
-        head;
-    Apply apply(shared.apply, params.states + state_head * Apply::kStateDim * kValueDim,
-                params.key_sums + state_head * Apply::kStateDim, thread);
-    if (has_state) {
-      apply.prefetch();
+    std::int64_t const state_head = item.state_head(params);
+    if constexpr (kProduces) {
+      load_queries(params, shared, query, gate, weight_exponent, rows, thread);
+      cute::tma_store_fence();  // wgmma reads them
+      Tiling::meet();
+      if (has_state) {
+        Apply::add_key_sum(params.key_sums + state_head * Apply::kStateDim, shared.query, first_row,
+                           lane, normalizer);
+        cute::clear(output);
+        Intra::template apply_state<Apply>(shared.loops, shared.work, shared.query, output);
+      }
     } else {
-      Intra::prefetch(shared.intra, work);
+      Apply apply(shared.loops.apply, params.states + state_head * Apply::kStateDim * kValueDim,
+                  thread);
+      if (has_state) {
+        apply.prefetch();
+      } else {
+        Intra::prefetch(shared.loops.intra, work);
+      }
+      load_queries(params, shared, query, gate, weight_exponent, rows, thread);
+      if (has_state) {
+        __syncthreads();  // the queries are there
+        Apply::add_key_sum(params.key_sums + state_head * Apply::kStateDim, shared.query, first_row,
+                           lane, normalizer);
+        cute::clear(output);
+        apply(shared.query, first_row, lane, output);
+        __syncthreads();  // the keys come where the state was
+        Intra::prefetch(shared.loops.intra, shared.work);
+      }
     }
-    load_queries(params, shared, query, gate, weight_exponent, rows, thread);
     if (has_state) {
-      apply(shared.query, first_row, lane, output, normalizer);
-      __syncthreads();  // the keys come where the state was
       float state_scale = 1.0f, key_sum_scale = 1.0f;
       if constexpr (kHasExponents) {
         state_scale =
@@ -200,7 +225,6 @@ struct Output : OneItem<Output<Traits>> {
         key_sum_scale =
             detail::power_of_two(exponent(params.exponents.key_sum, slot_head) - weight_exponent);
       }
-      Intra::prefetch(shared.intra, shared.work);
 #pragma unroll
       for (int m = 0; m < kMmaRows; ++m) {
         // The rest of the decay, from that row to each, is that of earlier keys.
@@ -209,12 +233,80 @@ struct Output : OneItem<Output<Traits>> {
             detail::exp2(shared.row_gate[reference].total() + static_cast<float>(weight_exponent));
         scale(decay * state_scale, decay * key_sum_scale, m, output, normalizer);
       }
+    } else {
+      cute::clear(output);
+      if constexpr (kProduces) {
+        // Zeros in registers: as constants they would reach the loop as what is not of wgmma, for
+        // which ptxas has one product wait for another.
+        collective::hold<kMmaRows * kValueDim / 2>(&output(0));
+      }
     }
-    Intra::run(shared.intra, shared.work, shared.query, shared.row_gate, output, normalizer);
+    if constexpr (kProduces) {
+      Intra::run(shared.loops, shared.work, shared.query, shared.row_gate, output, normalizer);
+    } else {
+      Intra::run(shared.loops.intra, shared.work, shared.query, shared.row_gate, output,
+                 normalizer);
+    }
     store(params, shared.tile, shared.work.rows, output, normalizer);
   }
 
  private:
+  // What a block has.
+  struct Item {
+    Tile tile;
+    Sequence sequence;
+    Rows rows;
+    int first_token;      // of the chunk
+    int weight_exponent;  // accumulators hold weights over 2^it: see `Exponents`, kWeightExponent
+    bool has_state;
+
+    CUTE_DEVICE Item(Params const& params, int number) {
+      Tiles const tiles{params.sequences, params.group};
+      tile = tiles.find(number);
+      sequence = params.sequences.get(tile.sequence);
+      rows = tiles.rows(tile, sequence);
+      first_token = tile.chunk * sequence.chunk_size;
+      has_state = tile.chunk > 0 || (params.initial_states && sequence.continues);
+      weight_exponent = 0;
+      if constexpr (kHasExponents) {
+        if (rows.tokens > 0) {
+          std::int64_t const sequence_head =
+              static_cast<std::int64_t>(sequence.index) * params.heads + blockIdx.y;
+          weight_exponent =
+              2 * (score_exponent(params, sequence_head) + kQueryExponent) - kWeightExponent;
+        }
+      }
+    }
+
+    CUTE_DEVICE std::int64_t at(TokenStride const& stride, int head) const {
+      return stride.at(sequence, first_token, head);
+    }
+
+    CUTE_DEVICE std::int64_t state_head(Params const& params) const {
+      return params.sequences.slot(sequence, tile.chunk, state_slots(params.initial_states)) *
+                 params.heads +
+             blockIdx.y;
+    }
+
+    CUTE_DEVICE typename Intra::Work work(Params const& params) const {
+      int const head = blockIdx.y;
+      typename Intra::Work work{
+          params.key + at(params.key_stride, head),
+          params.value + at(params.value_stride, head),
+          params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head),
+          params.key_stride.token,
+          params.value_stride.token,
+          params.gate_stride.token,
+          rows,
+          detail::power_of_two(-weight_exponent)};
+      if constexpr (kProduces) {
+        work.state =
+            has_state ? params.states + state_head(params) * Apply::kStateDim * kValueDim : nullptr;
+      }
+      return work;
+    }
+  };
+
   // Without exponents, that of keys whose elements are below 1.
   CUTE_DEVICE static int score_exponent(Params const& params, std::int64_t sequence_head) {
     constexpr int kOfUnitKeys = kHeadDim == 32 ? 5 : kHeadDim == 64 ? 6 : 7;
@@ -234,16 +326,16 @@ struct Output : OneItem<Output<Traits>> {
                                        int weight_exponent, Rows const& rows, int thread) {
     cute::Tensor tile = cute::make_tensor(cute::make_smem_ptr(shared.query), QueryLayout{});
     // Loaded first, to arrive together with the queries.
-    constexpr int kGates = cute::ceil_div(kRows, kThreads);  // of a thread
+    constexpr int kGates = cute::ceil_div(kRows, kRowThreads);  // of a thread
     detail::CumulativeGate row_gate[kGates] = {};
 #pragma unroll
     for (int i = 0; i < kGates; ++i) {
-      int const row = thread + i * kThreads;
+      int const row = thread + i * kRowThreads;
       if (gate != nullptr && row < rows.count()) {
         row_gate[i] = gate[rows.token(row) * params.gate_stride.token];
       }
     }
-    constexpr int kStepRows = kThreads / kPieces;
+    constexpr int kStepRows = kRowThreads / kPieces;
     constexpr int kBatch = kRows / kStepRows < 8 ? kRows / kStepRows : 8;  // loads in flight
     static_assert(kRows % (kBatch * kStepRows) == 0, "whole batches");
     int const column = thread % kPieces * 8;
@@ -273,7 +365,7 @@ struct Output : OneItem<Output<Traits>> {
     }
 #pragma unroll
     for (int i = 0; i < kGates; ++i) {
-      if (int const row = thread + i * kThreads; row < kRows) {
+      if (int const row = thread + i * kRowThreads; row < kRows) {
         shared.row_gate[row] = {row_gate[i].high,
                                 row_gate[i].low - static_cast<float>(weight_exponent)};
       }

@@ -121,8 +121,7 @@ struct ValueGradient : OneItem<ValueGradient<Traits>> {
 
     bool const has_state = rows.has_state(params);
     std::int64_t const state_head = rows.state_head(params, head);
-    Apply apply(shared.apply, params.d_states + state_head * Apply::kStateDim * kValueDim, nullptr,
-                thread);
+    Apply apply(shared.apply, params.d_states + state_head * Apply::kStateDim * kValueDim, thread);
     if (has_state) {
       apply.prefetch();
     } else {

@@ -3,23 +3,23 @@
 //
 // A warpgroup has 64 rows. It multiplies its queries and a tile of 64 keys, both in shared memory,
 // and then the weights, which are made of the scores in registers, and the values. While it makes
-// weights, the tensor cores have products of other warpgroups. One whose rows end before a tile of
-// keys leaves it out.
+// weights, the tensor cores have products of other warpgroups. A producer copies keys and values
+// (tile_stream.hpp); warpgroups go through the tiles that their rows see, each at its own pace.
 //
 // Keys before the warpgroup's first token i0 have exp(g_i - g_j) = R_i C_j, where
-// R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both: one exponential a key serves all of
-// its rows. Up to there, outputs and normalisers are sums in units of R_i, what comes from a state
-// included; they are multiplied by it once. Later keys have such factors with the first token of a
-// warp's 16 rows; those that are not before it have a mask and an exponential for every weight.
+// R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both. So have later ones where gates are
+// mild. Outputs and normalisers are sums in units of R_i, what comes from a state included, and are
+// multiplied by it once. From the first tile on that is not mild they are in units of 1: there an
+// exponential for every weight of the keys that are not before a warp's 16 rows.
 
 #pragma once
 
 #include <cute/tensor.hpp>
 
 #include "retention/collective/expand_apply.hpp"
-#include "retention/collective/key_tiles.hpp"
 #include "retention/collective/sm90/products.hpp"
 #include "retention/collective/sm90/row_decays.hpp"
+#include "retention/collective/sm90/tile_stream.hpp"
 #include "retention/collective/tile.hpp"
 #include "retention/collective/warpgroup.hpp"
 #include "retention/detail/packed.hpp"
@@ -27,93 +27,104 @@
 namespace retention::collective::sm90 {
 
 template <class Element_, int HeadDim, int ValueDim, class Tiling_>
-struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1, 2,
-                             ValueDim <= 64 ? 3 : 2> {
-  using Tiles =
-      KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 64, 1, 2, ValueDim <= 64 ? 3 : 2>;
+struct IntraChunk {
   using Element = Element_;
   using Tiling = Tiling_;
-  using Tiles::kSlots;
-  using Tiles::kTileKeys;
-  using Tiles::kValueSlots;
-  using Tiles::load;
-  using Tiles::prefetch;
-  using Tiles::this_thread;
-  using typename Tiles::Work;
+  using Stream =
+      TileStream<Element, HeadDim, ValueDim, Tiling::kWarpgroups, Tiling::kWarpgroups == 2 ? 4 : 3>;
+  using SharedStorage = typename Stream::SharedStorage;
+  using Work = typename Stream::Work;
+
+  static constexpr int kTileKeys = Stream::kTileKeys;
+  static constexpr int kRowThreads = 32 * Tiling::kWarps;
+  /// With the producer's.
+  static constexpr int kThreads = kRowThreads + Stream::kProducers;
 
   static_assert(Tiling::kMmaRows == 1 && kTileKeys == kTileColumns);
 
-  struct SharedStorage : Tiles::SharedStorage {
-    alignas(8) float factor[Tiling::kWarps][kTileKeys];  // each warp's own
-  };
+  CUTE_DEVICE static int this_thread() { return Stream::this_thread(); }
+
+  /// The same in all lanes of a warp, and known to be.
+  CUTE_DEVICE static int this_warpgroup() {
+    return __shfl_sync(0xffffffffu, this_thread() / 128, 0);
+  }
+
+  /// What comes from the state: `Apply` is ExpandApply, of the same tile of rows.
+  template <class Apply, class Output>
+  CUTE_DEVICE static void apply_state(SharedStorage& shared, Work const& work, Element* query,
+                                      Output& output) {
+    int const warpgroup = this_warpgroup();
+    if (WarpgroupReach(work.rows, warpgroup).last_token < 0) {
+      return;  // nothing comes for it
+    }
+    constexpr int kParts = Stream::kStateParts;
+    int slot = 0;
+    auto const next = [&](int rows) {
+      if (rows % kParts == 0) {
+        Stream::wait(slot, warpgroup);
+      }
+      return Stream::state_part(shared, slot, rows % kParts);
+    };
+    auto const done = [&](int rows) {
+      if (rows % kParts == kParts - 1) {
+        Stream::release_state(work.rows, rows / kParts, slot);
+        slot = Stream::after(slot);
+      }
+    };
+    Apply::apply(query, Tiling::first_row(this_thread() / 32), this_thread() % 32, next, done,
+                 output);
+  }
 
   /// The row from whose token on R_i decays, for a row: the first of its warpgroup.
   CUTE_DEVICE static int reference_row(int row) { return row / kTileRows * kTileRows; }
 
-  /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared memory
-  /// as `work` is. `output` and `normalizer` are over R_i; what is added to them and returned is
-  /// not. What the other threads wrote or copied there needs no barrier before.
+  /// Of the tile of rows: `query` and, plus log2(unit), the gate of each row, both in shared
+  /// memory, ready for wgmma. `output` and `normalizer` are over R_i; what is added to them and
+  /// returned is not.
   template <class Output>
   CUTE_DEVICE static void run(SharedStorage& shared, Work const& work, Element const* query,
                               detail::CumulativeGate const* row_gate, Output& output,
                               float (&normalizer)[1][2]) {
-    int first_key = 0;
-    auto const wait_for_tile = [&] {
-      wait_for_copies<0, true>();  // of the queries as well
-      __syncthreads();
-      load(shared, work, first_key + kTileKeys);
-    };
-    auto const weigh_before = [&](Product& score) {
-      weigh_early(shared, work, row_gate[first_row()], first_key, score);
-    };
-    auto const weigh_others = [&](Product& score) {
-      weigh_late(shared, work, row_gate, first_key, score);
-    };
-    auto const add_late = [&](Reach const& reach) {
-      if (first_key <= reach.first_token && work.gate != nullptr) {
-        decay(row_gate, output, normalizer[0]);
+    int const warpgroup = this_warpgroup();
+    int const last_token = WarpgroupReach(work.rows, warpgroup).last_token;
+    bool over_rows = true;  // whether sums are over R_i
+    int slot = work.state == nullptr ? 0 : Stream::kStateTiles % Stream::kSlots;
+#pragma unroll 1
+    for (int first_key = 0; first_key <= last_token; first_key += kTileKeys) {
+      Stream::wait(slot, warpgroup);
+      KeyKind const kind = shared.kind[slot][warpgroup];
+      typename QueryTile::Start const queries(query, kTileRows * warpgroup);
+      typename KeyTile::Start const keys(shared.key + slot * (kTileKeys * HeadDim));
+      Product score;
+      cute::warpgroup_arrive();
+      start_scores<Element, HeadDim>(queries, keys, score);
+      finish_scores(score);
+      if (kind == KeyKind::kEarlier || (kind == KeyKind::kMild && over_rows)) {
+        weigh_by_factors(shared.factor[slot][warpgroup], score);
+      } else {
+        if (over_rows) {
+          decay(row_gate, output, normalizer[0]);
+          over_rows = false;
+        }
+        weigh_by_gates(shared, row_gate, slot, score);
+      }
+      if (kind != KeyKind::kEarlier) {
+        mask(work.rows, first_key, score);
       }
       Weight weight;
-      start_tile(shared, query, first_key, weigh_others, weight, output, normalizer[0]);
-      finish_sums<ValueDim / 2>(weight, &output(0));
-    };
-    if constexpr (kHasRoom) {
-      wait_for_tile();
-      Reach const reach(work.rows);
-      Weight weight = {};
-#pragma unroll 1
-      while (first_key + kTileKeys <= reach.first_token) {
-        start_tile(shared, query, first_key, weigh_before, weight, output, normalizer[0]);
-        first_key += kTileKeys;
-        wait_for_tile();
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+        pack_columns<Element>(score, n, weight);
       }
+      typename ValueTile::Start const values(shared.value + slot * (kTileKeys * ValueDim));
+      start_sums<Element, ValueDim>(weight, values, &output(0));
+      add_weights(weight, normalizer[0]);
       finish_sums<ValueDim / 2>(weight, &output(0));
-#pragma unroll 1
-      while (true) {
-        if (reach.last_token >= first_key) {  // the same for the whole warpgroup
-          add_late(reach);
-        }
-        first_key += kTileKeys;
-        if (first_key >= work.rows.end_token()) {
-          break;
-        }
-        wait_for_tile();
-      }
-    } else {
-#pragma unroll 1
-      do {
-        wait_for_tile();
-        Reach const reach(work.rows);
-        if (reach.last_token >= first_key) {
-          if (first_key + kTileKeys <= reach.first_token) {
-            Weight weight;
-            start_tile(shared, query, first_key, weigh_before, weight, output, normalizer[0]);
-            finish_sums<ValueDim / 2>(weight, &output(0));
-          } else {
-            add_late(reach);
-          }
-        }
-      } while ((first_key += kTileKeys) < work.rows.end_token());
+      Stream::release(work.rows, first_key, slot);
+      slot = Stream::after(slot);
+    }
+    if (over_rows && work.gate != nullptr) {
+      decay(row_gate, output, normalizer[0]);
     }
   }
 
@@ -122,95 +133,36 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   using KeyTile = WarpgroupTile<kTileKeys, HeadDim>;
   using ValueTile = WarpgroupTile<kTileKeys, ValueDim>;
 
-  // Whether there are registers for a product with values that is under way during the next one
-  // with queries, and for one that makes normalisers: long values leave none.
-  static constexpr bool kHasRoom = ValueDim <= 64;
-
-  // Of the thread's warpgroup, tokens in the chunk: 0 and -1 where no row stands for anything.
-  struct Reach {
-    int first_token;
-    int last_token;
-
-    CUTE_DEVICE explicit Reach(TileRows const& rows) {
-      int const row = first_row();
-      int const last_row = cute::min(row + kTileRows, rows.count()) - 1;
-      first_token = last_row < row ? 0 : rows.token(row);
-      last_token = last_row < row ? -1 : rows.token(last_row);
-    }
-  };
-
-  // Of the thread's warpgroup.
-  CUTE_DEVICE static int first_row() { return this_thread() / 128 * kTileRows; }
   // Of rows g and g + 8 of the thread's warp, the first.
   CUTE_DEVICE static int lane_row() {
     return Tiling::first_row(this_thread() / 32) + this_thread() % 32 / 4;
   }
 
-  // Starts what a tile of keys adds; what was started before is done then. `weigh` makes weights of
-  // scores, in place.
-  template <class Weigh, class Output>
-  CUTE_DEVICE static void start_tile(SharedStorage const& shared, Element const* query,
-                                     int first_key, Weigh const& weigh, Weight& weight,
-                                     Output& output, float (&normalizer)[2]) {
-    int const tile = first_key / kTileKeys;
-    typename QueryTile::Start const queries(query, first_row());
-    typename KeyTile::Start const keys(shared.key + tile % kSlots * (kTileKeys * HeadDim));
-    typename ValueTile::Start const values(shared.value +
-                                           tile % kValueSlots * (kTileKeys * ValueDim));
-    Product score;
-    cute::warpgroup_arrive();
-    start_scores<Element, HeadDim>(queries, keys, score);
-    finish_scores(score);
-    if constexpr (kHasRoom) {
-      hold(weight);
-      hold<ValueDim / 2>(&output(0));
+  // To the normalisers of rows g and g + 8: a lane's part of a sum over the four that share these.
+  // What is divided by is the sum of the weights as they were rounded: in fp16 the smallest have
+  // few digits left, and where one of them is all that a row has, its error cancels.
+  CUTE_DEVICE static void add_weights(Weight const& weight, float (&normalizer)[2]) {
+    // A quarter of all of the sum, in each column of a C fragment.
+    float sums[2][4] = {};
+    std::uint32_t const quarters = detail::pack<Element>(0.25f, 0.25f);
+#pragma unroll
+    for (int k = 0; k < kTileKeys / 16; ++k) {
+      std::uint32_t const(&a)[4] = weight[k];
+      float (&c)[4] = sums[k % 2];
+      MmaOperation<Element>::type::fma(c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], quarters,
+                                       quarters, c[0], c[1], c[2], c[3]);
     }
-    weigh(score);
-    pack(score, weight, normalizer);
-    start_sums<Element, ValueDim>(weight, values, &output(0));
+    normalizer[0] += sums[0][0] + sums[1][0];
+    normalizer[1] += sums[0][2] + sums[1][2];
+    hold<2>(normalizer);  // before the wait for the sums of values, not after
   }
 
-  // Weights as an operand, and to the normalisers of rows g and g + 8: a lane's part of a sum over
-  // the four that share these. What is divided by is the sum of the weights as they were rounded:
-  // in fp16 the smallest have few digits left, and where one of them is all that a row has, its
-  // error cancels.
-  CUTE_DEVICE static void pack(Product const& score, Weight& weight, float (&normalizer)[2]) {
+  // In units of R_i, by C_j times the unit. One factor after the other: a square may be infinite
+  // where the decay is 0.
+  CUTE_DEVICE static void weigh_by_factors(float const (&factors)[kTileKeys], Product& score) {
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      pack_columns<Element>(score, n, weight);
-    }
-    if constexpr (kHasRoom) {
-      // A quarter of all of the sum, in each column of a C fragment.
-      float sums[4] = {};
-      std::uint32_t const quarters = detail::pack<Element>(0.25f, 0.25f);
-#pragma unroll
-      for (int k = 0; k < kTileKeys / 16; ++k) {
-        std::uint32_t const(&a)[4] = weight[k];
-        MmaOperation<Element>::type::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3],
-                                         quarters, quarters, sums[0], sums[1], sums[2], sums[3]);
-      }
-      normalizer[0] += sums[0];
-      normalizer[1] += sums[2];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kTileKeys / 4; ++i) {
-        std::uint32_t const pair = weight[i / 4][i % 4];
-        normalizer[i % 2] += detail::unpack_lo<Element>(pair) + detail::unpack_hi<Element>(pair);
-      }
-    }
-  }
-
-  // Of keys before the warpgroup's rows, in units of R_i; `first_gate` is that of the first row.
-  CUTE_DEVICE static void weigh_early(SharedStorage& shared, Work const& work,
-                                      detail::CumulativeGate const& first_gate, int first_key,
-                                      Product& score) {
-    // C_j times the unit.
-    float const* const factors =
-        set_column_decays<false, Tiles>(shared, first_key / kTileKeys % kSlots, work.gate,
-                                        first_gate, work.unit, shared.factor[this_thread() / 32]);
-#pragma unroll
-    for (int n = 0; n < kTileKeys / 8; ++n) {
-      float2 const factor = column_pair(factors, n);
+      float2 const factor = column_pair(factors + first_column(this_thread()), n);
 #pragma unroll
       for (int i = 4 * n; i < 4 * n + 4; ++i) {
         score[i] = score[i] * (i % 2 == 0 ? factor.x : factor.y) * score[i];
@@ -218,27 +170,30 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
     }
   }
 
-  // Of others.
-  CUTE_DEVICE static void weigh_late(SharedStorage const& shared, Work const& work,
-                                     detail::CumulativeGate const* row_gates, int first_key,
-                                     Product& score) {
-    int const slot = first_key / kTileKeys % kSlots;
-    int const thread = this_thread();
-    RowDecays<false> const decays(work.rows, Tiling::first_row(thread / 32), first_key,
-                                  thread % 32);
-    // One factor after the other: a square may be infinite where the decay is 0.
-    if (work.gate == nullptr) {
+  // Of any gates, by an exponential for each. Weights that `mask` leaves out may be anything.
+  CUTE_DEVICE static void weigh_by_gates(SharedStorage const& shared,
+                                         detail::CumulativeGate const* row_gates, int slot,
+                                         Product& score) {
+    int const offset =
+        static_cast<int>(sizeof(detail::CumulativeGate)) * first_column(this_thread());
+    detail::CumulativeGate const row_gate[2] = {row_gates[lane_row()], row_gates[lane_row() + 8]};
 #pragma unroll
-      for (int i = 0; i < kTileKeys / 2; ++i) {
-        score[i] = score[i] * work.unit * score[i];
+    for (int n = 0; n < kTileKeys / 8; ++n) {
+      auto const key = Stream::column_gates(shared, slot, offset, n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float const decay = detail::exp2(row_gate[i / 2].since(key.gate[i % 2]));
+        score[4 * n + i] = score[4 * n + i] * decay * score[4 * n + i];
       }
-    } else {
-      decays.template for_each<Tiles>(shared, slot, row_gates, [&](int i, float decay) {
-        score[i] = score[i] * decay * score[i];
-      });
+      hold<4>(&score[4 * n]);  // before the next gates are read, for which there are no registers
     }
+  }
+
+  // Not a product with zero: the exponential of a difference that is no decay may be huge.
+  CUTE_DEVICE static void mask(TileRows const& rows, int first_key, Product& score) {
+    int const thread = this_thread();
+    RowDecays<false> const decays(rows, Tiling::first_row(thread / 32), first_key, thread % 32);
     if (!decays.sees_all()) {
-      // Not a product with zero: the exponential of a difference that is no decay may be huge.
 #pragma unroll
       for (int i = 0; i < kTileKeys / 2; ++i) {
         score[i] = decays.sees(i) ? score[i] : 0.0f;
@@ -250,7 +205,7 @@ struct IntraChunk : KeyTiles<Element_, HeadDim, ValueDim, 32 * Tiling_::kWarps, 
   template <class Output>
   CUTE_DEVICE static void decay(detail::CumulativeGate const* row_gates, Output& output,
                                 float (&normalizer)[2]) {
-    detail::CumulativeGate const first_gate = row_gates[first_row()];
+    detail::CumulativeGate const first_gate = row_gates[reference_row(lane_row())];
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       float const factor = detail::exp2(row_gates[lane_row() + 8 * upper].since(first_gate));

@@ -54,6 +54,14 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
                                            static_cast<int>(delta), width);
 }
 
+inline void __barrier_sync_count(unsigned barrier, unsigned threads) {
+  ::emulator::barrier_sync(static_cast<int>(barrier), static_cast<int>(threads));
+}
+/// bar.arrive, for which CUDA has no function.
+inline void __barrier_arrive_count(unsigned barrier, unsigned threads) {
+  ::emulator::barrier_arrive(static_cast<int>(barrier), static_cast<int>(threads));
+}
+
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return ::emulator::ballot(mask, predicate != 0);
 }
