@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator
@@ -233,26 +234,52 @@ def serve(session: nox.Session) -> None:
     session.log("retention serve: ended with exit code 0")
 
 
-@contextlib.contextmanager
-def building(session: nox.Session, build: str) -> Iterator[None]:
-    """A CMake build beside something that leaves processors idle. Whoever builds again sees what
-    is left of it, and why."""
-    # Not cmake, which would leave the compilers at work when it is ended.
-    command = [str(Path(session.bin) / "ninja"), "-C", build]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **quiet) as process:
-        try:
-            yield
-        except BaseException:
-            process.terminate()
-            raise
-
-
-def run_ctest(session: nox.Session, build: str, *arguments: str) -> None:
-    session.run(
+def ctest(build: str, *arguments: str) -> list[str]:
+    """The command that runs a build's C++ tests."""
+    return [
         *("ctest", "--test-dir", build, "--output-on-failure", "--parallel"),
         *(str(os.cpu_count() or 1), *arguments),
-    )
+    ]
+
+
+@contextlib.contextmanager
+def beside(session: nox.Session, log: Path, *commands: list[str]) -> Iterator[None]:
+    """Commands one after another, beside something that leaves processors idle. Then waits for
+    them, shows what they wrote, and ends the session if one has failed."""
+    path = os.pathsep.join((session.bin, os.environ.get("PATH", os.defpath)))
+    running: list[subprocess.Popen] = []
+    ended = threading.Event()
+    failed = []
+
+    def run() -> None:
+        with log.open("w") as file:
+            for command in commands:
+                if ended.is_set():
+                    return
+                running.append(
+                    subprocess.Popen(
+                        command, stdout=file, stderr=file, env=os.environ | {"PATH": path}
+                    )
+                )
+                if running[-1].wait() != 0:
+                    failed.append(command)
+                    return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+        thread.join()
+    except BaseException:
+        ended.set()
+        for process in running:
+            process.terminate()
+        raise
+    finally:
+        thread.join()
+        print(log.read_text(), end="", flush=True)
+    if failed:
+        session.error(f"failed: {' '.join(failed[0])}")
 
 
 def run_pytest(session: nox.Session, *arguments: str, env: dict[str, str]) -> None:
@@ -288,12 +315,16 @@ def tests(session: nox.Session) -> None:
             }
         ),
     )
-    with timed(session, "installing, while C++ tests are built"), building(session, build):
+    # Not cmake, which would leave the compilers at work when it is ended.
+    building = [str(Path(session.bin) / "ninja"), "-C", build]
+    testing = ctest(build, "--no-tests=error")
+    log = fresh_folder(session, "ctest") / "log"
+    with (
+        timed(session, "installing, and C++ tests"),
+        beside(session, log, building, testing),
+        timed(session, "installing"),
+    ):
         install_package(session, "test")
-    with timed(session, "building the rest"):
-        session.run("cmake", "--build", build)
-    with timed(session, "ctest"):
-        run_ctest(session, build, "--no-tests=error")
     measured = fresh_folder(session, "bench")
     with timed(session, "retention bench"):
         session.run(
@@ -341,7 +372,7 @@ def mutations(session: nox.Session) -> None:
         session.run("cmake", "--build", build, "--target", "mutations")
     with timed(session, "ctest"):
         # A change may touch no kernel.
-        run_ctest(session, build, "--label-regex", "mutation", "--no-tests=ignore")
+        session.run(*ctest(build, "--label-regex", "mutation", "--no-tests=ignore"))
 
 
 @nox.session

@@ -276,27 +276,6 @@ void run_case(Configuration const& configuration, Case const& c, std::uint64_t s
 
 #ifdef RETENTION_EMULATOR
 
-/// Launches nothing, and notes what would serve a gradient.
-struct Recorder {
-  std::string& kernels;
-
-  template <class Kernel>
-  retention::device::Status launch(typename Kernel::Params const&) const {
-    using All = retention::test::BackwardKernels;
-    auto const note = [&](char letter, bool is) { kernels += is ? std::string(1, letter) : ""; };
-    note('s', std::is_same_v<Kernel, typename All::Forward::ChunkStates>);
-    note('r', std::is_same_v<Kernel, retention::kernel::StateRanges>);
-    note('Q', std::is_same_v<Kernel, typename All::QueryGradient>);
-    note('S', std::is_same_v<Kernel, typename All::StateGradients>);
-    note('c', std::is_same_v<Kernel, typename All::Carry>);
-    note('V', std::is_same_v<Kernel, typename All::ValueGradient>);
-    note('K', std::is_same_v<Kernel, typename All::KeyGradient>);
-    note('p', std::is_same_v<Kernel, typename All::StateProducts>);
-    note('G', std::is_same_v<Kernel, retention::kernel::GateGradient>);
-    return {};
-  }
-};
-
 /// Kernels, and memory, that serve no gradient that is wanted are not taken.
 void run_nothing_in_vain(Configuration const& configuration) {
   bool const scaled = configuration.element == retention::ElementType::kFloat16;
@@ -312,7 +291,7 @@ void run_nothing_in_vain(Configuration const& configuration) {
     results.upload(a, wanted);
     auto const plan = retention::test::plan(a);
     std::string kernels;
-    auto const status = retention::test::BackwardKernels::run(plan, nullptr, Recorder{kernels});
+    auto const status = retention::test::record_kernels(plan, kernels);
     RETENTION_CHECK(static_cast<bool>(status));
     if (!scaled && expected.find('r') != std::string::npos) {
       expected.erase(expected.find('r'), 1);

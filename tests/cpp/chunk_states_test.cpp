@@ -326,7 +326,7 @@ void run_all_cases(std::uint64_t seed) {
   using G = Gates;
   // A large state takes its time on the emulator.
   auto test = [&](Case const& c, bool large_too = false) {
-    if (HeadDim * ValueDim <= 64 * 64 || large_too) {
+    if (!retention::test::kLarge<HeadDim, ValueDim> || large_too) {
       run<Element, HeadDim, ValueDim>(c, seed);
     }
     ++seed;

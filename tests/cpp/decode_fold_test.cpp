@@ -286,9 +286,8 @@ void run_all() {
   std::uint64_t seed = 0;
   constexpr int kBlocks = 3;
   // A state of many elements takes its time on the emulator: of that, what differs by its size.
-  constexpr bool kLarge = HeadDim * ValueDim > 64 * 64;
   auto const run_case = [&](Case const& c, bool large_too = false) {
-    if (!kLarge || large_too) {
+    if (!retention::test::kLarge<HeadDim, ValueDim> || large_too) {
       run<Element, HeadDim, ValueDim>(c, seed);
     }
     ++seed;

@@ -324,9 +324,8 @@ template <class Element, int HeadDim, int ValueDim>
 void run_all() {
   std::uint64_t seed = 0;
   // A state of many elements takes its time on the emulator: of that, what differs by its size.
-  constexpr bool kLarge = HeadDim * ValueDim > 64 * 64;
   auto const run_both = [&](Case const& c, bool large_too = false) {
-    if (!kLarge || large_too) {
+    if (!retention::test::kLarge<HeadDim, ValueDim> || large_too) {
       run<Element, HeadDim, ValueDim, 1>(c, seed);
       run<Element, HeadDim, ValueDim, 4>(c, seed + 1);
     }
@@ -338,7 +337,7 @@ void run_all() {
   run_both({"ring alone", {{1, 0, 39, 1}}});
   run_both({"state alone", {{4, 30, 0, 1}}});
   constexpr int kPairs = HeadDim / 8 * (HeadDim / 8 + 1) / 2;
-  constexpr int kSlice = kLarge ? kPairs / 3 : 3;
+  constexpr int kSlice = retention::test::kLarge<HeadDim, ValueDim> ? kPairs / 3 : 3;
   run_both({"split", {{2, 20, 7}}, 1, 1, kSlice}, true);
   run_both({"split, two tiles of the ring", {{1, 5, 38}}, 1, 1, kSlice, -0.02f});
   run_both({"several tokens", {{3, 10, 20, 16}}, 1, 2, kSlice}, true);

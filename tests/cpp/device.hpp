@@ -16,10 +16,9 @@
 
 #ifdef RETENTION_EMULATOR
 #include "emulator/emulator.hpp"
-#include "emulator_launcher.hpp"
-#include "retention/device/backward_kernels.hpp"
-#include "retention/device/decode_kernels.hpp"
-#include "retention/device/forward_kernels.hpp"
+#include "retention/device/backward_plan.hpp"
+#include "retention/device/decode_plan.hpp"
+#include "retention/device/forward_plan.hpp"
 #else
 #include <cuda_runtime.h>
 
@@ -55,16 +54,16 @@ class Array : public emulator::GlobalArray<T> {
   void download() {}
 };
 
-inline std::vector<Configuration> configurations() {
-  constexpr bool kIsBFloat16 = std::is_same_v<cute::TEST_ELEMENT, cute::bfloat16_t>;
-  return {{kIsBFloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, TEST_HEAD_DIM,
-           TEST_VALUE_DIM, 2}};
-}
+// Of host_kernels.hpp, which may be compiled apart, for all tests of a configuration to share.
+std::vector<Configuration> configurations();
+/// Of a plan; or of a call's arguments, where it takes no workspace and needs no plan.
+template <class Plan>
+device::Status run_kernels(Plan const& plan, void* workspace, std::uint64_t seed);
+/// The kernels of a backward plan that serve a gradient, a letter each. None is run.
+template <class Plan>
+device::Status record_kernels(Plan const& plan, std::string& kernels);
 
 using Memory = emulator::GlobalArray<char>;
-using ForwardKernels = device::ForwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
-using BackwardKernels = device::BackwardKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
-using DecodeKernels = device::DecodeKernels<cute::TEST_ELEMENT, TEST_HEAD_DIM, TEST_VALUE_DIM>;
 inline constexpr int kMultiprocessors = 4;
 
 inline auto plan(device::ForwardArguments const& arguments) {
@@ -88,11 +87,7 @@ std::size_t workspace_bytes(Arguments const& arguments) {
 // A template, so that a test compiles no kernels but those it runs.
 template <class Arguments>
 device::Status run(Arguments const& arguments, Memory& workspace, std::uint64_t seed) {
-  using Kernels =
-      std::conditional_t<std::is_same_v<Arguments, device::ForwardArguments>, ForwardKernels,
-                         std::conditional_t<std::is_same_v<Arguments, device::BackwardArguments>,
-                                            BackwardKernels, DecodeKernels>>;
-  return Kernels::run(plan(arguments), workspace.data(), EmulatorLauncher{seed});
+  return run_kernels(plan(arguments), workspace.data(), seed);
 }
 
 inline device::Status run_parts(device::ForwardArguments const& arguments,
@@ -104,8 +99,7 @@ inline device::Status run_parts(device::ForwardArguments const& arguments,
     auto in_part = plan(arguments);
     in_part.part = part;
     in_part.earlier = earlier;
-    status =
-        status ? ForwardKernels::run(in_part, workspace.data(), EmulatorLauncher{seed++}) : status;
+    status = status ? run_kernels(in_part, workspace.data(), seed++) : status;
   }
   return status;
 }
@@ -116,8 +110,7 @@ inline device::Status run_parts(device::BackwardArguments const& arguments,
   device::Status status;
   for (Part const part : {Part::kStateGradients, Part::kQueryGradient, Part::kKeyGradients}) {
     auto const in_part = device::BackwardPlan::make(arguments, kMultiprocessors, part, later);
-    status =
-        status ? BackwardKernels::run(in_part, workspace.data(), EmulatorLauncher{seed++}) : status;
+    status = status ? run_kernels(in_part, workspace.data(), seed++) : status;
   }
   return status;
 }
@@ -131,10 +124,9 @@ inline std::size_t parts_workspace_bytes(device::BackwardArguments const& argume
 template <class Arguments>
 device::Status run(Arguments const& arguments, std::uint64_t seed) {
   if constexpr (std::is_same_v<Arguments, device::DecodeFoldArguments>) {
-    return DecodeKernels::run(device::DecodeFoldPlan::make(arguments, kMultiprocessors),
-                              EmulatorLauncher{seed});
+    return run_kernels(device::DecodeFoldPlan::make(arguments, kMultiprocessors), nullptr, seed);
   } else {
-    return DecodeKernels::run(arguments, EmulatorLauncher{seed});
+    return run_kernels(arguments, nullptr, seed);
   }
 }
 
@@ -373,3 +365,7 @@ int run_configurations(int count, char** arguments, Run run_configuration) {
 }
 
 }  // namespace retention::test
+
+#if defined(RETENTION_EMULATOR) && !defined(TEST_KERNELS_APART)
+#include "host_kernels.hpp"
+#endif

@@ -51,12 +51,11 @@ inline std::uint16_t encode(ElementType element, double x) {
 
 /// decode(encode(x)) for what is in range, without a detour through bits.
 inline double rounded(ElementType element, double x) {
-  int const mantissa_bits = element == ElementType::kBFloat16 ? 7 : 10;
-  int const bias = element == ElementType::kBFloat16 ? 127 : 15;
-  double const spread = x * (std::ldexp(1.0, 52 - mantissa_bits) + 1);  // Veltkamp's splitting
+  bool const is_bfloat16 = element == ElementType::kBFloat16;
+  double const spread = x * (is_bfloat16 ? 0x1p45 + 1 : 0x1p42 + 1);  // Veltkamp's splitting
   double const result = spread - (spread - x);
-  double const least = std::ldexp(1.0, 1 - bias);
-  double const spacing = std::ldexp(least, -mantissa_bits);
+  double const least = is_bfloat16 ? 0x1p-126 : 0x1p-14;
+  double const spacing = is_bfloat16 ? 0x1p-133 : 0x1p-24;
   return std::abs(result) < least ? std::nearbyint(x / spacing) * spacing : result;
 }
 

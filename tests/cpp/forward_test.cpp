@@ -26,57 +26,10 @@ using retention::test::Call;
 using retention::test::Case;
 using retention::test::decode;
 using retention::test::Inputs;
+using retention::test::plain_formula;
 using retention::test::State;
 using retention::test::Sum;
 using std::size_t;
-
-// The plain formula with every result rounded to the element type, as a framework without kernels
-// computes it: the yardstick of errors.
-std::vector<double> plain_formula(retention::ElementType element, Inputs const& in,
-                                  State const& initial) {
-  auto const d = static_cast<size_t>(in.head_dim), dv = static_cast<size_t>(in.value_dim);
-  auto const D = initial.key_sum.value.size();
-  auto const tokens = static_cast<size_t>(in.tokens);
-  auto const round = [&](double x) { return retention::test::rounded(element, x); };
-  std::vector<double> output(tokens * dv, 0.0);
-  std::vector<double> weights(tokens);
-  for (size_t i = 0; i < tokens; ++i) {
-    double norm = 0.0, gate = 0.0;
-    for (size_t j = i + 1; j-- > 0;) {
-      double score = 0.0;
-      for (size_t x = 0; x < d; ++x) {
-        score += double{in.query[i * d + x]} * in.key[j * d + x];
-      }
-      score = round(round(score) / std::sqrt(static_cast<double>(d)));
-      weights[j] = round(round(score * score) * round(std::exp(gate)));
-      norm += weights[j];
-      gate += in.gate.empty() ? 0.0 : static_cast<double>(in.gate[j]);
-    }
-    std::vector<double> sums(dv, 0.0);
-    for (size_t e = 0; e < dv; ++e) {
-      for (size_t j = 0; j <= i; ++j) {
-        sums[e] += weights[j] * in.value[j * dv + e];
-      }
-    }
-    if (D > 0) {
-      double const factor = round(std::exp(gate)) / static_cast<double>(d);
-      for (size_t m = 0; m < D; ++m) {
-        auto const row = static_cast<std::int64_t>(m);
-        auto const a = static_cast<size_t>(retention::row_factor(row, 0, in.head_dim, 2));
-        auto const b = static_cast<size_t>(retention::row_factor(row, 1, in.head_dim, 2));
-        double const phi = round(double{in.query[i * d + a]} * in.query[i * d + b]);
-        norm += factor * phi * round(initial.key_sum.value[m]);
-        for (size_t e = 0; e < dv; ++e) {
-          sums[e] += factor * phi * round(initial.state.value[m * dv + e]);
-        }
-      }
-    }
-    for (size_t e = 0; e < dv; ++e) {
-      output[i * dv + e] = norm == 0.0 ? 0.0 : round(round(sums[e]) / round(norm));
-    }
-  }
-  return output;
-}
 
 /// The same with keys and queries of magnitude 1, where the plain formula is at its best.
 Inputs of_unit_magnitude(Inputs inputs, Case const& c) {

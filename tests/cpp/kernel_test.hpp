@@ -132,6 +132,11 @@ inline std::size_t slot_of(kernel::Sequences const& sequences, std::size_t s, st
       sequences.slot(sequences.get(static_cast<int>(s)), static_cast<int>(chunk), slots));
 }
 
+/// Whether a kernel takes so long on the emulator that it runs only the cases that its size makes a
+/// difference to.
+template <int HeadDim, int ValueDim>
+constexpr bool kLarge = HeadDim * ValueDim > 64 * 64;
+
 /// Relative error of one conversion to Element, at most.
 template <class Element>
 constexpr double kRoundoff = std::is_same_v<Element, cute::bfloat16_t> ? 0x1p-8 : 0x1p-11;

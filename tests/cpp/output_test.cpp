@@ -410,7 +410,7 @@ void run_all_cases(std::uint64_t seed) {
       {"64 query heads a key head", 64, {66}, false, 1, 64},
   };
   for (Case const& c : cases) {
-    if (HeadDim * ValueDim <= 64 * 64 || c.large_too) {
+    if (!retention::test::kLarge<HeadDim, ValueDim> || c.large_too) {
       run<Element, HeadDim, ValueDim>(c, seed);
     }
     ++seed;

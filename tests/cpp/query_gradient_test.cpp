@@ -409,7 +409,7 @@ void run_all_cases(std::uint64_t seed) {
       {"40 query heads a key head", 128, {70}, false, 1, 40},
       {"64 query heads a key head", 64, {66}, false, 1, 64},
   };
-  if (HeadDim * ValueDim <= 64 * 64) {
+  if (!retention::test::kLarge<HeadDim, ValueDim>) {
     cases.insert(cases.end(), more.begin(), more.end());
   }
   cases.push_back(make_case("resets at every third token", [](Case& c) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "decays.hpp"
+#include "element.hpp"
 #include "retention/symmetric_power.hpp"
 
 namespace retention::test {
@@ -51,13 +52,15 @@ std::vector<State> chunk_states(Inputs const& inputs, State running, int chunk_s
     float const* value = inputs.value.data() + t * dv;
     for (size_t m = 0; m < rows.size(); ++m) {
       double const phi = rows[m].multiplicity * double{key[rows[m].first]} * key[rows[m].second];
-      auto add = [&](Sum& sum, size_t i, double term) {
-        sum.value[i] = decay * sum.value[i] + term;
-        sum.magnitude[i] = decay * sum.magnitude[i] + std::abs(term);
+      auto add = [&](double& sum, double& magnitude, double term) {
+        sum = decay * sum + term;
+        magnitude = decay * magnitude + std::abs(term);
       };
-      add(running.key_sum, m, phi);
+      add(running.key_sum.value[m], running.key_sum.magnitude[m], phi);
+      double* const sums = running.state.value.data() + m * dv;
+      double* const magnitudes = running.state.magnitude.data() + m * dv;
       for (size_t e = 0; e < dv; ++e) {
-        add(running.state, m * dv + e, phi * value[e]);
+        add(sums[e], magnitudes[e], phi * value[e]);
       }
     }
   }
@@ -178,6 +181,50 @@ void add_through_phi(std::vector<Row> const& rows, float const* x, bool multipli
 }
 
 }  // namespace
+
+std::vector<double> plain_formula(ElementType element, Inputs const& in, State const& initial) {
+  auto const d = static_cast<size_t>(in.head_dim), dv = static_cast<size_t>(in.value_dim);
+  auto const D = initial.key_sum.value.size();
+  auto const tokens = static_cast<size_t>(in.tokens);
+  auto const rows = state_rows(in.head_dim);
+  auto const round = [&](double x) { return rounded(element, x); };
+  std::vector<double> output(tokens * dv, 0.0);
+  std::vector<double> weights(tokens);
+  for (size_t i = 0; i < tokens; ++i) {
+    double norm = 0.0, gate = 0.0;
+    for (size_t j = i + 1; j-- > 0;) {
+      double score = 0.0;
+      for (size_t x = 0; x < d; ++x) {
+        score += double{in.query[i * d + x]} * in.key[j * d + x];
+      }
+      score = round(round(score) / std::sqrt(static_cast<double>(d)));
+      weights[j] = round(round(score * score) * round(std::exp(gate)));
+      norm += weights[j];
+      gate += in.gate.empty() ? 0.0 : static_cast<double>(in.gate[j]);
+    }
+    std::vector<double> sums(dv, 0.0);
+    for (size_t e = 0; e < dv; ++e) {
+      for (size_t j = 0; j <= i; ++j) {
+        sums[e] += weights[j] * in.value[j * dv + e];
+      }
+    }
+    if (D > 0) {
+      double const factor = round(std::exp(gate)) / static_cast<double>(d);
+      for (size_t m = 0; m < D; ++m) {
+        float const* const query = in.query.data() + i * d;
+        double const phi = round(double{query[rows[m].first]} * query[rows[m].second]);
+        norm += factor * phi * round(initial.key_sum.value[m]);
+        for (size_t e = 0; e < dv; ++e) {
+          sums[e] += factor * phi * round(initial.state.value[m * dv + e]);
+        }
+      }
+    }
+    for (size_t e = 0; e < dv; ++e) {
+      output[i * dv + e] = norm == 0.0 ? 0.0 : round(round(sums[e]) / round(norm));
+    }
+  }
+  return output;
+}
 
 Gradients attend_gradient(std::vector<Inputs> const& queries, State const& initial,
                           std::vector<std::vector<float>> const& d_outputs, State const& d_final) {

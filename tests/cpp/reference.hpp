@@ -6,6 +6,8 @@
 
 #include <vector>
 
+#include "retention/configuration.hpp"
+
 namespace retention::test {
 
 struct Sum {
@@ -68,6 +70,10 @@ struct Output {
 
 /// Attends to the tokens up to each query and to the initial state (empty for none).
 Output attend(Inputs const& inputs, State const& initial, double scale);
+
+/// The plain formula with every result rounded to the element type, as a framework without kernels
+/// computes it: the yardstick of errors. [t, dv]
+std::vector<double> plain_formula(ElementType element, Inputs const& in, State const& initial);
 
 /// Of one key head and the query heads that share it.
 struct Gradients {

@@ -10,11 +10,11 @@
 
 #include "compiled.hpp"
 #include "emulator/emulator.hpp"
-#include "emulator_launcher.hpp"
 #include "retention/device/backward_plan.hpp"
 #include "retention/device/decode_plan.hpp"
 #include "retention/device/forward_plan.hpp"
 #include "retention/symmetric_power.hpp"
+#include "run_plan.hpp"
 
 namespace retention::test {
 
@@ -213,9 +213,9 @@ class Copies {
   std::vector<Result> results_;
 };
 
-/// The launcher's seed is what stands where a device has its stream.
-inline EmulatorLauncher launcher(CUstream_st* stream) {
-  return {reinterpret_cast<std::uintptr_t>(stream)};
+/// It stands where a device has its stream.
+inline std::uint64_t seed_of(CUstream_st* stream) {
+  return reinterpret_cast<std::uintptr_t>(stream);
 }
 
 template <class Kernels>
@@ -225,7 +225,7 @@ device::Status run_on_copies(device::ForwardPlan plan, void* workspace, CUstream
   copies.take_results(plan.arguments);
   copies.take(plan.earlier);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
-  device::Status const status = Kernels::run(plan, workspace, launcher(stream));
+  device::Status const status = run_plan<Kernels>(plan, workspace, seed_of(stream));
   copies.give_back();
   return status;
 }
@@ -239,9 +239,9 @@ device::Status run_on_copies(device::BackwardPlan const& plan, void* workspace,
   copies.take(arguments, plan.forward.workspace_bytes);
   copies.take(later);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
-  device::Status const status = Kernels::run(
+  device::Status const status = run_plan<Kernels>(
       device::BackwardPlan::make(arguments, device::multiprocessors(), plan.part, later), workspace,
-      launcher(stream));
+      seed_of(stream));
   copies.give_back();
   return status;
 }
@@ -253,8 +253,8 @@ device::Status run_on_copies(Plan const& plan, void* workspace, CUstream_st* str
   Copies copies;
   copies.take(arguments);
   copies.result(workspace, "workspace", static_cast<std::int64_t>(plan.workspace_bytes), 1);
-  device::Status const status =
-      Kernels::run(Plan::make(arguments, device::multiprocessors()), workspace, launcher(stream));
+  device::Status const status = run_plan<Kernels>(Plan::make(arguments, device::multiprocessors()),
+                                                  workspace, seed_of(stream));
   copies.give_back();
   return status;
 }
@@ -264,8 +264,8 @@ device::Status run_on_copies(device::DecodeFoldPlan const& plan, CUstream_st* st
   device::DecodeFoldArguments arguments = plan.arguments;
   Copies copies;
   copies.take(arguments);
-  device::Status const status = Kernels::run(
-      device::DecodeFoldPlan::make(arguments, device::multiprocessors()), launcher(stream));
+  device::Status const status = run_plan<Kernels>(
+      device::DecodeFoldPlan::make(arguments, device::multiprocessors()), seed_of(stream));
   copies.give_back();
   return status;
 }
@@ -275,7 +275,7 @@ template <class Kernels, class Arguments>
 device::Status run_on_copies(Arguments arguments, CUstream_st* stream) {
   Copies copies;
   copies.take(arguments);
-  device::Status const status = Kernels::run(arguments, launcher(stream));
+  device::Status const status = run_plan<Kernels>(arguments, seed_of(stream));
   copies.give_back();
   return status;
 }

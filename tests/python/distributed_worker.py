@@ -1,4 +1,4 @@
-"""One of several processes that train models together: `distributed_worker.py RANK FOLDER`.
+"""Several processes that train models together: `distributed_worker.py FOLDER`.
 
 For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `train` returns. And
 `FOLDER/DTensor-<RANK>.pt`: by name of `SHARDED`, whole results and gradients, and placements;
@@ -7,6 +7,8 @@ For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `trai
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -330,8 +332,10 @@ def drawn() -> dict[str, dict[str, Tensor]]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def one(rank: int, folder: Path) -> None:
+    with (folder / f"{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     torch.distributed.init_process_group(
         "gloo",
         init_method=(folder / "rendezvous").as_uri(),
@@ -347,5 +351,22 @@ def main(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def main(folder: Path) -> None:
+    # Once for all processes, which are copies of this one.
+    import torch._dynamo
+    import torch.distributed.fsdp
+    import torch.distributed.tensor
+
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=one, args=(rank, folder), daemon=True) for rank in range(PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

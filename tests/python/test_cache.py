@@ -619,6 +619,25 @@ SPECIAL = [
 ]
 
 
+def test_padding_beside_a_ring_that_is_nearly_full(monkeypatch: pytest.MonkeyPatch):
+    """Of slot 0, in whose place padding is read."""
+    config = Config(window=4, most=4)
+    results = []
+    for padding in ((), (-1, 4)):
+        cache = config.cache()
+        for length in (1, 4):  # no fold before the next step
+            cache.step(**config.tokens(0, 1, length), slots=indices(0))
+        slots = indices(1, *padding)
+        tokens = {
+            name: x.expand(len(slots), *x.shape[1:]) for name, x in config.tokens(1, 1, 4).items()
+        }
+        with as_on_a_device(monkeypatch):
+            out = cache.step(**tokens, slots=slots)
+        assert not out[1:].any()
+        results.append(out[:1])
+    assert torch.equal(*results)
+
+
 def test_planes_of_all_special_values():
     generator = torch.Generator().manual_seed(0)
     some = torch.randint(-(2**31), 2**31, (100_000,), generator=generator)

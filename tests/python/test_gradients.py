@@ -427,18 +427,27 @@ def test_gradients(device, path, dtype, name, paths):
     check(GRID[name], device, path, dtype, paths)
 
 
+# What is wanted alone. As small as can be: two chunks, and two sequences.
+PARTS = {
+    "final state": Call(case(66, hq=2, h=1), used=ALONE),
+    "packed, states": packed((0, 0, 66, 66, 67), hq=2, h=1, state=True, used=BOTH),
+    "one chunk": Call(case(63, hq=2, h=1)),
+    "d 24, dv 12, packed": packed(
+        (0, 0, 66, 66, 67), hq=2, h=1, d=24, dv=12, state=True, used=BOTH, aligned=True
+    ),
+}
 WANTED = [
-    ("final state alone", ("K",)),
+    ("final state", ("K",)),
     ("packed, states", ("Q", "initial_state", "sum_of_keys")),
     *[("packed, states", (name,)) for name in INPUTS],
     *[("packed, states", INPUTS[:n]) for n in (2, 3, 4)],
-    *[("t 63", (name,)) for name in INPUTS[:4]],
+    *[("one chunk", (name,)) for name in INPUTS[:4]],
     *[("d 24, dv 12, packed", (name,)) for name in INPUTS],
 ]
 
 
 def gradients_in_chunks(name: str, dtype: torch.dtype, device: str, wanted: tuple[str, ...]):
-    call = replace(GRID[name], wanted=wanted)
+    call = replace(PARTS[name], wanted=wanted)
     cu_seqlens = call.bounds and torch.tensor(call.bounds, dtype=torch.int32, device=device)
 
     def function(**leaves):

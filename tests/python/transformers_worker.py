@@ -1,12 +1,13 @@
-"""One of several processes that share a model of transformers: `transformers_worker.py FOLDER`.
+"""Several processes that share a model of transformers: `transformers_worker.py FOLDER`.
 
-RANK, WORLD_SIZE and the like are in the environment, as launchers have them. The process writes
-`FOLDER/trained-<RANK>.pt`, losses and whole parameters after `train`, and
+WORLD_SIZE and the like are in the environment, as launchers have them, and RANK in that of each. It
+writes `FOLDER/trained-<RANK>.pt`, losses and whole parameters after `train`, and
 `FOLDER/tensors-<RANK>.pt`, what models give that are sharded by their tensor-parallel plans.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -106,12 +107,27 @@ def tensor_parallel(folder: Path) -> dict:
     return done
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+def one(rank: int, folder: Path) -> None:
+    with (folder / f"{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.save(train(folder, PROCESSES), folder / f"trained-{rank}.pt")
     torch.save(tensor_parallel(folder), folder / f"tensors-{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    # Copies of this one, so that all is imported once.
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=one, args=(rank, folder), daemon=True) for rank in range(PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
 
 
 if __name__ == "__main__":

@@ -31,10 +31,12 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kBarriers = 16;
+constexpr char const* kBarrier = "barrier";
+
+constexpr std::size_t kGuard = 4096;
 
 // Stacks outlive a launch: mapping them again for each would cost more than most launches.
-char* stack_of(int thread) {
-  constexpr std::size_t kGuard = 4096;
+char* all_stacks() {
   static char* const pages = [] {
     std::size_t const bytes = kMaxThreads * (kStackBytes + kGuard);
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
@@ -48,7 +50,11 @@ char* stack_of(int thread) {
     }
     return static_cast<char*>(memory);
   }();
-  return pages + static_cast<std::size_t>(thread) * (kStackBytes + kGuard) + kGuard;
+  return pages;
+}
+
+char* stack_of(char* stacks, int thread) {
+  return stacks + static_cast<std::size_t>(thread) * (kStackBytes + kGuard) + kGuard;
 }
 
 // The innermost source line at `site` that is not inside CuTe nor one of the emulator's built-ins;
@@ -129,7 +135,8 @@ Launch::Launch(LaunchConfig const& config, void (*entry)(void const*, char*), vo
       entry_(entry),
       params_(reinterpret_cast<std::uintptr_t>(params)),
       params_bytes_(params_bytes),
-      random_state_(config.seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du) {
+      random_state_(config.seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du),
+      stacks_(all_stacks()) {
   std::size_t const n = std::size_t{config.block.x} * config.block.y * config.block.z;
   if (n == 0 || n > kMaxThreads) {
     throw std::invalid_argument("a block has 1 to 1024 threads");
@@ -186,7 +193,7 @@ void Launch::run_block(unsigned linear) {
     thread.linear = i;
     thread.index = {u % block.x, u / block.x % block.y, u / block.x / block.y};
     thread.known = nothing;
-    thread.context.prepare(stack_of(i), kStackBytes, [] { active->thread_main(); });
+    thread.context.prepare(stack_of(stacks_, i), kStackBytes, [] { active->thread_main(); });
     runnable_.push_back(i);
   }
   alive_ = num_threads();
@@ -226,24 +233,28 @@ void Launch::switch_to_next(Context& from) {
   runnable_[pick] = runnable_.back();
   runnable_.pop_back();
   current_ = next;
-  char* const stack = stack_of(next);
-  stack_ = reinterpret_cast<std::uintptr_t>(stack);
+  stack_ = reinterpret_cast<std::uintptr_t>(stack_of(stacks_, next));
   Context& to = self().context;
   if (&to != &from) {
     Context::switch_to(from, to);
   }
 }
 
-void Launch::suspend(std::string why) {
+void Launch::suspend(char const* why, int barrier) {
   Thread& thread = self();
-  thread.waits_for = std::move(why);
+  thread.waits_for = why;
+  thread.waits_at = barrier;
   switch_to_next(thread.context);
 }
 
 std::string Launch::deadlock_text() const {
   std::map<std::string, int> counts;
   for (Thread const& thread : threads_) {
-    ++counts[thread.done ? "have returned" : "wait at " + thread.waits_for];
+    std::string why = thread.waits_for;
+    if (why == kBarrier) {
+      why += " " + std::to_string(thread.waits_at);
+    }
+    ++counts[thread.done ? "have returned" : "wait at " + why];
   }
   std::string text = std::string(to_string(Fault::kDeadlock)) + ": no thread can go on in block " +
                      to_text(block_index_) + ", seed " + std::to_string(config_.seed) + ":";
@@ -313,7 +324,7 @@ void Launch::barrier(int id, int threads, bool wait, void* site) {
     return;
   }
   if (wait) {
-    suspend("barrier " + std::to_string(id));
+    suspend(kBarrier, id);
   }
 }
 
@@ -345,16 +356,18 @@ void Launch::warp_collective(char const* operation, std::uint32_t mask, void* op
   if (combine != nullptr) {
     combine(warp.operands, mask);
   }
-  std::vector<int> lanes;
   for (int i = 0; i < 32; ++i) {
-    if (mask >> i & 1) {
-      lanes.push_back(first + i);
-      if (i != lane) {
-        runnable_.push_back(first + i);
-      }
+    if ((mask >> i & 1) != 0 && i != lane) {
+      runnable_.push_back(first + i);
     }
   }
   if (synchronizes) {
+    std::vector<int> lanes;
+    for (int i = 0; i < 32; ++i) {
+      if (mask >> i & 1) {
+        lanes.push_back(first + i);
+      }
+    }
     exchange_knowledge(lanes, lanes);
   }
 }
@@ -424,7 +437,9 @@ void Launch::check_alignment(std::uintptr_t address, std::size_t bytes, void* si
 void Launch::touch_shared(std::size_t offset, std::size_t bytes, bool store, bool async,
                           void* site) {
   Thread& thread = self();
-  Epoch const now = Epoch::of(thread.linear, thread.clock);
+  int const me = thread.linear;
+  Epoch const now = Epoch::of(me, thread.clock);
+  Knowledge const& known = *thread.known;
   auto where = [&](std::size_t cell) {
     return "shared memory at offset " + std::to_string(cell * kCellBytes);
   };
@@ -440,7 +455,7 @@ void Launch::touch_shared(std::size_t offset, std::size_t bytes, bool store, boo
     if (!store && !cell.write) {
       fail(Fault::kUninitialized, "load from " + where(i) + ", which nobody has written", site);
     }
-    if (cell.write && !happened_before(cell.write, thread)) {
+    if (cell.write && !detail::happened_before(cell.write, known, me)) {
       fail(Fault::kRace,
            where(i) + ": written by thread " + std::to_string(cell.write.thread()) + " and " +
                (store ? "written" : "read") + " by thread " + std::to_string(thread.linear) +
@@ -449,7 +464,7 @@ void Launch::touch_shared(std::size_t offset, std::size_t bytes, bool store, boo
     }
     if (store) {
       for (Epoch& read : cell.reads) {
-        if (read && !happened_before(read, thread)) {
+        if (read && !detail::happened_before(read, known, me)) {
           fail(Fault::kRace,
                where(i) + ": read by thread " + std::to_string(read.thread()) +
                    " and written by thread " + std::to_string(thread.linear) +
@@ -462,7 +477,7 @@ void Launch::touch_shared(std::size_t offset, std::size_t bytes, bool store, boo
       cell.async_thread = async ? static_cast<std::uint32_t>(thread.linear) + 1 : 0;
       continue;
     }
-    remember_read(cell, thread, now);
+    remember_read(cell, known, me, now);
   }
 }
 

@@ -36,7 +36,8 @@ struct Thread {
   Dim3 index;
   int linear = 0;
   bool done = false;
-  std::string waits_for;
+  char const* waits_for = "";
+  int waits_at = 0;  // which barrier, where it is one
 
   // Everything another thread did up to known[other] happens before what this thread does now.
   std::uint32_t clock = 1;
@@ -95,6 +96,10 @@ class Launch {
       check_accumulators(address, bytes, kind, site);
     }
   }
+  /// Whether an access to `address` needs no check: most are to the running thread's own stack.
+  bool is_own(std::uintptr_t address) const {
+    return address - stack_ < kStackBytes && accumulators_in_flight_ == 0;
+  }
   /// A load of shared memory that lane `receiver` as well as the calling one gets to see.
   void load_shared(std::uintptr_t address, std::size_t bytes, int receiver, char const* what,
                    void* site);
@@ -124,7 +129,7 @@ class Launch {
 
  private:
   void run_block(unsigned linear);
-  void suspend(std::string why);
+  void suspend(char const* why, int barrier = 0);
   void switch_to_next(Context& from);
   void exchange_knowledge(std::vector<int> const& from, std::vector<int> const& to);
   void join_fences(std::vector<int> const& from, std::vector<int> const& to);
@@ -134,7 +139,6 @@ class Launch {
   void access_memory(std::uintptr_t address, std::size_t bytes, Access kind, bool aligned,
                      void* site);
   void touch_shared(std::size_t offset, std::size_t bytes, bool store, bool async, void* site);
-  void remember_read(SharedCell& cell, Thread const& thread, Epoch now);
   void check_accumulators(std::uintptr_t address, std::size_t bytes, Access kind, void* site);
   void check_nothing_in_flight();
   bool fenced(Epoch write, Thread const& thread) const;
@@ -143,6 +147,7 @@ class Launch {
   void finish_product(WarpgroupProduct& product, int first, void* site);
   void touch_global(Array& array, std::uintptr_t address, std::size_t bytes, Access kind,
                     bool aligned, void* site);
+  void remember_read(SharedCell& cell, Knowledge const& known, int me, Epoch now);
   bool happened_before(std::uint32_t mark, Epoch epoch, Thread const& thread) const;
   void check_after_write(Array const& array, std::size_t cell, Access kind, void* site);
   void check_after_reads(Array& array, std::size_t cell, Access kind, void* site);
@@ -177,6 +182,7 @@ class Launch {
   std::vector<std::unique_ptr<WarpgroupProduct>> spare_products_;
   std::vector<std::unique_ptr<WarpgroupAccumulators>> spare_accumulators_;
   int accumulators_in_flight_ = 0;
+  char* const stacks_;        // of all fibers
   std::uintptr_t stack_ = 0;  // lowest address of the running fiber's
 
   std::vector<char> shared_pages_;
@@ -184,16 +190,20 @@ class Launch {
   std::vector<SharedCell> cells_;
 };
 
-inline bool Launch::happened_before(Epoch epoch, Thread const& thread) const {
-  return epoch.thread() == thread.linear ||
-         epoch.clock() <= (*thread.known)[static_cast<std::size_t>(epoch.thread())];
+/// Whether it happened before what the thread `me`, which has this knowledge, does now.
+inline bool happened_before(Epoch epoch, Knowledge const& known, int me) {
+  return epoch.thread() == me || epoch.clock() <= known[static_cast<std::size_t>(epoch.thread())];
 }
 
-inline void Launch::remember_read(SharedCell& cell, Thread const& thread, Epoch now) {
+inline bool Launch::happened_before(Epoch epoch, Thread const& thread) const {
+  return detail::happened_before(epoch, *thread.known, thread.linear);
+}
+
+inline void Launch::remember_read(SharedCell& cell, Knowledge const& known, int me, Epoch now) {
   // A read that happened before this one need not be kept: who follows this one follows it.
   Epoch* slot = nullptr;
   for (Epoch& read : cell.reads) {
-    if (!read || happened_before(read, thread)) {
+    if (!read || detail::happened_before(read, known, me)) {
       slot = &read;
       break;
     }

@@ -345,35 +345,61 @@ struct MmaOperand {
 // A [16, 16]: register i of lane (g, t) holds row g + 8 (i % 2), columns 2t + 8 (i / 2) and next.
 // B [16, 8]:  register i holds rows 2t + 8 i and next, column g.
 // C [16, 8]:  register i holds row g + 8 (i / 2), column 2t + i % 2.
+struct MmaTile {
+  std::uint16_t a[16][16], b[16][8];
+  float sum[16][8];
+};
+
 template <float (*Value)(std::uint32_t)>
-void combine_mma(void* const* operands, std::uint32_t) {
+[[gnu::always_inline]] inline void multiply(MmaTile& tile) {
   float a[16][16], b[16][8];
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) {
+      a[m][k] = Value(tile.a[m][k]);
+    }
+  }
+  for (int k = 0; k < 16; ++k) {
+    for (int n = 0; n < 8; ++n) {
+      b[k][n] = Value(tile.b[k][n]);
+    }
+  }
+  for (int m = 0; m < 16; ++m) {
+    float sum[8] = {};
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 8; ++n) {
+        sum[n] += a[m][k] * b[k][n];
+      }
+    }
+    std::memcpy(tile.sum[m], sum, sizeof(sum));
+  }
+}
+
+EMULATOR_VECTORS void multiply_bfloat16(MmaTile& tile) { multiply<bfloat16_value>(tile); }
+EMULATOR_VECTORS void multiply_float16(MmaTile& tile) { multiply<float16_value>(tile); }
+
+template <void (*Multiply)(MmaTile&)>
+void combine_mma(void* const* operands, std::uint32_t) {
+  MmaTile tile;
   for (int l = 0; l < 32; ++l) {
     auto const& in = lane<MmaOperand>(operands, l);
     int const g = l / 4, t = l % 4;
     for (int i = 0; i < 4; ++i) {
       for (int half = 0; half < 2; ++half) {
-        a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = Value(in.a[i] >> 16 * half);
+        tile.a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] =
+            static_cast<std::uint16_t>(in.a[i] >> 16 * half);
       }
     }
     for (int i = 0; i < 2; ++i) {
       for (int half = 0; half < 2; ++half) {
-        b[2 * t + 8 * i + half][g] = Value(in.b[i] >> 16 * half);
+        tile.b[2 * t + 8 * i + half][g] = static_cast<std::uint16_t>(in.b[i] >> 16 * half);
       }
     }
   }
-  float sum[16][8] = {};
-  for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < 16; ++k) {
-      for (int n = 0; n < 8; ++n) {
-        sum[m][n] += a[m][k] * b[k][n];
-      }
-    }
-  }
+  Multiply(tile);
   for (int l = 0; l < 32; ++l) {
     auto& out = lane<MmaOperand>(operands, l);
     for (int i = 0; i < 4; ++i) {
-      out.d[i] = out.c[i] + sum[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
+      out.d[i] = out.c[i] + tile.sum[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
     }
   }
 }
@@ -385,9 +411,9 @@ void mma_16x8x16(Element type, std::uint32_t const (&a)[4], std::uint32_t const 
   Inside const guard;
   MmaOperand mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}, {}};
   if (type == Element::kBFloat16) {
-    collective("mma.bf16", kFullWarp, mine, combine_mma<bfloat16_value>);
+    collective("mma.bf16", kFullWarp, mine, combine_mma<multiply_bfloat16>);
   } else {
-    collective("mma.f16", kFullWarp, mine, combine_mma<float16_value>);
+    collective("mma.f16", kFullWarp, mine, combine_mma<multiply_float16>);
   }
   std::memcpy(d, mine.d, sizeof(mine.d));
 }
@@ -544,14 +570,14 @@ std::uint32_t atomic(Atomic operation, void* address, std::uint32_t operand,
 }  // namespace emulator
 
 // The interface that `-fsanitize=thread` compiles against.
-#define EMULATOR_ANNOUNCE(name, parameters, bytes, kind, aligned)                           \
-  void __tsan_##name parameters {                                                           \
-    if (!::emulator::detail::Inside::inside) {                                              \
-      ::emulator::detail::Inside const guard;                                               \
-      ::emulator::detail::active->access(reinterpret_cast<std::uintptr_t>(address), bytes,  \
-                                         ::emulator::detail::Launch::Access::kind, aligned, \
-                                         __builtin_return_address(0));                      \
-    }                                                                                       \
+#define EMULATOR_ANNOUNCE(name, parameters, bytes, kind, aligned)                                \
+  void __tsan_##name parameters {                                                                \
+    auto const place = reinterpret_cast<std::uintptr_t>(address);                                \
+    if (!::emulator::detail::Inside::inside && !::emulator::detail::active->is_own(place)) {     \
+      ::emulator::detail::Inside const guard;                                                    \
+      ::emulator::detail::active->access(place, bytes, ::emulator::detail::Launch::Access::kind, \
+                                         aligned, __builtin_return_address(0));                  \
+    }                                                                                            \
   }
 #define EMULATOR_ANNOUNCE_SIZE(bytes)                                            \
   EMULATOR_ANNOUNCE(read##bytes, (void* address), bytes, kLoad, true)            \

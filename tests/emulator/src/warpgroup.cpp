@@ -31,7 +31,7 @@ int row_of(int lane, int i) { return lane / 4 + 8 * (i / 2 % 2); }
 int column_of(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i % 2; }
 
 template <float (*Value)(std::uint32_t)>
-void multiply(WarpgroupProduct const& product, char const* shared) {
+[[gnu::always_inline]] inline void multiply(WarpgroupProduct const& product, char const* shared) {
   int const n = product.n;
   float a[16][16];
   auto read_piece = [&](int piece, std::uint16_t (&elements)[kPieceCells]) {
@@ -81,6 +81,13 @@ void multiply(WarpgroupProduct const& product, char const* shared) {
       values[column] = product.adds ? values[column] + sum[column] : sum[column];
     }
   }
+}
+
+EMULATOR_VECTORS void multiply_bfloat16(WarpgroupProduct const& product, char const* shared) {
+  multiply<bfloat16_value>(product, shared);
+}
+EMULATOR_VECTORS void multiply_float16(WarpgroupProduct const& product, char const* shared) {
+  multiply<float16_value>(product, shared);
 }
 
 }  // namespace
@@ -379,13 +386,13 @@ void Launch::finish_product(WarpgroupProduct& product, int first, void* site) {
                  std::to_string(thread.linear) + ", which reads it, was in flight",
              site);
       }
-      remember_read(cells_[j], thread, now);
+      remember_read(cells_[j], *thread.known, thread.linear, now);
     }
   }
   if (product.type == Element::kBFloat16) {
-    multiply<bfloat16_value>(product, shared_);
+    multiply_bfloat16(product, shared_);
   } else {
-    multiply<float16_value>(product, shared_);
+    multiply_float16(product, shared_);
   }
   --product.accumulators->products;
 }

@@ -360,7 +360,8 @@ def _attend(p: Pool, Q: Tensor, rows: _Rows, cursor: Cursor, age: Tensor, deg: i
     if any(folded):
         there, log_decay = None if all(folded) else cursor.folded > 0, None
         if sums is not None:
-            older = cursor.length.long()[:, None, None, None]  # than the oldest token
+            # Than the oldest token. A row without a slot reads a ring that has not folded.
+            older = cursor.length.long().clamp(max=ring)[:, None, None, None]
             log_decay = sums.gather(3, older.expand(n, h, width, 1))[..., 0]
         past = decoding.Past(rows.read(p.high), rows.read(p.key_sum), log_decay, there)
     if at_once:
