@@ -165,9 +165,9 @@ struct Output : OneItem<Output<Traits>> {
     int const lane = thread % 32;
     int const head = blockIdx.y;
     Item const item(params, number);
-    Tile const& tile = item.tile;
-    Sequence const& sequence = item.sequence;
-    Rows const& rows = item.rows;
+    Tile const tile = item.tile;
+    Sequence const sequence = item.sequence;
+    Rows const rows = item.rows;
     if (rows.tokens <= 0) {
       return;  // the same for the whole block
     }
@@ -183,6 +183,7 @@ struct Output : OneItem<Output<Traits>> {
     int const first_row = Tiling::first_row(thread / 32);
     float normalizer[kMmaRows][2] = {};
     cute::Tensor output = cute::make_tensor<float>(collective::OutputLayout<Tiling, kValueDim>{});
+    cute::clear(output);
 
     bool const has_state = item.has_state;
     std::int64_t const slot_head =
@@ -211,7 +212,6 @@ struct Output : OneItem<Output<Traits>> {
         __syncthreads();  // the queries are there
         Apply::add_key_sum(params.key_sums + state_head * Apply::kStateDim, shared.query, first_row,
                            lane, normalizer);
-        cute::clear(output);
         apply(shared.query, first_row, lane, output);
         __syncthreads();  // the keys come where the state was
         Intra::prefetch(shared.loops.intra, shared.work);
@@ -234,7 +234,6 @@ struct Output : OneItem<Output<Traits>> {
         scale(decay * state_scale, decay * key_sum_scale, m, output, normalizer);
       }
     } else {
-      cute::clear(output);
       if constexpr (kProduces) {
         // Zeros in registers: as constants they would reach the loop as what is not of wgmma, for
         // which ptxas has one product wait for another.
