@@ -149,7 +149,7 @@ struct Output : OneItem<Output<Traits>> {
     return Tiles{params.sequences, params.group}.count();
   }
 
-  /// Copies keys and values for the others.
+  /// Copies what the others take, for an item.
   CUTE_DEVICE static void produce(Params const& params, char* smem, int number) {
     if constexpr (kProduces) {
       Item const item(params, number);
@@ -196,7 +196,6 @@ struct Output : OneItem<Output<Traits>> {
       if (has_state) {
         Apply::add_key_sum(params.key_sums + state_head * Apply::kStateDim, shared.query, first_row,
                            lane, normalizer);
-        cute::clear(output);
         Intra::template apply_state<Apply>(shared.loops, shared.work, shared.query, output);
       }
     } else {
@@ -233,12 +232,10 @@ struct Output : OneItem<Output<Traits>> {
             detail::exp2(shared.row_gate[reference].total() + static_cast<float>(weight_exponent));
         scale(decay * state_scale, decay * key_sum_scale, m, output, normalizer);
       }
-    } else {
-      if constexpr (kProduces) {
-        // Zeros in registers: as constants they would reach the loop as what is not of wgmma, for
-        // which ptxas has one product wait for another.
-        collective::hold<kMmaRows * kValueDim / 2>(&output(0));
-      }
+    } else if constexpr (kProduces) {
+      // Zeros in registers: as constants they would reach the loop as what is not of wgmma, for
+      // which ptxas has one product wait for another.
+      collective::hold<kMmaRows * kValueDim / 2>(&output(0));
     }
     if constexpr (kProduces) {
       Intra::run(shared.loops, shared.work, shared.query, shared.row_gate, output, normalizer);

@@ -9,8 +9,8 @@
 // Keys before the warpgroup's first token i0 have exp(g_i - g_j) = R_i C_j, where
 // R_i = exp(g_i - g_i0) and C_j = exp(g_i0 - g_j) decay both. So have later ones where gates are
 // mild. Outputs and normalisers are sums in units of R_i, what comes from a state included, and are
-// multiplied by it once. From the first tile on that is not mild they are in units of 1: there an
-// exponential for every weight of the keys that are not before a warp's 16 rows.
+// multiplied by it once. From the first tile on that is not mild they are in units of 1, and every
+// weight has an exponential.
 
 #pragma once
 
