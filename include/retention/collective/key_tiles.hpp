@@ -36,21 +36,19 @@ struct TileRows {
 };
 
 /// Tiles of `TileKeys` keys, `LoadTiles` of which are loaded at a time, while one of those before
-/// is in use. Those of values may have to stay for longer.
-template <class Element_, int HeadDim, int ValueDim, int Threads, int TileKeys, int LoadTiles,
-          int KeySlots = 2 * LoadTiles, int ValueSlots = 2 * LoadTiles>
+/// is in use.
+template <class Element_, int HeadDim, int ValueDim, int Threads, int TileKeys, int LoadTiles>
 struct KeyTiles {
   using Element = Element_;
 
   static constexpr int kTileKeys = TileKeys;
   static constexpr int kLoadTiles = LoadTiles;
   static constexpr int kLoadKeys = kLoadTiles * kTileKeys;
-  static constexpr int kSlots = KeySlots;  // of keys and gates
-  static constexpr int kValueSlots = ValueSlots;
+  static constexpr int kSlots = 2 * kLoadTiles;
   static constexpr int kThreads = Threads;
 
-  using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kSlots>;          // [key, d, slot]
-  using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kValueSlots>;  // [key, dv, slot]
+  using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kSlots>;     // [key, d, slot]
+  using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kSlots>;  // [key, dv, slot]
 
   /// Where a thread reads of the next tile.
   struct alignas(16) Source {
@@ -115,8 +113,8 @@ struct KeyTiles {
       Source const source = shared.source[thread];
       shared.source[thread] = {
           copy<HeadDim, KeyLayout>(source.key, work.key_stride, shared.key, slot, left, thread),
-          copy<ValueDim, ValueLayout>(source.value, work.value_stride, shared.value,
-                                      first_key / kTileKeys % kValueSlots, left, thread)};
+          copy<ValueDim, ValueLayout>(source.value, work.value_stride, shared.value, slot, left,
+                                      thread)};
       if (work.gate != nullptr && thread < kLoadKeys) {
         detail::CumulativeGate const* gate = shared.gate_source[thread];
         cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<detail::CumulativeGate>::copy(
