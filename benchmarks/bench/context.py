@@ -79,10 +79,10 @@ def measure(
         raise UsageError(f"--t: expected at least {world} tokens, one for each process")
     numbers = sorted({2**i for i in range(world.bit_length()) if 2**i <= world} | {world})
     groups = {n: dist.new_group(range(n)) for n in numbers}
+    own = numbers if wanted("retention") else []
     for t in lengths:
         for pass_ in ("fwd", "fwd+bwd"):
             # Fewer processes first: others are compared with them.
-            own = numbers if wanted("retention") else []
             pairs = {(n, tokens) for n in own for tokens in (t, t * n // world)}
             calls: dict[tuple[int, int], Row | None] = dict.fromkeys(sorted(pairs))
             for n, tokens in calls:

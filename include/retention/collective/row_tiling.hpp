@@ -18,9 +18,6 @@ struct RowTiling {
   static constexpr int kRows = kWarpRows * kWarps;
 
   CUTE_HOST_DEVICE static constexpr int first_row(int warp) { return warp * kWarpRows; }
-
-  /// A barrier of the threads that have rows, which are all.
-  CUTE_DEVICE static void meet() { __syncthreads(); }
 };
 
 /// For wgmma: warpgroups of 64 rows share what a block loads. A lane has so few sums that a
@@ -30,9 +27,10 @@ template <int Warpgroups = 2>
 struct WarpgroupTiling : RowTiling<1, 4 * Warpgroups> {
   static constexpr int kWarpgroups = Warpgroups;
 
-  CUTE_DEVICE static void meet() { detail::wait_at_barrier(kBarrier, 128 * kWarpgroups); }
-
   static constexpr int kBarrier = 1;
+
+  /// A barrier of the threads that have rows.
+  CUTE_DEVICE static void meet() { detail::wait_at_barrier(kBarrier, 128 * kWarpgroups); }
 };
 
 }  // namespace retention::collective
