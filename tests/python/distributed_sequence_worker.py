@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import retention
 from cases import RESETS, Case, cast, make
+from processes import run_copies
 from retention.nn import PowerRetention
 
 OF_TOKENS = ("Q", "K", "V", "log_G")
@@ -576,20 +577,12 @@ def main(folder: Path, what: list[str]) -> None:
 
     if "commands" in what:
         torch.save(commands(folder), folder / "codes.pt")
-    fork = multiprocessing.get_context("fork")
     for number in what:
         kind, _, ranks = number.rpartition(":")
         if number == "commands":
             continue
         target = one_gpu if kind == "gpu" else one
-        processes = [
-            fork.Process(target=target, args=(rank, int(ranks), folder), daemon=True)
-            for rank in range(int(ranks))
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
+        run_copies(int(ranks), target, int(ranks), folder)
 
 
 if __name__ == "__main__":

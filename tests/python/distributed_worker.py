@@ -7,7 +7,6 @@ For every one of `WAYS`, writes `FOLDER/<WAY>-<RANK>.pt`: by variant, what `trai
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import retention
 from cases import Case, make
+from processes import run_copies
 from retention.lm.config import ModelConfig
 from retention.lm.model import Block, LanguageModel
 from retention.lm.training import make_model
@@ -358,14 +358,7 @@ def main(folder: Path) -> None:
     import torch.distributed.tensor
 
     torch.set_num_threads(1)
-    fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=one, args=(rank, folder), daemon=True) for rank in range(PROCESSES)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    run_copies(PROCESSES, one, folder)
 
 
 if __name__ == "__main__":

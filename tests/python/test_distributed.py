@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 
 import distributed_worker as worker
 import retention
+from processes import run_worker
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -21,27 +19,11 @@ pytestmark = pytest.mark.skipif(
 # Both sides are float64, and differ in the order of a few sums.
 TOLERANCE = 1e-12
 
-SECONDS = 300  # far more than it takes: processes that hang are killed
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes leave: results and logs."""
-    folder = tmp_path_factory.mktemp("distributed")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's own name resolves to
-    program = Path(worker.__file__).resolve()
-    with (folder / "all.log").open("w") as log:
-        subprocess.run(
-            [sys.executable, program, folder],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=SECONDS,
-            check=False,
-        )
-    return folder
+    return run_worker(worker, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.fixture(scope="module")

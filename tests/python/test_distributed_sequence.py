@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from itertools import accumulate
@@ -25,6 +22,7 @@ from hypothesis import strategies as st
 import distributed_sequence_worker as worker
 from cases import RESETS, Case, assert_close, error
 from distributed_sequence_worker import Shared
+from processes import run_worker
 from retention import cli, distributed
 from retention.ops import exchange, shares
 
@@ -34,7 +32,6 @@ needs_gloo = pytest.mark.skipif(
 )
 NUMBERS = (2, 3, 4)
 TEXT = b"".join(b"def f%d(x):\n    return x + %d\n\n" % (i % 7, i % 7) for i in range(400))
-SECONDS = 300  # far more than it takes: processes that hang are killed
 
 # Both sides are float64 and sum in another order; gradients of strong gates are small differences.
 TOLERANCE = 1e-10
@@ -56,25 +53,9 @@ ON_GPUS = {torch.float32: 4e-6, torch.bfloat16: 4.4e-2, torch.float16: 4.6e-3}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes leave: results and logs."""
-    return run_worker(tmp_path_factory.mktemp("sequence"), "commands", *map(str, NUMBERS))
-
-
-def run_worker(folder: Path, *what: str) -> Path:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's own name resolves to
-    program = Path(worker.__file__).resolve()
+    folder = tmp_path_factory.mktemp("sequence")
     (folder / "text").write_bytes(TEXT)
-    with (folder / "all.log").open("w") as log:
-        subprocess.run(
-            [sys.executable, program, folder, *what],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=SECONDS,
-            check=False,
-        )
-    return folder
+    return run_worker(worker, folder, "commands", *map(str, NUMBERS))
 
 
 _read: dict[Path, Any] = {}
@@ -573,7 +554,7 @@ GPUS = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()] or [1]
 @pytest.fixture(scope="module")
 def gpu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     what = (f"gpu:{ranks}" for ranks in GPUS)
-    return run_worker(tmp_path_factory.mktemp("gpus"), *what)
+    return run_worker(worker, tmp_path_factory.mktemp("gpus"), *what)
 
 
 @pytest.mark.gpu

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,7 @@ import torch
 # First, since it keeps transformers offline.
 import transformers_cases as cases
 import transformers_worker as worker
-
-SECONDS = 300  # far more than it takes: processes that hang are killed
+from processes import run_worker
 
 TENSORS = ("brumby", "powercoder", "mixed")
 
@@ -27,26 +24,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.make_model(kind).save_pretrained(folder / kind)
     blend = {"softmax_blend": 0.5, "softmax_types": ["full_attention"] * 3}
     cases.make_model("mixed", torch.float32, **blend).save_pretrained(folder / "blend")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(20000 + os.getpid() % 20000),
         "WORLD_SIZE": str(worker.PROCESSES),
         "LOCAL_WORLD_SIZE": str(worker.PROCESSES),
     }
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's own name resolves to
-    program = Path(worker.__file__).resolve()
-    with (folder / "all.log").open("w") as log:
-        subprocess.run(
-            [sys.executable, program, folder],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=SECONDS,
-            check=False,
-        )
-    return folder
+    return run_worker(worker, folder, **environment)
 
 
 def results_of(name: str, folder: Path) -> list[dict]:

@@ -7,7 +7,6 @@ writes `FOLDER/trained-<RANK>.pt`, losses and whole parameters after `train`, an
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.distributed import DistributedConfig
 
 import retention.transformers as rt
+from processes import run_copies
 
 # First, since it keeps transformers offline.
 from transformers_cases import tokens
@@ -120,14 +120,7 @@ def one(rank: int, folder: Path) -> None:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     # Copies of this one, so that all is imported once.
-    fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=one, args=(rank, folder), daemon=True) for rank in range(PROCESSES)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    run_copies(PROCESSES, one, folder)
 
 
 if __name__ == "__main__":
