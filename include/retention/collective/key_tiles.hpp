@@ -35,6 +35,33 @@ struct TileRows {
   CUTE_DEVICE int token(int row) const { return first_token + tile_token(row); }
 };
 
+/// What a loop needs beside its registers, all of which its operands take: it stays in shared
+/// memory, out of reach of whoever moves code out of loops.
+template <class Element>
+struct KeyWork {
+  Element const* key;  // of the chunk's first token, as value and gate
+  Element const* value;
+  detail::CumulativeGate const* gate;  // null for none
+  std::int64_t key_stride;
+  std::int64_t value_stride;
+  std::int64_t gate_stride;
+  TileRows rows;
+  float unit;  // what weights are multiplied by where there is no gate, whose rows have it else
+};
+
+/// The gates of the lane's columns 8 n and 8 n + 1 of a tile, `offset` bytes from those of each
+/// eight keys.
+struct ColumnGates {
+  detail::CumulativeGate gate[2];
+};
+template <int kKeys>
+CUTE_DEVICE ColumnGates column_gates(detail::CumulativeGate const (&gates)[kKeys], int offset,
+                                     int n) {
+  float4 const x =
+      *reinterpret_cast<float4 const*>(reinterpret_cast<char const*>(gates + 8 * n) + offset);
+  return {{{x.x, x.y}, {x.z, x.w}}};
+}
+
 /// Tiles of `TileKeys` keys, `LoadTiles` of which are loaded at a time, while one of those before
 /// is in use.
 template <class Element_, int HeadDim, int ValueDim, int Threads, int TileKeys, int LoadTiles>
@@ -65,18 +92,7 @@ struct KeyTiles {
     detail::CumulativeGate const* gate_source[kLoadKeys];
   };
 
-  /// What a loop needs beside its registers, all of which its operands take: it stays in shared
-  /// memory, out of reach of whoever moves code out of loops.
-  struct Work {
-    Element const* key;  // of the chunk's first token, as value and gate
-    Element const* value;
-    detail::CumulativeGate const* gate;  // null for none
-    std::int64_t key_stride;
-    std::int64_t value_stride;
-    std::int64_t gate_stride;
-    TileRows rows;
-    float unit;  // what weights are multiplied by where there is no gate
-  };
+  using Work = KeyWork<Element>;
 
   /// Of a warp's rows, tokens in the chunk.
   struct alignas(8) Reach {
@@ -150,16 +166,9 @@ struct KeyTiles {
     return source;
   }
 
-  /// The gates of the lane's columns 8 n and 8 n + 1 of a slot, `offset` bytes from those of each
-  /// eight keys.
-  struct ColumnGates {
-    detail::CumulativeGate gate[2];
-  };
   CUTE_DEVICE static ColumnGates column_gates(SharedStorage const& shared, int slot, int offset,
                                               int n) {
-    float4 const x = *reinterpret_cast<float4 const*>(
-        reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
-    return {{{x.x, x.y}, {x.z, x.w}}};
+    return collective::column_gates(shared.gate[slot], offset, n);
   }
 
   /// Read anew, for registers are short: what follows from it need not be kept. The mask tells the

@@ -286,7 +286,7 @@ struct Output : OneItem<Output<Traits>> {
 
     CUTE_DEVICE typename Intra::Work work(Params const& params) const {
       int const head = blockIdx.y;
-      typename Intra::Work work{
+      collective::KeyWork<Element> const keys{
           params.key + at(params.key_stride, head),
           params.value + at(params.value_stride, head),
           params.gate == nullptr ? nullptr : params.gate + at(params.gate_stride, head),
@@ -296,10 +296,11 @@ struct Output : OneItem<Output<Traits>> {
           rows,
           detail::power_of_two(-weight_exponent)};
       if constexpr (kProduces) {
-        work.state =
-            has_state ? params.states + state_head(params) * Apply::kStateDim * kValueDim : nullptr;
+        return {keys, has_state ? params.states + state_head(params) * Apply::kStateDim * kValueDim
+                                : nullptr};
+      } else {
+        return keys;
       }
-      return work;
     }
   };
 

@@ -337,7 +337,7 @@ struct IntraQueryGradient : WarpKeyTiles<Element_, HeadDim, ValueDim, 32 * Warps
     }
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      typename Tiles::ColumnGates key;
+      ColumnGates key;
       float column[2];  // root of C_j
       if constexpr (kSharesFactors && !Diagonal) {
         auto const pair = *reinterpret_cast<float2 const*>(

@@ -179,7 +179,7 @@ struct IntraChunk {
     detail::CumulativeGate const row_gate[2] = {row_gates[lane_row()], row_gates[lane_row() + 8]};
 #pragma unroll
     for (int n = 0; n < kTileKeys / 8; ++n) {
-      auto const key = Stream::column_gates(shared, slot, offset, n);
+      auto const key = column_gates(shared.gate[slot], offset, n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float const decay = detail::exp2(row_gate[i / 2].since(key.gate[i % 2]));

@@ -68,16 +68,8 @@ struct TileStream {
   using KeyLayout = StagedTileLayout<kTileKeys, HeadDim, kSlots>;     // [key, d, slot]
   using ValueLayout = StagedTileLayout<kTileKeys, ValueDim, kSlots>;  // [key, dv, slot]
 
-  struct Work {
-    Element const* key;  // of the chunk's first token, as value and gate
-    Element const* value;
-    detail::CumulativeGate const* gate;  // null for none
-    std::int64_t key_stride;
-    std::int64_t value_stride;
-    std::int64_t gate_stride;
-    TileRows rows;
-    float unit;                      // what weights are multiplied by
-    Element const* state = nullptr;  // [64 kStateParts kStateTiles, dv]; null for none
+  struct Work : KeyWork<Element> {
+    Element const* state;  // [64 kStateParts kStateTiles, dv]; null for none
   };
 
   struct SharedStorage {
@@ -161,18 +153,6 @@ struct TileStream {
   }
 
   CUTE_DEVICE static int after(int slot) { return slot == kSlots - 1 ? 0 : slot + 1; }
-
-  /// The gates of the lane's columns 8 n and 8 n + 1 of a slot, `offset` bytes from those of each
-  /// eight keys.
-  struct ColumnGates {
-    detail::CumulativeGate gate[2];
-  };
-  CUTE_DEVICE static ColumnGates column_gates(SharedStorage const& shared, int slot, int offset,
-                                              int n) {
-    float4 const x = *reinterpret_cast<float4 const*>(
-        reinterpret_cast<char const*>(&shared.gate[slot][8 * n]) + offset);
-    return {{{x.x, x.y}, {x.z, x.w}}};
-  }
 
  private:
   // After that of the tiling.
