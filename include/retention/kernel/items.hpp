@@ -30,18 +30,29 @@
 
 namespace retention::kernel {
 
-/// Calls visit(work), where work(number) is what the threads that call this do for an item.
-template <class Kernel, class Params, class Visit>
-CUTE_DEVICE void with_work(Params const& params, char* smem, Visit const& visit) {
+/// What a block does: Items::run<true> in threads that copy for the others, with fewer registers,
+/// and Items::run<false> in those with rows.
+template <class Kernel, class Items, class Params>
+CUTE_DEVICE void run_in_roles(Params const& params, char* smem) {
   if constexpr (Kernel::kProduces) {
     if (static_cast<int>(threadIdx.x) >= Kernel::kRowThreads) {
       cutlass::arch::warpgroup_reg_dealloc<Kernel::kProducerRegisters>();
-      visit([&](int number) { Kernel::produce(params, smem, number); });
+      Items::template run<true>(params, smem);
       return;
     }
     cutlass::arch::warpgroup_reg_alloc<Kernel::kRowRegisters>();
   }
-  visit([&](int number) { Kernel::work(params, smem, number); });
+  Items::template run<false>(params, smem);
+}
+
+/// What a thread does for an item.
+template <class Kernel, bool kCopies, class Params>
+CUTE_DEVICE void run_item(Params const& params, char* smem, int number) {
+  if constexpr (kCopies) {
+    Kernel::produce(params, smem, number);
+  } else {
+    Kernel::work(params, smem, number);
+  }
 }
 
 /// An item a block.
@@ -52,9 +63,13 @@ struct OneItem {
 
   template <class Params>
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
-    int const number = blockIdx.x;
-    if (number < Kernel::count(params)) {
-      with_work<Kernel>(params, smem, [&](auto const& work) { work(number); });
+    run_in_roles<Kernel, OneItem>(params, smem);
+  }
+
+  template <bool kCopies, class Params>
+  CUTE_DEVICE static void run(Params const& params, char* smem) {
+    if (int const number = blockIdx.x; number < Kernel::count(params)) {
+      run_item<Kernel, kCopies>(params, smem, number);
     }
   }
 };
@@ -92,20 +107,23 @@ struct InTurns {
   }
 
   CUTE_DEVICE void operator()(Params const& params, char* smem) const {
+    run_in_roles<Kernel, InTurns>(params, smem);
+  }
+
+  template <bool kCopies>
+  CUTE_DEVICE static void run(Params const& params, char* smem) {
     auto& numbers = reinterpret_cast<SharedStorage*>(smem)->numbers;
-    with_work<Kernel>(params, smem, [&](auto const& work) {
-      int number = blockIdx.x;
+    int number = blockIdx.x;
 #pragma unroll 1
-      while (number < Kernel::count(params)) {
-        if (threadIdx.x % 32 == 0) {
-          numbers[threadIdx.x / 32] = number;
-        }
-        work(number);
-        detail::wait_at_barrier(0, Kernel::kThreads);  // shared memory is free
-        number = numbers[threadIdx.x / 32] + static_cast<int>(gridDim.x);
-        __syncwarp();
+    while (number < Kernel::count(params)) {
+      if (threadIdx.x % 32 == 0) {
+        numbers[threadIdx.x / 32] = number;
       }
-    });
+      run_item<Kernel, kCopies>(params, smem, number);
+      detail::wait_at_barrier(0, Kernel::kThreads);  // shared memory is free
+      number = numbers[threadIdx.x / 32] + static_cast<int>(gridDim.x);
+      __syncwarp();
+    }
   }
 
  private:
