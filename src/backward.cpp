@@ -24,6 +24,9 @@ Status check_backward(BackwardArguments const& a) {
       return Status(std::string(x.name) + ": expected a 16-byte aligned pointer, not null");
     }
   }
+  if (a.forward_workspace != nullptr && a.forward.discards_workspace) {
+    return Status("forward_workspace: expected null where forward.discards_workspace");
+  }
   bool wanted = a.d_log_gate != nullptr;  // which is written by elements
   for (Pointer const& x : {Pointer{"d_query", a.d_query},
                            {"d_key", a.d_key},

@@ -69,10 +69,11 @@ nb::tuple symmetric_power_row(std::int64_t row, std::int64_t head_dim, std::int6
 // ForwardArguments as two tuples of integers in these orders: the sizes, which a caller keeps from
 // call to call, and the addresses, 0 for null. The output is contiguous.
 constexpr std::array kForwardSizes = {
-    "element",        "degree",        "head_dim",    "value_dim",   "sequences",  "tokens",
-    "heads",          "query_heads",   "query_batch", "query_token", "query_head", "key_batch",
-    "key_token",      "key_head",      "value_batch", "value_token", "value_head", "log_gate_batch",
-    "log_gate_token", "log_gate_head", "chunk_size",  "whole_until",
+    "element",     "degree",      "head_dim",           "value_dim",      "sequences",
+    "tokens",      "heads",       "query_heads",        "query_batch",    "query_token",
+    "query_head",  "key_batch",   "key_token",          "key_head",       "value_batch",
+    "value_token", "value_head",  "log_gate_batch",     "log_gate_token", "log_gate_head",
+    "chunk_size",  "whole_until", "discards_workspace",
 };
 constexpr std::array kForwardPointers = {
     "query",           "key",    "value",           "log_gate",   "cu_seqlens",  "initial_state",
@@ -205,6 +206,7 @@ retention::device::ForwardArguments read_forward(Reader& size, Reader& at) {
   a.output_strides = retention::device::Strides::contiguous(a.tokens, a.query_heads, a.value_dim);
   a.chunk_size = size.size();
   a.whole_until = size.size();
+  a.discards_workspace = size.size() != 0;
   a.query = at.pointer<void>();
   a.key = at.pointer<void>();
   a.value = at.pointer<void>();

@@ -151,30 +151,45 @@ class Retention(Peer):
         return w / w.sum(-1, keepdim=True)
 
     def exact_work(self, problem: Problem, backward: bool) -> Work:
-        return retention_work(self.with_chunk(problem), backward)
+        return self._work(problem, backward)
 
     def done_work(self, problem: Problem, backward: bool) -> Work:
-        done = self.with_chunk(problem)
+        d = problem.d
         kernels = self.has_kernels(problem)
         if kernels:  # narrower heads are padded to theirs
-            d, _ = coverage.kernel_dims(DTYPES[problem.dtype], problem.d, problem.d, problem.deg)
-            done = dataclasses.replace(done, d=d)
-        return retention_work(done, backward, state_dim(done.d, done.deg), kernels)
+            d, _ = coverage.kernel_dims(DTYPES[problem.dtype], d, d, problem.deg)
+        return self._work(problem, backward, d, state_dim(d, problem.deg), kernels)
+
+    def _work(
+        self, problem: Problem, backward: bool, d: int | None = None, *options: int | bool
+    ) -> Work:
+        """Of passes that each choose their chunks, as done with heads of ``d`` and the options."""
+
+        def work(of_backward: bool, backward: bool) -> Work:
+            p = self.with_chunk(problem, of_backward)
+            return retention_work(dataclasses.replace(p, d=d or p.d), backward, *options)
+
+        forward = work(False, False)
+        if not backward:
+            return forward
+        both, less = work(True, True), work(True, False)
+        return Work(*(x + y - z for x, y, z in zip(forward, both, less, strict=True)))
 
     def has_kernels(self, problem: Problem) -> bool:
         """Whether the compiled kernels take such a call."""
         inputs = dataclasses.replace(problem, t=1).inputs()
         return coverage.cover(inputs.q, inputs.v, problem.deg)
 
-    def with_chunk(self, p: Problem) -> Problem:
-        """With the chunk that is taken, chosen or rounded; t for the quadratic form."""
+    def with_chunk(self, p: Problem, backward: bool = False) -> Problem:
+        """With the chunk that a pass takes, chosen or rounded; t for the quadratic form."""
         chunk = None
         if self.has_kernels(p):
             # One token again and again: shapes are all that counts.
             one = dataclasses.replace(p, t=1).inputs()
             tensors = (x if x is None else x.expand(p.b, p.t, *x.shape[2:]) for x in one)
             operands = Operands(*tensors, initial_state=None, sum_of_keys=None, cu_seqlens=None)
-            chunk = plans.chunk_taken(operands, Options(p.deg, p.chunk, None, False, False, False))
+            options = Options(p.deg, p.chunk, None, False, backward, keep_states=backward)
+            chunk = plans.chunk_taken(operands, options)
         if chunk is None:
             chunk = run.choose_chunk(p.t, p.d, p.d, p.deg, p.chunk, None)
         return dataclasses.replace(p, chunk=min(chunk, p.t))
@@ -278,7 +293,7 @@ class Upstream(Retention):
             return "needs a GPU"
         return None
 
-    def with_chunk(self, p: Problem) -> Problem:
+    def with_chunk(self, p: Problem, backward: bool = False) -> Problem:
         """It chooses none itself: without a chunk it is quadratic at every length."""
         return dataclasses.replace(p, chunk=p.chunk or 1024)
 

@@ -93,6 +93,9 @@ def kernels(monkeypatch):
         forward_workspace_size=_C.forward_workspace_size,
         forward_chunk_size=_C.forward_chunk_size,
         FORWARD_POINTERS=_C.FORWARD_POINTERS,
+        BACKWARD_SIZES=_C.BACKWARD_SIZES,
+        BACKWARD_POINTERS=_C.BACKWARD_POINTERS,
+        backward_can_implement=lambda sizes, pointers: None,
     )
     use_kernels(monkeypatch, binding)
     monkeypatch.setattr(
@@ -110,7 +113,7 @@ def kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("t", "chunk", "taken"),
     [
-        (4096, None, 512),  # the kernels' choice
+        (8192, None, 512),  # the kernels' choice
         (4096, 128, 128),
         (4096, 100, 128),  # a multiple of 64
         (1100, None, 1100),  # the quadratic form
@@ -131,6 +134,23 @@ def test_the_chunk_that_kernels_take_is_counted(kernels, t, chunk, taken, change
         assert peer.done_work(p, backward) == done
 
 
+def test_passes_choose_their_chunks_apart(kernels):
+    p = dataclasses.replace(SMALL, t=3000, d=64, chunk=None, dtype="bfloat16")
+    peer = peers.Retention()
+    long, short = (dataclasses.replace(p, chunk=chunk) for chunk in (3000, 512))
+    assert peer.with_chunk(p) == long
+    assert peer.with_chunk(p, backward=True) == short
+    for work, options in (
+        (peer.exact_work, ()),
+        (peer.done_work, (retention.state_dim(64), True)),
+    ):
+        forward = retention_work(long, False, *options)
+        assert work(p, False) == forward
+        both, less = (retention_work(short, backward, *options) for backward in (True, False))
+        assert work(p, True).flops == forward.flops + both.flops - less.flops
+        assert work(p, True).bytes == forward.bytes + both.bytes - less.bytes
+
+
 def test_padded_heads_are_work_that_is_done(kernels):
     p = dataclasses.replace(SMALL, t=4096, d=48, chunk=512, dtype="bfloat16")
     wide = dataclasses.replace(p, d=64)
@@ -143,8 +163,8 @@ def test_padded_heads_are_work_that_is_done(kernels):
 
 
 def test_other_paths_do_not_have_the_kernels_chunk(kernels):
-    p = dataclasses.replace(SMALL, t=10000, d=128, chunk=None, dtype="bfloat16")
-    chosen = min(10000, choose_chunk(10000, 128, 128, 2, None, None))
+    p = dataclasses.replace(SMALL, t=3400, d=64, chunk=None, dtype="bfloat16")
+    chosen = min(3400, choose_chunk(3400, 64, 64, 2, None, None))
     assert peers.Retention().with_chunk(p).chunk != chosen
     assert peers.RetentionPyTorch().with_chunk(p).chunk == chosen
     assert peers.Upstream(None).with_chunk(p).chunk == 1024

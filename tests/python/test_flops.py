@@ -127,10 +127,15 @@ def test_fakes_on_a_device_that_is_not_there():
 
 def test_the_chunk_that_kernels_take(monkeypatch):
     monkeypatch.setattr(coverage, "DEVICE_TYPES", {"cpu"})
-    monkeypatch.setattr(plans, "chunk_taken", lambda operands, options: 16)
+    monkeypatch.setattr(
+        plans, "chunk_taken", lambda operands, options: 8 if options.keep_states else 16
+    )
     case = Case(t=40)
-    flops, _ = counted(lambda: retention.power_retention(**make(case), chunk_size=8))
+    inputs = {n: x if x is None else x.requires_grad_() for n, x in make(case).items()}
+    flops, out = counted(lambda: retention.power_retention(**inputs, chunk_size=4))
     assert flops == products_by_hand(case, 16, False)
+    flops, _ = counted(lambda: out.backward(torch.ones_like(out)))
+    assert flops == products_by_hand(case, 8, False, backward=True)
 
 
 def test_states_that_were_kept_are_not_made_again():

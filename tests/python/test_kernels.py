@@ -18,7 +18,7 @@ import retention
 from cases import Case, error, make, run, use_kernels
 from retention import _C
 from retention.ops import checks, operators, torch_private
-from retention.ops.call import Operands, short_arguments
+from retention.ops.call import Operands, forward_call, short_arguments
 from retention.ops.cuda import coverage, launch, plans
 
 KERNELS = _C.build_info()["kernels"]
@@ -80,6 +80,7 @@ SIZES = {
     "log_gate_head": 1,
     "chunk_size": 0,
     "whole_until": 0,
+    "discards_workspace": 0,
 }
 POINTERS = {
     "query": 256,
@@ -286,6 +287,10 @@ def test_the_workspace_of_one_gradient(name):
             {"initial_state": 16, "initial_key_sum": 16, "d_initial_state": 16},
             "d_initial_state and d_initial_key_sum: expected both or neither",
         ),
+        (
+            {"forward_workspace": 256, "discards_workspace": 1},
+            "forward_workspace: expected null where forward.discards_workspace",
+        ),
     ],
     ids=str,
 )
@@ -310,6 +315,12 @@ def test_can_implement_of_backward_names_the_argument(emulator, changes, message
         ({"tokens": 400, "whole_until": 1}, 448),  # no longer than the chunk that is chosen
         ({"head_dim": 128, "value_dim": 128, "tokens": 6000, "query_heads": 2}, 6016),
         ({"head_dim": 128, "value_dim": 128, "tokens": 6000, "query_heads": 8}, 1024),
+        # Longer where an output alone is wanted, which all goes through wgmma.
+        ({"tokens": 3000, "discards_workspace": 1}, 3008),
+        ({"tokens": 3500, "discards_workspace": 1}, 512),
+        ({"tokens": 3000, "discards_workspace": 1, "final_state": 16}, 512),
+        ({"tokens": 3000, "discards_workspace": 1, "initial_state": 16}, 512),
+        ({"tokens": 3000, "discards_workspace": 1, "value_dim": 32}, 512),
         ({"tokens": 0}, 0),
         ({"chunk_size": 65}, 0),
     ],
@@ -412,7 +423,9 @@ def device(monkeypatch):
         build_info=lambda: {"kernels": names},
         forward_can_implement=lambda sizes, pointers: None,
         forward_workspace_size=_C.forward_workspace_size,
+        forward_chunk_size=_C.forward_chunk_size,
         forward=lambda *arguments: calls.append(arguments),
+        FORWARD_POINTERS=_C.FORWARD_POINTERS,
         BACKWARD_SIZES=_C.BACKWARD_SIZES,
         BACKWARD_POINTERS=_C.BACKWARD_POINTERS,
         backward_can_implement=lambda sizes, pointers: None,
@@ -462,6 +475,23 @@ def operands(
 FULL = Case(t=100, d=64, dv=32, state=True)
 
 
+@pytest.mark.parametrize(
+    ("state", "options", "forward"),
+    [
+        (False, {}, 3008),
+        (False, {"save": True}, 3008),
+        (False, {"save": True, "keep": True}, 512),  # as backward
+        (False, {"final": True}, 512),
+        (True, {}, 512),
+        (False, {"chunk": 100}, 128),
+    ],
+    ids=str,
+)
+def test_the_chunk_that_is_taken(device, state, options, forward):
+    arguments = operands(lowered(Case(t=3000, b=1, d=64, dv=64, state=state)), **options)
+    assert plans.chunk_taken(*forward_call(arguments)) == forward
+
+
 def test_what_is_passed_to_the_kernels(device):
     inputs = lowered(FULL)
     out, norm, state, keys, residual, kept = operators._forward_cuda(
@@ -492,6 +522,7 @@ def test_what_is_passed_to_the_kernels(device):
         "log_gate_head": 1,
         "chunk_size": 128,
         "whole_until": 0,
+        "discards_workspace": 1,
     }
     assert dict(zip(_C.FORWARD_POINTERS, pointers, strict=True)) == {
         "query": inputs["Q"].data_ptr(),
@@ -773,7 +804,8 @@ def test_what_backward_passes_to_the_kernels(device):
     gradients = operators._backward_cuda(*arguments)
     ((sizes, pointers, workspace, stream),) = device.backward_calls
     ((forward_sizes, *_),) = device.calls
-    assert sizes == (*forward_sizes, *d_out.stride()[:3])
+    assert forward_sizes[-1] == 1  # whose workspace backward does not get
+    assert sizes == (*forward_sizes[:-1], 0, *d_out.stride()[:3])
     addresses = [inputs[name].data_ptr() for name in ("Q", "K", "V", "log_G")]
     states = [inputs[name].data_ptr() for name in ("initial_state", "sum_of_keys")]
     results = [x.data_ptr() for x in (out, residual, norm)]
@@ -1058,7 +1090,7 @@ def test_the_memory_of_a_training_step(device):
         "log_G": torch.empty(shape[:3], device="meta"),
     }
     strides = [(x.stride()[:3]) for x in inputs.values()]
-    sizes = (0, 2, d, d, 1, t, h, h, *(n for stride in strides for n in stride), 1024, 0)
+    sizes = (0, 2, d, d, 1, t, h, h, *(n for stride in strides for n in stride), 1024, 0, 0)
     forward = packed(**dict(zip(SIZES, sizes, strict=True)), output_residual=256)
     backward = packed_backward(
         **dict(zip(SIZES, sizes, strict=True)),
@@ -1130,7 +1162,7 @@ def test_every_option_has_a_plan_of_its_own(device):
         for switch_over in (0, 1000):
             for final in (False, True):
                 operators._forward_cuda(*operands(inputs, None, 2, chunk, switch_over, final))
-    taken = [sizes[-2:] for sizes, *_ in device.calls]
+    taken = [sizes[-3:-1] for sizes, *_ in device.calls]
     assert taken[::2] == taken[1::2] == [(64, 1), (64, 1000), (128, 1), (128, 1000)]
     assert [pointers[10] != 0 for _, pointers, *_ in device.calls] == [False, True] * 4
 

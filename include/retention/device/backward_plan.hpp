@@ -73,6 +73,7 @@ struct BackwardPlan {
 
     ForwardArguments forward = arguments.forward;
     forward.final_state = forward.final_key_sum = nullptr;
+    forward.discards_workspace = false;  // chunks are as they suit backward
     // A workspace that was kept is divided as it was.
     plan.forward =
         ForwardPlan::make(forward, multiprocessors, !plan.recomputes || plan.runs_queries);

@@ -85,6 +85,9 @@ struct ForwardArguments {
   /// where chunk_size is, else chunk_size. Packed sequences are compared one by one, on the device.
   int whole_until = 0;
   int segment_tokens = 0;  // a multiple of chunk_size; 0: chosen so that the device is filled
+  /// Whether backward does not get the workspace of this call. Where nobody wants its states,
+  /// longer sequences may then be one chunk.
+  bool discards_workspace = false;
 };
 
 /// Whether `run` takes these arguments on the current device, and if not, which one and what would

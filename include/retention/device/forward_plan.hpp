@@ -64,7 +64,8 @@ enum class BackwardPart { kAll, kStateGradients, kQueryGradient, kKeyGradients }
 struct ForwardPlan {
   static constexpr int kTokenMultiple = 64;  // of chunks: the tile of the kernels
   static constexpr std::size_t kAlignment = Regions::kAlignment;
-  static constexpr int kStateParts = 32;  // that a state's range is found in
+  static constexpr int kStateParts = 32;         // that a state's range is found in
+  static constexpr int kWarpgroupValueDim = 64;  // from which on output goes through wgmma
 
   static constexpr std::size_t kListEntry = 16;  // bytes
 
@@ -117,7 +118,7 @@ struct ForwardPlan {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     bool const packed = a.cu_seqlens != nullptr;
     std::int64_t const rows = packed ? 1 : a.sequences;
-    choose_chunk(a);
+    choose_chunk(a, a.discards_workspace && !initial_states && !final_states);
     plan.slots = slots_of(a, a.chunk_size, true);
     plan.state_slots = slots_of(a, a.chunk_size, initial_states);
     plan.reads_states = a.chunk_size < a.tokens || initial_states;
@@ -186,20 +187,23 @@ struct ForwardPlan {
 
   // A token's products are 2 D dv with the state for each query head, and as many for its key head;
   // or 2 (d + dv) for each query head with each of the t / 2 tokens before it: they are as many at
-  // t = `even`. The products with the state run at twice the rate of the others (seen on an H200),
-  // so that chunks are faster from half of that on. How long a chunk is costs a token half as many
-  // products, and what every state takes a part of one over it: together they are least where it is
-  // as the root of `even`. On an H200 that was 256 tokens at d = dv = 32, 512 at 64 and 1,024 at
-  // 128.
-  static void choose_chunk(ForwardArguments& a) {
+  // t = `even`. Where the latter go through mma.sync, as backward's do, the products with the state
+  // run at twice their rate (seen on an H200), so that chunks are faster from half of that on;
+  // where all go through wgmma, as for an output alone, from `even` on. How long a chunk is costs a
+  // token half as many products, and what every state takes a part of one over it: together they
+  // are least where it is as the root of `even`. On an H200 that was 256 tokens at d = dv = 32, 512
+  // at 64 and 1,024 at 128.
+  static void choose_chunk(ForwardArguments& a, bool output_alone) {
     std::int64_t const D = state_dim(a.head_dim, a.degree);
     std::int64_t const group = a.query_heads / a.heads;
     std::int64_t const even =
         2 * D * a.value_dim * (group + 1) / (group * (a.head_dim + a.value_dim));
     bool const given = a.chunk_size != 0;
     if (a.whole_until == 0) {
+      bool const one_rate = output_alone && a.value_dim >= kWarpgroupValueDim;
+      std::int64_t const faster_until = one_rate ? even : even / 2;
       a.whole_until =
-          given ? a.chunk_size : static_cast<int>(std::min<std::int64_t>(even / 2, INT32_MAX));
+          given ? a.chunk_size : static_cast<int>(std::min<std::int64_t>(faster_until, INT32_MAX));
     }
     if (!given) {
       a.chunk_size = 128;

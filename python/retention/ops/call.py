@@ -105,7 +105,7 @@ def backward_call(arguments: tuple[Any, ...]) -> BackwardCall:
             *(deg, chunk_size, switch_over),
             return_final_state=False,
             save_for_backward=True,
-            keep_states=False,
+            keep_states=True,  # chunks are as they suit backward, as if it got a workspace
         ),
         wanted,
     )

@@ -198,7 +198,7 @@ def _backward_steps(call: BackwardArguments, of_end: States | None, wanted: Sequ
         OutputGradients(call.d_out, *(of_end or (None, None))),
         call.operands,
         call.saved,
-        Options(*call.options[:3], save_for_backward=True),
+        Options(*call.options[:3], save_for_backward=True, keep_states=True),
         wanted,
     )
     reason = _reason(call.operands, backward.options)

@@ -144,8 +144,11 @@ def chunk_taken(operands: Operands, options: Options) -> int | None:
     plan = plan_forward((*operands, *options))
     if plan.reason is not None:
         return None
-    packed = operands.cu_seqlens is not None
-    pointers = tuple(256 * (packed and name == "cu_seqlens") for name in _C.FORWARD_POINTERS)
+    there = {"cu_seqlens": operands.cu_seqlens, "initial_state": operands.initial_state}
+    given = {name for name, x in there.items() if x is not None}
+    if options.return_final_state:
+        given.add("final_state")
+    pointers = tuple(256 * (name in given) for name in _C.FORWARD_POINTERS)
     return _C.forward_chunk_size(plan.sizes, pointers)
 
 
@@ -192,6 +195,7 @@ def _make_plan(operands: Operands, options: Options) -> Plan:
         return Plan(reason)
 
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    keeps = save_for_backward and keep_states
     # Where there are none, the library says which there are.
     head_dims = coverage.kernel_dims(Q.dtype, d, dv, deg) or (d, dv)
     strides = [row_strides(x) for x in (Q, K, V)]
@@ -201,6 +205,7 @@ def _make_plan(operands: Operands, options: Options) -> Plan:
         *(stride for row in strides for stride in row or (0, 0, 0)),
         *((0, 0, 0) if log_G is None else log_G.stride()),
         *chunk_sizes(t, chunk_size, switch_over),
+        int(not keeps),
     )
     # Only which addresses are null matters here, and that the others are aligned.
     given = [log_G is not None, cu_seqlens is not None, *[initial_state is not None] * 2]
@@ -219,7 +224,6 @@ def _make_plan(operands: Operands, options: Options) -> Plan:
             backward_sizes = (*sizes, *[0] * (len(_C.BACKWARD_SIZES) - len(sizes)))
             backward_reason = _C.backward_can_implement(backward_sizes, (*pointers, *own))
     state = state_shape(operands, deg) if return_final_state else (0, 0, 0, 0)
-    keeps = save_for_backward and keep_states
     state_layout = layout(state, torch.float32)
     keys_layout = layout(state[:3], torch.float32)
     residual = layout((b, t, hq, dv) if save_for_backward else (0, 0, 0, 0), Q.dtype)
