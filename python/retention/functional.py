@@ -8,6 +8,7 @@ from torch import Tensor
 from retention.ops import checks, operators  # noqa: F401  (registers torch.ops.retention)
 from retention.ops.arguments import cast_for_autocast, check_arguments, check_decoding_arguments
 from retention.ops.call import Operands, short_arguments
+from retention.ops.cuda import inference
 from retention.ops.decoding import decode
 
 
@@ -131,6 +132,11 @@ def power_retention_inference(
         if keys.shape[1] >= 512:
             keys, values, log_gates = keys[:, :0], values[:, :0], log_gates[:, :0]
 
+    The kernels of :class:`retention.RetentionCache` run calls of up to 16 tokens that they cover,
+    where no gradients are wanted and nothing is traced: queries then read the state rounded to
+    bfloat16, and a fold is exact to float32. That class does without the copies of state and cache
+    that they take here. All other calls run as PyTorch operations.
+
     Args:
         Q: queries ``[b, tq, hq, d]``, tq at least 1; float64, float32, bfloat16 or float16.
         K: cached keys ``[b, tk, h, d]``, tk at least tq, hq a multiple of h. None, with V, where a
@@ -159,4 +165,6 @@ def power_retention_inference(
     check_decoding_arguments(
         Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len
     )
-    return decode(Q, K, V, log_G, initial_state, sum_of_keys, deg, switch_over_seq_len)
+    operands = (Q, K, V, log_G, initial_state, sum_of_keys, deg)
+    run = inference.decode if inference.takes(*operands) else decode
+    return run(*operands, switch_over_seq_len)

@@ -1,11 +1,14 @@
 """power_retention_inference against the definition, and decoding loops built from it."""
 
+import logging
+
 import pytest
 import torch
 
 import retention
 from cases import RESETS, Case, error, make
 from retention.ops import decoding, numerics
+from test_cache import BF16, F16, F32, Config, Sequence
 
 # Float64 on both sides; see test_power_retention.
 TOLERANCE = 1e-11
@@ -143,3 +146,159 @@ def test_low_precision_runs_in_float32():
         assert error(state.double(), final) < 1e-5
         assert out.dtype == dtype
         assert state.dtype == torch.float32
+
+
+# ---- by the kernels -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("emulator")
+    return "cpu"
+
+
+@pytest.fixture
+def operators_run(caplog):
+    """``operators_run()``: what ran since the last question, and on which path."""
+    caplog.set_level(logging.DEBUG, logger="retention")
+
+    def asked() -> list[tuple[str, str]]:
+        messages = [x.split(" on ", 1) for x in caplog.messages if x.startswith("decode_")]
+        caplog.clear()
+        return [(name, rest.split(": ", 1)[1].split(";")[0]) for name, rest in messages]
+
+    return asked
+
+
+def by_kernels(device, **changes):
+    small = {"d": 32, "dv": 32, "by_kernels": True, "device": device}
+    return Config(**{"formats": (BF16, F32), **small, **changes})
+
+
+def seen(config, *parts):
+    """Sequences of tokens in float64, from what ``config.tokens`` gives for all of them."""
+    sequences = [Sequence(config) for _ in range(len(parts[0]["K"]))]
+    for part in parts:
+        for i, sequence in enumerate(sequences):
+            sequence.append(*(x if x is None else x[i] for x in list(part.values())[1:]))
+    return sequences
+
+
+def states_of(config, sequences):
+    """What was folded, in float32."""
+    state, keys = (torch.stack(x) for x in zip(*(s.state() for s in sequences), strict=True))
+    return {
+        "initial_state": state.float().to(config.device),
+        "sum_of_keys": keys.float().to(config.device),
+    }
+
+
+def assert_state(config, sequences, state, keys):
+    for i, sequence in enumerate(sequences):
+        exact = sequence.state()
+        terms = exact[1].abs().max()
+        for got, wanted, values in ((state, exact[0], sequence.v.abs().max()), (keys, exact[1], 1)):
+            difference = (got[i].double().cpu() - wanted).abs().max()
+            assert difference <= 1e-5 * (1 + wanted.abs().max()) + 2**-7 * terms * values
+
+
+@pytest.mark.parametrize("gating", [False, True])
+@pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
+@pytest.mark.parametrize(("tq", "tk"), [(1, 1), (1, 40), (5, 9), (16, 16)])
+@pytest.mark.parametrize(("h", "ratio"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_kernels(device, operators_run, dtype, tq, tk, state, gating, h, ratio):
+    config = by_kernels(device, formats=(dtype, F32), h=h, ratio=ratio, gating=gating)
+    past, new = config.tokens(1, 3, 7 if state else 0), config.tokens(2, 3, tk)
+    inputs = tail(new, tq) | (states_of(config, seen(config, past)) if state else {})
+    before = {name: x if x is None else x.clone() for name, x in inputs.items()}
+    sequences = seen(config, past, new)
+    for switch_over in (tk, tk + 1, None):
+        folds = switch_over == tk
+        out, new_state, new_keys = retention.power_retention_inference(
+            **inputs, switch_over_seq_len=switch_over
+        )
+        ran = ["decode_step", "decode_fold"] if folds else ["decode_step"]
+        assert operators_run() == [(name, "kernels") for name in ran]
+        assert out.dtype == dtype
+        for i, sequence in enumerate(sequences):
+            for j in range(tq):
+                expected, allowed = sequence.output(inputs["Q"][i, j], len(sequence) - tq + j)
+                assert ((out[i, j].double().cpu() - expected).abs() <= allowed).all()
+        if folds:
+            assert_state(config, sequences, new_state, new_keys)
+        else:
+            assert new_state is inputs.get("initial_state")
+            assert new_keys is inputs.get("sum_of_keys")
+    for name, x in inputs.items():
+        assert x is None or torch.equal(x, before[name])
+
+
+def test_kernels_read_a_state_alone(device, operators_run):
+    config = by_kernels(device)
+    past, queries = config.tokens(1, 2, 9), config.tokens(2, 2, 4)["Q"]
+    sequences = seen(config, past)
+    state = states_of(config, sequences)
+    out, *same = retention.power_retention_inference(queries, None, None, **state)
+    assert operators_run() == [("decode_step", "kernels")]
+    assert all(x is y for x, y in zip(same, state.values(), strict=True))
+    for i, sequence in enumerate(sequences):
+        for j in range(4):
+            expected, allowed = sequence.output(queries[i, j], len(sequence) - 1)
+            assert ((out[i, j].double().cpu() - expected).abs() <= allowed).all()
+
+
+def test_a_fold_by_kernels_keeps_the_digits_of_a_state(device):
+    """Tokens that add nothing leave it as it was."""
+    config = by_kernels(device, gating=False)
+    state = states_of(config, seen(config, config.tokens(1, 2, 9)))
+    new = config.tokens(2, 2, 3)
+    new["K"].zero_()
+    results = retention.power_retention_inference(**tail(new, 1), **state, switch_over_seq_len=1)
+    for x, wanted in zip(results[1:], state.values(), strict=True):
+        assert torch.equal(x, wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "grad"),
+    [
+        ({}, 4, True),
+        ({"formats": (F32, F32)}, 4, False),
+        ({"d": 24}, 4, False),
+        ({"dv": 24}, 4, False),
+        ({"deg": 4, "d": 8}, 4, False),
+        ({}, 17, False),
+        ({"h": 1, "ratio": 65}, 4, False),
+    ],
+    ids=str,
+)
+def test_what_kernels_do_not_take(device, operators_run, changes, tokens, grad):
+    config = by_kernels(device, **changes)
+    inputs = config.tokens(1, 2, tokens)
+    exact = {name: x.double() for name, x in inputs.items()}
+    inputs["K"].requires_grad_(grad)
+    out, *_ = retention.power_retention_inference(**inputs, deg=config.deg)
+    assert operators_run() == []
+    expected, *_ = retention.power_retention_inference(**exact, deg=config.deg)
+    assert torch.allclose(out.double(), expected, 2**-7, 1e-5)
+    assert out.requires_grad == grad
+
+
+def test_no_rows_for_kernels(device, operators_run):
+    inputs = by_kernels(device).tokens(1, 0, 4)
+    assert retention.power_retention_inference(**inputs)[0].shape == (0, 4, 2, 32)
+    assert operators_run() == []
+
+
+def test_a_transform_takes_no_kernels(device, operators_run):
+    inputs = by_kernels(device).tokens(1, 1, 4)
+
+    def decode(queries):
+        return retention.power_retention_inference(**inputs | {"Q": queries})[0]
+
+    out = torch.func.vmap(decode)(inputs["Q"][None])
+    assert operators_run() == []
+    with torch.no_grad():
+        assert torch.allclose(out[0].double(), decode(inputs["Q"]).double(), 2**-6, 2**-8)

@@ -48,7 +48,8 @@ class Pool(NamedTuple):
 
 
 CURSOR_INTEGERS = 4  # of 64 bits
-SEEN = 3  # which of them is `seen`
+# Which of them is what; the first has the start and, in its upper half, the length.
+START_AND_LENGTH, FOLDED, SEEN = 0, 2, 3
 
 
 class Cursor(NamedTuple):

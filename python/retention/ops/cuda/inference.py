@@ -1,0 +1,118 @@
+"""``retention.power_retention_inference`` by the kernels: its tensors are a pool for a call.
+
+A batch row is a slot: the state becomes the high plane, and the cache but for the queries' tokens
+the ring. Both are copied, at less than a fold of PyTorch operations costs; whoever keeps a
+:class:`retention.RetentionCache` is spared that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retention.ops import decoding_operators, pool  # noqa: F401  (registers torch.ops.retention)
+from retention.ops.cuda import coverage
+from retention.ops.pool import Pool
+from retention.ops.symmetric_power import state_dim
+from retention.ops.torch_private import functorch_is_active
+
+_MOST_QUERIES = 16  # tokens of a step
+_MOST_GROUP = 64  # query heads of a key head
+_operators = torch.ops.retention
+
+
+def takes(
+    Q: Tensor,
+    K: Tensor | None,
+    V: Tensor | None,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+) -> bool:
+    """Whether the kernels run a call that was checked: where they have its dtype and its head dims,
+    for few queries, and nobody waits for gradients or traces the operations."""
+    tensors = [x for x in (Q, K, V, log_G, initial_state, sum_of_keys) if x is not None]
+    if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    if torch.compiler.is_compiling() or functorch_is_active(unknown=True):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    b, tq, hq, d = Q.shape
+    h, dv = initial_state.shape[1::2] if V is None else V.shape[2:]
+    if not (b and 0 < tq <= _MOST_QUERIES and hq <= h * _MOST_GROUP):
+        return False
+    if coverage.device_reason(Q.device.type, Q.device.index) is not None:
+        return False
+    return coverage.kernel_dims(Q.dtype, d, dv, deg) == (d, dv)
+
+
+def decode(
+    Q: Tensor,
+    K: Tensor | None,
+    V: Tensor | None,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+    switch_over_seq_len: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same as :func:`retention.ops.decoding.decode`, which reads all of the state's digits.
+    Queries here read it as bfloat16; a fold loses none of them."""
+    b, tq, _, d = Q.shape
+    if K is None:  # tokens of zeros weigh nothing
+        h, dv = initial_state.shape[1::2]
+        K, V, switch_over_seq_len = Q.new_zeros((b, tq, h, d)), Q.new_zeros((b, tq, h, dv)), None
+    folds = switch_over_seq_len is not None and K.shape[1] >= switch_over_seq_len
+    old = K.shape[1] - tq
+    p = _pool_of(K, V, log_G, initial_state, sum_of_keys, old, deg, folds)
+    slots = torch.arange(b, dtype=torch.int32, device=Q.device)
+    new = (x if x is None else x[:, old:] for x in (K, V, log_G))
+    out = _operators.decode_step(*p, Q, *new, slots, None, tq, 0, deg, 0)
+    if not folds:
+        return out, initial_state, sum_of_keys
+    _operators.decode_fold(*p, slots, 0, 0, deg)
+    return out, pool.join(p.high, p.low), p.key_sum
+
+
+def _pool_of(
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    old: int,
+    deg: int,
+    folds: bool,
+) -> Pool:
+    """A slot for each row, with the first ``old`` tokens in its ring, which has room for all."""
+    b, _, h, d = K.shape
+    D = state_dim(d, deg)
+    low = None
+    if state is None:  # nobody reads it while nothing was folded
+        high = K.new_empty((b, h, D, V.shape[3]), dtype=torch.bfloat16)
+        low = torch.empty_like(high, dtype=torch.int16) if folds else None
+        keys = K.new_empty((b, h, D), dtype=torch.float32)
+    elif folds:
+        high, low = pool.split(state.contiguous())
+        keys = sum_of_keys.clone(memory_format=torch.contiguous_format)
+    else:
+        high, keys = state.to(torch.bfloat16).contiguous(), sum_of_keys.contiguous()
+    cursors = K.new_zeros((b, pool.CURSOR_INTEGERS), dtype=torch.int64)
+    cursors[:, pool.START_AND_LENGTH] = old << 32
+    cursors[:, pool.FOLDED] = int(state is not None)
+    return Pool(
+        *(high, low, keys, _ring(K, old), _ring(V, old)),
+        None if log_G is None else _ring(log_G, old),
+        cursors,
+        K.new_zeros((b, h + 1), dtype=torch.int32),
+    )
+
+
+def _ring(x: Tensor, old: int) -> Tensor:
+    """[b, t, h, ...] with time after the heads; of tokens from ``old`` on nothing yet."""
+    by_head = x.transpose(1, 2)
+    ring = x.new_empty(by_head.shape)
+    ring[:, :, :old] = by_head[:, :, :old]
+    return ring
