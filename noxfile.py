@@ -65,7 +65,8 @@ def timed(session: nox.Session, part: str) -> Iterator[None]:
 
 
 def install(session: nox.Session, *requirements: str, constraints: Path = CONSTRAINTS) -> None:
-    session.install("--constraint", str(constraints), *requirements)
+    # What is imported is compiled then: most of what is installed never is.
+    session.install("--no-compile", "--constraint", str(constraints), *requirements)
 
 
 def install_build_tools(session: nox.Session) -> None:
@@ -285,9 +286,11 @@ def beside(session: nox.Session, log: Path, *commands: list[str]) -> Iterator[No
 def run_pytest(session: nox.Session, *arguments: str, env: dict[str, str]) -> None:
     """On all processors, but where tests share a GPU and measure times and memory on it."""
     if not gpu_architectures():
-        # A file is one process's, so that what its tests share is made once. A thread of PyTorch's
-        # each, else they wait for one another's.
-        arguments = ("--numprocesses", "auto", "--dist", "loadfile", *arguments)
+        # A file is one process's, so that what its tests share is made once. One process more than
+        # processors, for some wait for processes of theirs. A thread of PyTorch's each, else they
+        # wait for one another's.
+        processes = str((os.cpu_count() or 1) + 1)
+        arguments = ("--numprocesses", processes, "--dist", "loadfile", *arguments)
         env = {"OMP_NUM_THREADS": "1"} | env
     session.run("python", "-m", "pytest", *arguments, env=env)
 

@@ -735,7 +735,7 @@ def test_folders_of_both_kinds(run: Path, tmp_path: Path):
         assert model.name == name
         model.network.allocate(2)
         assert {memory.dtype for memory in model.network.memories} == {dtype}
-        with serve_cases.engine_of(model, slots=2) as engine:
+        with serve_cases.engine_of(model, slots=2, batch_invariance=False) as engine:
             waiting = serve_cases.Waiting(engine, "the quick", max_tokens=5)
             assert isinstance(waiting.end(), serve_cases.Done)
     assert model.text.ends == {0}
