@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
+import pickle
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,9 +17,11 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import retention
 from retention import RetentionCache
+from retention import cache as cache_module
 from retention.ops.cuda import coverage, decoding
 from test_cache import BF16, F16, F32, F64, Anything, Config, assert_same, snapshot
 
@@ -485,3 +489,98 @@ def test_a_thousand_runs_give_the_same_bits(rows: int):
     assert differ.item() == 0
     assert first.isfinite().all()
     assert first.any()
+
+
+# ---- steps that leave the dispatcher out --------------------------------------------------------
+
+
+class Through(TorchDispatchMode):
+    """Sees what goes by."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """``dispatched()``: how many steps went through the dispatcher since the last question."""
+    counted, step = [], cache_module._step
+    monkeypatch.setattr(cache_module, "_step", lambda *a: counted.append(1) or step(*a))
+
+    def asked() -> int:
+        count = len(counted)
+        counted.clear()
+        return count
+
+    return asked
+
+
+def test_a_step_like_one_before_leaves_the_dispatcher_out(device, dispatched):
+    config = dataclasses.replace(SMALL, device=device)
+    caches, slots = [used(config), used(config)], config.indices(0, 2)
+    dispatched()
+    for i in range(3):
+        new = config.tokens(i, 2, 1)
+        out = caches[0].step(**new, slots=slots)
+        # The same numbers by another way there.
+        with Through():
+            assert torch.equal(out, caches[1].step(**new, slots=slots))
+    assert dispatched() == 1 + 3
+    assert_same(caches[0], snapshot(caches[1]), list(range(config.slots)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda cache, new: new.update(Q=new["Q"].clone().requires_grad_()),
+        lambda cache, new: new.update(Q=torch.nn.Parameter(new["Q"], requires_grad=False)),
+        lambda cache, new: new.update(K=new["K"].transpose(1, 2).contiguous().transpose(1, 2)),
+        lambda cache, new: new.update({n: torch.cat((x, x)) for n, x in new.items()}),
+        lambda cache, new: setattr(cache, "slices", 1),
+        lambda cache, new: cache.to(cache.device),
+    ],
+    ids=["gradient", "parameter", "strides", "shape", "slices", "to"],
+)
+def test_a_step_unlike_those_before_does_not(device, dispatched, change):
+    config = dataclasses.replace(SMALL, device=device)
+    cache, new = used(config), config.tokens(1, 2, 2)
+    cache.step(**new, slots=config.indices(0, 1))
+    dispatched()
+    cache.step(**new, slots=config.indices(0, 1))
+    assert dispatched() == 0
+    change(cache, new)
+    cache.step(**new, slots=config.indices(*range(len(new["Q"]))))
+    assert dispatched() == 1
+
+
+def test_what_is_wrong_is_found_in_a_later_step(device):
+    config = dataclasses.replace(SMALL, device=device)
+    cache, new, slots = used(config), config.tokens(1, 2, 1), config.indices(0, 1)
+    for _ in range(2):
+        cache.step(**new, slots=slots)
+    with pytest.raises(TypeError, match=r"slots: expected torch\.int32 as the cache"):
+        cache.step(**new, slots=slots.long())
+    with pytest.raises(ValueError, match=r"V: expected .* to match K"):
+        cache.step(**new | {"K": new["K"][:, :, :1]}, slots=slots)
+    with pytest.raises(ValueError, match="expected at most max_tokens_per_step"):
+        cache.step(**config.tokens(1, 2, config.most + 1), slots=slots)
+
+
+def test_a_context_is_heeded_by_a_known_step(device, dispatched, caplog):
+    config = dataclasses.replace(SMALL, device=device)
+    cache, new, slots = used(config), config.tokens(1, 2, 1), config.indices(0, 1)
+    for _ in range(2):
+        cache.step(**new, slots=slots)
+    dispatched()
+    with coverage.turned_off():
+        cache.step(**new, slots=slots)
+    with torch.autocast(device, torch.bfloat16):
+        cache.step(**new, slots=slots)
+    with Through():
+        cache.step(**new, slots=slots)
+    with caplog.at_level(logging.DEBUG, logger="retention"):
+        cache.step(**new, slots=slots)
+    assert dispatched() == 4
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        copied.step(**new, slots=slots)
+        assert dispatched() == 1

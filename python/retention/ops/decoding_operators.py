@@ -25,7 +25,7 @@ from retention.ops.cuda import decoding as cuda
 from retention.ops.pool import Pool
 from retention.ops.pytorch import decoding
 from retention.ops.pytorch.decoding import NewTokens
-from retention.ops.torch_private import below_autograd
+from retention.ops.torch_private import below_autograd, nothing_intercepts
 
 _logger = logging.getLogger("retention")
 _library = torch.library.Library("retention", "FRAGMENT")
@@ -193,6 +193,74 @@ def _elsewhere(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         return run(*arguments)
 
     return logged
+
+
+class KnownSteps:
+    """Steps on one pool that kernels were found to run: such a call may leave the dispatcher out,
+    which takes as long as all that it is then spared."""
+
+    _MOST = 256
+
+    def __init__(self) -> None:
+        self._pool: Pool | None = None
+        self._plans: dict[tuple[Any, ...], cuda.Plan] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KnownSteps, ()  # a copy's pool is another one
+
+    def key(
+        self,
+        p: Pool,
+        Q: Tensor,
+        K: Tensor,
+        V: Tensor,
+        log_G: Tensor | None,
+        slots: Tensor,
+        cu_seqlens: Tensor | None,
+        options: tuple[int, ...],
+    ) -> tuple[Any, ...] | None:
+        """What decides how a step is carried out; None where more than this does: other tensors
+        than ordinary ones, gradients, transforms, autocast, somebody who reads the log."""
+        if p is not self._pool:
+            self._pool = p
+            self._plans.clear()
+        if not (
+            type(Q) is type(K) is type(V) is type(slots) is Tensor
+            and (log_G is None or type(log_G) is Tensor)
+            and (cu_seqlens is None or type(cu_seqlens) is Tensor)
+            and nothing_intercepts()
+            and not torch.is_autocast_enabled(Q.device.type)
+            and not _logger.isEnabledFor(logging.DEBUG)
+        ):
+            return None
+        if torch.is_grad_enabled() and (
+            Q.requires_grad
+            or K.requires_grad
+            or V.requires_grad
+            or (log_G is not None and log_G.requires_grad)
+        ):
+            return None
+        return (
+            cuda.signature(Q),
+            cuda.signature(K),
+            cuda.signature(V),
+            log_G is not None and cuda.signature(log_G),
+            cuda.signature(slots),
+            cu_seqlens is not None and cuda.signature(cu_seqlens),
+            options,
+            cuda.is_turned_off(),
+        )
+
+    def find(self, key: tuple[Any, ...] | None) -> cuda.Plan | None:
+        """The plan of such a step, if there was one before."""
+        return self._plans.get(key)
+
+    def add(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        """That a step with these arguments has been checked and run."""
+        if arguments[0].device.type in coverage.DEVICE_TYPES:
+            plan = cuda.plan_step(arguments)
+            if plan.reason is None and len(self._plans) < self._MOST:
+                self._plans[key] = plan
 
 
 # ---- the operators ------------------------------------------------------------------------------

@@ -117,6 +117,20 @@ def functorch_is_active(unknown: bool) -> bool:
     return unknown if _functorch_is_active is None else _functorch_is_active()
 
 
+_modes_on_the_stack: Callable[[], int] | None = _find("_len_torch_dispatch_stack", None)
+
+
+def nothing_intercepts() -> bool:
+    """Whether calls of operators with ordinary tensors go to their kernels: nobody compiles,
+    transforms, or sees them on their way. No, where PyTorch does not tell."""
+    return (
+        not torch.compiler.is_compiling()
+        and _modes_on_the_stack is not None
+        and _modes_on_the_stack() == 0
+        and not functorch_is_active(unknown=True)
+    )
+
+
 # ---- compilation --------------------------------------------------------------------------------
 
 

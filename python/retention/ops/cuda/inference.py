@@ -14,7 +14,7 @@ from retention.ops import decoding_operators, pool  # noqa: F401  (registers tor
 from retention.ops.cuda import coverage
 from retention.ops.pool import Pool
 from retention.ops.symmetric_power import state_dim
-from retention.ops.torch_private import functorch_is_active
+from retention.ops.torch_private import nothing_intercepts
 
 _MOST_QUERIES = 16  # tokens of a step
 _MOST_GROUP = 64  # query heads of a key head
@@ -35,7 +35,7 @@ def takes(
     tensors = [x for x in (Q, K, V, log_G, initial_state, sum_of_keys) if x is not None]
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False
-    if torch.compiler.is_compiling() or functorch_is_active(unknown=True):
+    if not nothing_intercepts():
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return False
