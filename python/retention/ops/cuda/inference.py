@@ -1,8 +1,7 @@
 """``retention.power_retention_inference`` by the kernels: its tensors are a pool for a call.
 
 A batch row is a slot: the state becomes the high plane, and the cache but for the queries' tokens
-the ring. Both are copied, at less than a fold of PyTorch operations costs; whoever keeps a
-:class:`retention.RetentionCache` is spared that.
+the ring. Whoever keeps a :class:`retention.RetentionCache` is spared these copies.
 """
 
 from __future__ import annotations
@@ -59,21 +58,21 @@ def decode(
     switch_over_seq_len: int | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same as :func:`retention.ops.decoding.decode`, which reads all of the state's digits.
-    Queries here read it as bfloat16; a fold loses none of them."""
+    Queries here read it as bfloat16; a fold, which the kernels of forward make, loses none."""
     b, tq, _, d = Q.shape
     if K is None:  # tokens of zeros weigh nothing
         h, dv = initial_state.shape[1::2]
         K, V, switch_over_seq_len = Q.new_zeros((b, tq, h, d)), Q.new_zeros((b, tq, h, dv)), None
-    folds = switch_over_seq_len is not None and K.shape[1] >= switch_over_seq_len
     old = K.shape[1] - tq
-    p = _pool_of(K, V, log_G, initial_state, sum_of_keys, old, deg, folds)
+    p = _pool_of(K, V, log_G, initial_state, sum_of_keys, old, deg)
     slots = torch.arange(b, dtype=torch.int32, device=Q.device)
     new = (x if x is None else x[:, old:] for x in (K, V, log_G))
     out = _operators.decode_step(*p, Q, *new, slots, None, tq, 0, deg, 0)
-    if not folds:
+    if switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
         return out, initial_state, sum_of_keys
-    _operators.decode_fold(*p, slots, 0, 0, deg)
-    return out, pool.join(p.high, p.low), p.key_sum
+    tokens = (K, K, V, log_G, initial_state, sum_of_keys, None)  # no queries: any will do
+    _, _, state, keys, *_ = _operators.forward(*tokens, deg, return_final_state=True)
+    return out, state, keys
 
 
 def _pool_of(
@@ -84,26 +83,20 @@ def _pool_of(
     sum_of_keys: Tensor | None,
     old: int,
     deg: int,
-    folds: bool,
 ) -> Pool:
     """A slot for each row, with the first ``old`` tokens in its ring, which has room for all."""
     b, _, h, d = K.shape
-    D = state_dim(d, deg)
-    low = None
     if state is None:  # nobody reads it while nothing was folded
-        high = K.new_empty((b, h, D, V.shape[3]), dtype=torch.bfloat16)
-        low = torch.empty_like(high, dtype=torch.int16) if folds else None
-        keys = K.new_empty((b, h, D), dtype=torch.float32)
-    elif folds:
-        high, low = pool.split(state.contiguous())
-        keys = sum_of_keys.clone(memory_format=torch.contiguous_format)
+        rows = (b, h, state_dim(d, deg))
+        high = K.new_empty((*rows, V.shape[3]), dtype=torch.bfloat16)
+        keys = K.new_empty(rows, dtype=torch.float32)
     else:
         high, keys = state.to(torch.bfloat16).contiguous(), sum_of_keys.contiguous()
     cursors = K.new_zeros((b, pool.CURSOR_INTEGERS), dtype=torch.int64)
     cursors[:, pool.START_AND_LENGTH] = old << 32
     cursors[:, pool.FOLDED] = int(state is not None)
     return Pool(
-        *(high, low, keys, _ring(K, old), _ring(V, old)),
+        *(high, None, keys, _ring(K, old), _ring(V, old)),
         None if log_G is None else _ring(log_G, old),
         cursors,
         K.new_zeros((b, h + 1), dtype=torch.int32),
