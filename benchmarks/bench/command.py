@@ -26,7 +26,7 @@ from rich.console import Console
 import retention
 from retention.lm.errors import UsageError
 
-from . import compare, context, decoding, report, served, serving
+from . import compare, context, decoding, report, served, serving, shapes
 from .modes import MODES, Bench
 from .problem import DTYPES, Problem
 from .timing import QUICK, Effort, measure_ceilings
@@ -162,6 +162,7 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         gated=not options.no_gates,
         device=device,
     )
+    _check_shapes(options)
     plan = _serving_plan(options, kind)
     if "serving" in options.modes:
         served.check_installed()
@@ -183,6 +184,7 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         options.upstream,
         options.upstream_seconds,
         tuple(options.peers),
+        shapes.QUICK if options.quick else shapes.PRESETS[kind],
         _shapes(options, problem, kind),
         tuple(lengths) if options.t or options.quick or kind == "cpu" else decoding.CONTEXTS,
         plan,
@@ -200,6 +202,14 @@ def _shapes(options: argparse.Namespace, p: Problem, kind: str) -> tuple[decodin
         decoding.Shape(b, p.hq, p.h, p.d, tokens, state)
         for b, tokens, state in itertools.product(*choices)
     )
+
+
+def _check_shapes(options: argparse.Namespace) -> None:
+    """Raises UsageError for flags that nobody listens to."""
+    if set(options.modes) == {"shapes"}:
+        for name in ("b", "t", "h", "hq", "d", "chunk"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--{name}: shapes has shapes of its own, and takes no other")
 
 
 def _serving_plan(options: argparse.Namespace, kind: str) -> serving.Plan:

@@ -24,8 +24,9 @@ from retention import _C
 from retention.ops.cuda import coverage, launch
 
 from . import context, decoding, serving
-from .peers import Peer, Retention, Upstream, all_peers
+from .peers import Attention, Peer, Retention, Upstream, all_peers
 from .problem import Problem, Work
+from .shapes import PASSES, Shape, name_of
 from .timing import Ceilings, Effort, Timing
 
 Row = dict[str, Any]
@@ -42,6 +43,7 @@ class Bench:
     upstream: Path | None = None
     upstream_seconds: float = 300.0
     only: tuple[str, ...] = ()  # names of peers, or how they begin; all of them where empty
+    call_shapes: tuple[Shape, ...] = ()  # of the mode that has many
     shapes: tuple[decoding.Shape, ...] = ()  # of decoding, and its contexts
     contexts: tuple[int, ...] = ()
     serving: serving.Plan = dataclasses.field(default_factory=lambda: serving.Plan())
@@ -89,16 +91,33 @@ def _passes(bench: Bench, mode: str) -> Iterator[Row]:
         for problem in bench.problems():
             bench.say(f"{mode}: {peer.name}, {problem.t:,} tokens")
             row = {"mode": mode, "peer": peer.name, "note": peer.note, "t": problem.t}
-            try:
-                timing = _time(peer, problem, mode, bench.effort)
-                errors = peer.errors(problem, mode != "fwd")
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                # One that has no room for this length has some for the others.
-                yield {**row, **_failure(error)}
-                continue
-            finally:
-                _free(problem.device)
-            yield {**row, **timing.row(), **_shares(bench, peer, problem, mode, timing), **errors}
+            yield {**row, **_measured(bench, peer, problem, mode)}
+
+
+def shapes(bench: Bench) -> Iterator[Row]:
+    """Forward and both passes of the usual shapes, of retention and of attention."""
+    peers, _ = bench.peers()
+    for shape in bench.call_shapes:
+        problem = shape.of(bench.problem)
+        for pass_ in PASSES:
+            for peer in peers:
+                if peer.name == "retention" or isinstance(peer, Attention):
+                    row = {"mode": "shapes", "peer": peer.name, "pass": pass_, **shape._asdict()}
+                    bench.say(f"shapes: {peer.name}, {name_of(row)}, {pass_}")
+                    yield {**row, **_measured(bench, peer, problem, pass_)}
+
+
+def _measured(bench: Bench, peer: Peer, problem: Problem, mode: str) -> Row:
+    """The time of a pass, the shares that it reaches, and errors; or why there are none."""
+    try:
+        timing = _time(peer, problem, mode, bench.effort)
+        errors = peer.errors(problem, mode != "fwd")
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # One that has no room for this length has some for the others.
+        return _failure(error)
+    finally:
+        _free(problem.device)
+    return {**timing.row(), **_shares(bench, peer, problem, mode, timing), **errors}
 
 
 def _failure(error: Exception) -> Row:
@@ -362,6 +381,7 @@ MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "fwd": forward,
     "bwd": backward,
     "fwd+bwd": forward_and_backward,
+    "shapes": shapes,
     "decode": decode,
     "serving": served,
     "context": several,

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import serving_report
+from . import serving_report, shapes
 
 Row = dict[str, Any]
 
@@ -86,6 +86,7 @@ _COLUMNS = {
     },
     "host": {"part": "call of 64 tokens", "us": "us", "us before the launch": "before the launch"},
     "build": {"part": "file", "bytes": "size"},
+    **shapes.COLUMNS,
     **serving_report.COLUMNS,
 }
 
@@ -116,6 +117,7 @@ def print_tables(results: Row, console: Console) -> None:
         table = Table(title=mode, title_justify="left")
         for key, heading in columns.items():
             text = key in ("peer", "part", "pass", "note", "shape", "state", "model")
+            text = text or key.startswith("fastest")
             table.add_column(heading, justify="left" if text else "right")
         for row in rows:
             cells = [_cell(key, row) for key in columns]
@@ -143,7 +145,7 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each table. What decoding is beside attention is a table of its own."""
     tables: dict[str, list[Row]] = {}
     for row in rows:
-        if row["mode"] == "serving":
+        if row["mode"] in ("serving", "shapes"):
             continue
         if row["mode"] != "decode":
             tables.setdefault(row["mode"], []).append(row)
@@ -152,6 +154,8 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     beside = [
         line for _, ours, theirs in _by_shape(rows) for line in beside_attention(ours, theirs)
     ]
+    of_shapes = list(shapes.lines(rows))
+    tables |= {"shapes": of_shapes} if of_shapes else {}
     return tables | ({_BESIDE: beside} if beside else {}) | serving_report.tables(rows)
 
 
@@ -354,15 +358,15 @@ def _plots(results: Row, folder: Path) -> list[Path]:
         axes.barh([r["part"][:40] for r in last], [r["ms"] for r in last])
         axes.set_xlabel(f"ms of a forward and backward of {last[0]['t']:,} tokens")
         save(figure, "components")
-    shapes = [group for group in _by_shape(rows) if group[1]]
-    if shapes:
-        wide = min(3, len(shapes))
-        high = math.ceil(len(shapes) / wide)
+    decoded = [group for group in _by_shape(rows) if group[1]]
+    if decoded:
+        wide = min(3, len(decoded))
+        high = math.ceil(len(decoded) / wide)
         size = (5 * wide, 4 * high)
         figure, panels = plt.subplots(high, wide, figsize=size, squeeze=False)
-        for axes in list(panels.flat)[len(shapes) :]:
+        for axes in list(panels.flat)[len(decoded) :]:
             axes.axis("off")
-        for axes, (name, ours, theirs) in zip(panels.flat, shapes, strict=False):
+        for axes, (name, ours, theirs) in zip(panels.flat, decoded, strict=False):
             axes.set_prop_cycle(color=plt.get_cmap("tab10").colors)
             for row in ours:
                 # The same after any context.
@@ -399,6 +403,7 @@ def _plots(results: Row, folder: Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
         save(figure, "decode_copy", device)
+    shapes.plot(rows, device, save)
     serving_report.plot(rows, device, save)
     return written
 

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from retention.bench import command, compare, context, decoding, modes, peers, report
+from retention.bench import command, compare, context, decoding, modes, peers, report, shapes
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
 
@@ -987,6 +987,55 @@ def test_compare_of_damaged_results_is_one_line_or_a_table(other, tmp_path, caps
 
 
 # ---- decoding, by the command -------------------------------------------------------------------
+
+
+def test_shapes_beside_attention(tmp_path, capsys):
+    assert cli.main(["bench", "shapes", "--quick", "--quiet", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["t"], row["hq"], row["pass"], row["peer"]) for row in rows] == [
+        (*shape, pass_, peer)
+        for shape in ((64, 2), (128, 4))
+        for pass_ in ("fwd", "fwd+bwd")
+        for peer in ("retention", "attention, flash")
+    ]
+    for row in rows:
+        assert row["low"] <= row["ms"] <= row["high"]
+        assert 0 < row["error"] < 1e-5
+        assert ("worst gradient" in row) == (row["pass"] != "fwd")
+    assert (tmp_path / "shapes.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "b2 t64 hq2 h2 d16" in shown
+    assert "b1 t128 hq4 h2 d16" in shown
+    assert cli.main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
+    assert "0 of 4 times are slower" in capsys.readouterr().out
+
+
+def test_a_line_of_a_shape():
+    shape = {"mode": "shapes", "b": 1, "t": 64, "hq": 4, "h": 2, "d": 16}
+    rows = [
+        {**shape, "pass": "fwd", "peer": "retention", "ms": 2.0},
+        {**shape, "pass": "fwd", "peer": "attention, flash", "ms": 3.0},
+        {**shape, "pass": "fwd", "peer": "attention, cuDNN", "ms": 1.0},
+        {**shape, "pass": "fwd+bwd", "peer": "retention", "ms": 4.0},
+        {**shape, "pass": "fwd+bwd", "peer": "attention, flash", "failed": "out of memory"},
+    ]
+    assert list(shapes.lines([*rows, {**shape, "mode": "fwd", "peer": "retention"}])) == [
+        {
+            "shape": "b1 t64 hq4 h2 d16",
+            "ours": 2.0,
+            "theirs": 1.0,
+            "fastest": "cuDNN",
+            "speed-up": 0.5,
+            "ours of both": 4.0,
+            "note": "attention, flash: out of memory",
+        }
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--b", "--t", "--h", "--hq", "--d", "--chunk"])
+def test_shapes_are_those_of_the_mode(flag, capsys):
+    assert cli.main(["bench", "shapes", "--quick", flag, "64"]) == 2
+    assert f"{flag}: shapes has shapes of its own" in capsys.readouterr().err
 
 
 def test_decoding_beside_attention(tmp_path, capsys):
