@@ -26,7 +26,7 @@ from rich.console import Console
 import retention
 from retention.lm.errors import UsageError
 
-from . import compare, context, decoding, report, served, serving, shapes
+from . import compare, context, decoding, forms, report, served, serving, shapes
 from .modes import MODES, Bench
 from .problem import DTYPES, Problem
 from .timing import QUICK, Effort, measure_ceilings
@@ -185,6 +185,7 @@ def _bench(options: argparse.Namespace, console: Console, start: float) -> Bench
         options.upstream_seconds,
         tuple(options.peers),
         shapes.QUICK if options.quick else shapes.PRESETS[kind],
+        forms.QUICK if options.quick else forms.PRESETS[kind],
         _shapes(options, problem, kind),
         tuple(lengths) if options.t or options.quick or kind == "cpu" else decoding.CONTEXTS,
         plan,
@@ -206,10 +207,11 @@ def _shapes(options: argparse.Namespace, p: Problem, kind: str) -> tuple[decodin
 
 def _check_shapes(options: argparse.Namespace) -> None:
     """Raises UsageError for flags that nobody listens to."""
-    if set(options.modes) == {"shapes"}:
+    if set(options.modes) <= {"shapes", "forms"}:
         for name in ("b", "t", "h", "hq", "d", "chunk"):
             if getattr(options, name) is not None:
-                raise UsageError(f"--{name}: shapes has shapes of its own, and takes no other")
+                mode = options.modes[0]
+                raise UsageError(f"--{name}: {mode} has shapes of its own, and takes no other")
 
 
 def _serving_plan(options: argparse.Namespace, kind: str) -> serving.Plan:

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 # By what rows of two runs belong together. Decoding and serving have shapes of their own in a
 # row, and serving and several processes have passes.
-_SHAPE = ("b", "hq", "h", "d", "tokens", "state", "ranks", "pass", "model", "layers")
+_SHAPE = ("b", "hq", "h", "d", "tokens", "state", "ranks", "pass", "form", "model", "layers")
 _KEY = ("mode", "t", *_SHAPE)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
+import itertools
 import multiprocessing
 import re
 import resource
@@ -23,7 +25,7 @@ import retention
 from retention import _C
 from retention.ops.cuda import coverage, launch
 
-from . import context, decoding, serving
+from . import context, decoding, forms, serving
 from .peers import Attention, Peer, Retention, Upstream, all_peers
 from .problem import Problem, Work
 from .shapes import PASSES, Shape, name_of
@@ -43,7 +45,8 @@ class Bench:
     upstream: Path | None = None
     upstream_seconds: float = 300.0
     only: tuple[str, ...] = ()  # names of peers, or how they begin; all of them where empty
-    call_shapes: tuple[Shape, ...] = ()  # of the mode that has many
+    call_shapes: tuple[Shape, ...] = ()  # of the mode that has many, and of the one of two forms
+    heads: tuple[forms.Heads, ...] = ()
     shapes: tuple[decoding.Shape, ...] = ()  # of decoding, and its contexts
     contexts: tuple[int, ...] = ()
     serving: serving.Plan = dataclasses.field(default_factory=lambda: serving.Plan())
@@ -105,6 +108,25 @@ def shapes(bench: Bench) -> Iterator[Row]:
                     row = {"mode": "shapes", "peer": peer.name, "pass": pass_, **shape._asdict()}
                     bench.say(f"shapes: {peer.name}, {name_of(row)}, {pass_}")
                     yield {**row, **_measured(bench, peer, problem, pass_)}
+
+
+def of_forms(bench: Bench) -> Iterator[Row]:
+    """The quadratic form and chunks, at lengths around the one where the library changes."""
+    peer = Retention()
+    for heads, pass_ in itertools.product(bench.heads, forms.PASSES):
+
+        def chunk_of(t: int, heads: forms.Heads = heads, pass_: str = pass_) -> int:
+            p = peer.with_chunk(heads.of(bench.problem, t, None), pass_ == "bwd")
+            return p.chunk or t
+
+        choice = forms.Choice.of(chunk_of)
+        for t, form in itertools.product(choice.lengths(), forms.FORMS):
+            chunk = choice.chunk if form == "chunks" else t
+            row = {"mode": "forms", "peer": peer.name, "pass": pass_, **heads._asdict(), "t": t}
+            row |= {"form": form, "chunk": chunk, "until": choice.until}
+            bench.say(f"forms: {pass_}, {forms.shape_of(row)}, {t:,} tokens, {form}")
+            problem = heads.of(bench.problem, t, chunk)
+            yield {**row, **_measured(bench, peer, problem, pass_)}
 
 
 def _measured(bench: Bench, peer: Peer, problem: Problem, mode: str) -> Row:
@@ -285,6 +307,8 @@ def _peak_of_process(name: str, problem: Problem, both: bool) -> int:
     # What is allocated once for all is none of the call's doing.
     peer.step(dataclasses.replace(problem, t=64), both)()
     step = peer.step(problem, both)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what is free there would be taken again, unseen
     before = _process_bytes("VmRSS")
     with contextlib.suppress(OSError):  # Linux: the peak from here on
         Path("/proc/self/clear_refs").write_text("5")
@@ -382,6 +406,7 @@ MODES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "bwd": backward,
     "fwd+bwd": forward_and_backward,
     "shapes": shapes,
+    "forms": of_forms,
     "decode": decode,
     "serving": served,
     "context": several,

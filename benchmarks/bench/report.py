@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import serving_report, shapes
+from . import forms, serving_report, shapes
 
 Row = dict[str, Any]
 
@@ -87,6 +86,7 @@ _COLUMNS = {
     "host": {"part": "call of 64 tokens", "us": "us", "us before the launch": "before the launch"},
     "build": {"part": "file", "bytes": "size"},
     **shapes.COLUMNS,
+    **forms.COLUMNS,
     **serving_report.COLUMNS,
 }
 
@@ -135,6 +135,8 @@ def print_tables(results: Row, console: Console) -> None:
             crossing = decode_crossover(row, theirs)
             if crossing is not None:
                 console.print(f"decode, {shape}, states of {row['state']}: {crossing.text}")
+    for text in forms.texts(results["rows"]):
+        console.print(text)
     for name, reason in results["missing"].items():
         console.print(f"not measured: {name} ({reason})")
     if "incomplete" in results:
@@ -145,7 +147,7 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     """The rows of each table. What decoding is beside attention is a table of its own."""
     tables: dict[str, list[Row]] = {}
     for row in rows:
-        if row["mode"] in ("serving", "shapes"):
+        if row["mode"] in ("serving", "shapes", "forms"):
             continue
         if row["mode"] != "decode":
             tables.setdefault(row["mode"], []).append(row)
@@ -154,8 +156,8 @@ def _tables(rows: list[Row]) -> dict[str, list[Row]]:
     beside = [
         line for _, ours, theirs in _by_shape(rows) for line in beside_attention(ours, theirs)
     ]
-    of_shapes = list(shapes.lines(rows))
-    tables |= {"shapes": of_shapes} if of_shapes else {}
+    for mode, found in (("shapes", [*shapes.lines(rows)]), ("forms", [*forms.lines(rows)])):
+        tables |= {mode: found} if found else {}
     return tables | ({_BESIDE: beside} if beside else {}) | serving_report.tables(rows)
 
 
@@ -204,10 +206,8 @@ def _meeting(ratios: list[tuple[int, float]]) -> Crossover | None:
     if ratios[0][1] > 0:
         text = f"faster than attention from {ratios[0][0]:,} tokens, the fewest measured"
         return Crossover(None, text)
-    for (t, before), (u, after) in itertools.pairwise(ratios):
-        if before <= 0 < after:
-            tokens = t * (u / t) ** (before / (before - after))
-            return Crossover(tokens, f"faster than attention from about {tokens:,.0f} tokens")
+    if (tokens := forms.meeting(ratios)) is not None:
+        return Crossover(tokens, f"faster than attention from about {tokens:,.0f} tokens")
     return Crossover(None, f"slower than attention up to {ratios[-1][0]:,} tokens")
 
 

@@ -444,10 +444,11 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="measure, beside what one would use instead",
         description="Measure power retention beside attention and others, on the same inputs. "
-        "Modes: fwd, bwd, fwd+bwd, shapes (forward and both passes of many), decode, serving "
-        "(steps of a whole model), context (one sequence over the processes that torchrun starts), "
-        "components (each kernel alone), memory, host (calls of few tokens) and build; or "
-        "`compare OLD NEW`, results of two runs, which fails where the new one is slower.",
+        "Modes: fwd, bwd, fwd+bwd, shapes (forward and both passes of many), forms (the quadratic "
+        "one and chunks, where the library changes), decode, serving (steps of a whole model), "
+        "context (one sequence over the processes that torchrun starts), components (each kernel "
+        "alone), memory, host (calls of few tokens) and build; or `compare OLD NEW`, results of "
+        "two runs, which fails where the new one is slower.",
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("modes", nargs="+", metavar="MODE", help="one or several")

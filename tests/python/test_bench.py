@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from retention.bench import command, compare, context, decoding, modes, peers, report, shapes
+from retention.bench import command, compare, context, decoding, forms, modes, peers, report, shapes
 from retention.bench.problem import Problem, attention_work, exact_state_dim, retention_work
 from retention.bench.timing import Ceilings, Effort, Timing
 
@@ -1036,6 +1036,50 @@ def test_a_line_of_a_shape():
 def test_shapes_are_those_of_the_mode(flag, capsys):
     assert cli.main(["bench", "shapes", "--quick", flag, "64"]) == 2
     assert f"{flag}: shapes has shapes of its own" in capsys.readouterr().err
+
+
+def test_the_two_forms(tmp_path, capsys):
+    assert cli.main(["bench", "forms", "--quick", "--quiet", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    until = rows[0]["until"]
+    assert choose_chunk(until, 8, 8, 2, None, None) == until
+    chunk = choose_chunk(until + 1, 8, 8, 2, None, None)
+    assert chunk <= until
+    assert {row["t"] for row in rows} == set(forms.Choice(until, chunk).lengths())
+    for row in rows:
+        assert row["chunk"] == (chunk if row["form"] == "chunks" else row["t"])
+        assert row["low"] <= row["ms"] <= row["high"]
+        assert 0 < row["error"] < 1e-5
+    shown = capsys.readouterr().out
+    for pass_ in ("fwd", "bwd"):
+        assert f"forms, {pass_}, b1 hq2 h2 d8: chunks are faster" in shown
+    assert f"taken from {until + 1:,}" in shown
+    assert cli.main(["bench", "compare", str(tmp_path), str(tmp_path)]) == 0
+    assert f"0 of {len(rows)} times are slower" in capsys.readouterr().out
+
+
+def test_where_chunks_are_faster():
+    row = {"mode": "forms", "pass": "fwd", "b": 1, "hq": 4, "h": 2, "d": 16, "until": 1500}
+
+    def rows(quadratic, chunks):
+        return [
+            {**row, "t": t, "form": form, "chunk": 512, "ms": ms}
+            for form, times in (("quadratic", quadratic), ("chunks", chunks))
+            for t, ms in zip((1000, 2000, 4000), times, strict=True)
+        ]
+
+    shape = "forms, fwd, b1 hq4 h2 d16: chunks are faster"
+    for times, expected in (
+        (((1, 4, 16), (2, 4, 8)), "from about 2,000 tokens"),
+        (((2, 4, 16), (1, 2, 4)), "everywhere"),
+        (((1, 2, 4), (2, 4, 8)), "nowhere up to 4,000 tokens"),
+    ):
+        assert list(forms.texts(rows(*times))) == [f"{shape} {expected}; taken from 1,501"]
+    failed = [{**row, "t": 1000, "form": "quadratic", "chunk": 1000, "failed": "no memory"}]
+    failed.append({**row, "t": 1000, "form": "chunks", "chunk": 512, "ms": 2.0})
+    (line,) = forms.lines(failed)
+    assert (line["note"], line["chunks"]) == ("quadratic: no memory", 2.0)
+    assert list(forms.texts(failed)) == []
 
 
 def test_decoding_beside_attention(tmp_path, capsys):

@@ -596,7 +596,8 @@ def test_sigterm_under_load(start: Callable[..., Process]):
     with openai.OpenAI(
         base_url=f"{process.root}/v1", api_key="sesame", max_retries=0, timeout=SECONDS
     ) as client:
-        streams = [client.completions.create(**options, max_tokens=150) for _ in range(8)]
+        # Long enough not to have ended when the last request comes, however busy the machine is.
+        streams = [client.completions.create(**options, max_tokens=300) for _ in range(8)]
         texts = [""] * 8
 
         def read(i: int) -> None:
