@@ -716,7 +716,7 @@ def test_compare_says_which_run_is_incomplete(tmp_path, capsys):
         (["compare", "OLD", "OTHER"], "d: got 64 and 128, which do not compare"),
         (["compare", "OLD", "LATER"], "no mode and length in common"),
         (["compare", "OLD", "BROKEN"], "expected results of `retention bench`"),
-        (["forward"], "mode: expected some of fwd, bwd, fwd+bwd, decode"),
+        (["forward"], "mode: expected some of fwd, bwd, fwd+bwd, shapes, forms"),
         (["decode", "fwd", "--b", "1", "2"], "--b: expected one number for fwd, got 2"),
         (["fwd", "--h", "2", "--hq", "3"], "--hq: expected a multiple of --h 2, got 3"),
         (["fwd", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
