@@ -36,6 +36,7 @@ enum class Mistake {
   kSharedOffByOneRow,  // reads a row of shared memory that this stage never filled
   kMisaligned,
   kHalfBarrier,  // only some of the threads reach the barrier
+  kHalfArrival,  // likewise, and none of them waits there
   kTwoBarriers,  // one warp meets the others at another barrier than theirs
   kDivergent,    // some lanes shuffle while others vote
   kMissingLane,  // a lane skips a warp-wide instruction
@@ -182,6 +183,9 @@ struct TileKernel {
     }
     if (M == Mistake::kHalfBarrier && row < 32) {
       __syncthreads();
+    }
+    if (M == Mistake::kHalfArrival && row < 32) {
+      __barrier_arrive_count(1, 64);
     }
     if (M == Mistake::kUninstrumented && row == 63) {
       store_unannounced(p.out + 2 * 2 * kRows * 4 + row);
@@ -768,6 +772,7 @@ RETENTION_TEST(emulator_faults) {
   expect(run_tiles<Mistake::kSharedOffByOneRow>, "shared off by one row", {Fault::kUninitialized});
   expect(run_tiles<Mistake::kMisaligned>, "misaligned", {Fault::kMisaligned, Fault::kOutOfBounds});
   expect(run_tiles<Mistake::kHalfBarrier>, "half barrier", {Fault::kDeadlock});
+  expect(run_tiles<Mistake::kHalfArrival>, "half arrival", {Fault::kDeadlock});
   expect(run_tiles<Mistake::kTwoBarriers>, "two barriers", {Fault::kDivergence});
   expect(run_tiles<Mistake::kDivergent>, "divergent", {Fault::kDivergence});
   expect(run_tiles<Mistake::kMissingLane>, "missing lane", {Fault::kDeadlock});

@@ -201,8 +201,26 @@ void Launch::run_block(unsigned linear) {
   if (report_.ok() && alive_ > 0) {
     report_ = {Fault::kDeadlock, deadlock_text()};
   }
+  if (report_.ok()) {
+    check_barriers_are_met();
+  }
   if (report_.ok() && accumulators_in_flight_ != 0) {
     check_nothing_in_flight();
+  }
+}
+
+// Whoever has arrived and gone on may have nobody who waits for it, but in vain.
+void Launch::check_barriers_are_met() {
+  for (std::size_t id = 0; id < barriers_.size(); ++id) {
+    Barrier const& barrier = barriers_[id];
+    if (!barrier.arrived.empty()) {
+      report_ = {Fault::kDeadlock,
+                 std::string(to_string(Fault::kDeadlock)) + ": block " + to_text(block_index_) +
+                     " ends, seed " + std::to_string(config_.seed) + ", and at barrier " +
+                     std::to_string(id) + " only " + std::to_string(barrier.arrived.size()) +
+                     " of " + std::to_string(barrier.threads) + " threads have arrived."};
+      return;
+    }
   }
 }
 

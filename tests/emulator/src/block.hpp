@@ -129,6 +129,7 @@ class Launch {
 
  private:
   void run_block(unsigned linear);
+  void check_barriers_are_met();
   void suspend(char const* why, int barrier = 0);
   void switch_to_next(Context& from);
   void exchange_knowledge(std::vector<int> const& from, std::vector<int> const& to);

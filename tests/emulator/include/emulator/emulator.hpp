@@ -32,7 +32,7 @@ enum class Fault {
   kRace,              // two threads, one writing, with no barrier between; or two blocks, with
                       // no fences and atomic between
   kDivergence,        // lanes of a warp at different warp-wide instructions
-  kDeadlock,          // a barrier that not every thread reaches
+  kDeadlock,          // a barrier that not every thread reaches, whether or not one waits there
   kCrash,             // a memory fault in code that was not compiled with instrumentation
 };
 
