@@ -286,11 +286,9 @@ def beside(session: nox.Session, log: Path, *commands: list[str]) -> Iterator[No
 def run_pytest(session: nox.Session, *arguments: str, env: dict[str, str]) -> None:
     """On all processors, but where tests share a GPU and measure times and memory on it."""
     if not gpu_architectures():
-        # A file is one process's, so that what its tests share is made once. One process more than
-        # processors, for some wait for processes of theirs. A thread of PyTorch's each, else they
-        # wait for one another's.
-        processes = str((os.cpu_count() or 1) + 1)
-        arguments = ("--numprocesses", processes, "--dist", "loadfile", *arguments)
+        # A file is one process's, so that what its tests share is made once. A thread of PyTorch's
+        # each, else they wait for one another's.
+        arguments = ("--numprocesses", "auto", "--dist", "loadfile", *arguments)
         env = {"OMP_NUM_THREADS": "1"} | env
     session.run("python", "-m", "pytest", *arguments, env=env)
 

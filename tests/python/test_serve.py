@@ -596,8 +596,9 @@ def test_sigterm_under_load(start: Callable[..., Process]):
     with openai.OpenAI(
         base_url=f"{process.root}/v1", api_key="sesame", max_retries=0, timeout=SECONDS
     ) as client:
-        # Long enough not to have ended when the last request comes, however busy the machine is.
-        streams = [client.completions.create(**options, max_tokens=300) for _ in range(8)]
+        # The server cannot end while this one is read, however slow the others are to begin.
+        long = client.completions.create(**options, max_tokens=4000)
+        streams = [client.completions.create(**options, max_tokens=150) for _ in range(8)]
         texts = [""] * 8
 
         def read(i: int) -> None:
@@ -611,6 +612,7 @@ def test_sigterm_under_load(start: Callable[..., Process]):
         with pytest.raises(openai.InternalServerError, match="the server is shutting down") as e:
             client.completions.create(**options, max_tokens=1)
         assert e.value.status_code == 503
+        long.close()
         for thread in threads:
             thread.start()
         for thread in threads:
