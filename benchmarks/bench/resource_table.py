@@ -71,6 +71,9 @@ RULES = {
         LoopRule("intra-chunk", False),
     ),
 }
+# Those that, where they have HGMMA, deal registers out between warps that copy and warps with rows.
+# ptxas may ignore that they do, and says so in a remark alone.
+DEALS_REGISTERS = ("Output",)
 ELEMENTS = {"bfloat16_t": "bf16", "half_t": "fp16"}
 
 
@@ -335,6 +338,9 @@ def analysed(kernel: Kernel, code: Sequence[Instruction]) -> Kernel:
     if local:
         spilled = f"{kernel.spill_bytes} bytes spilled, {len(local)} STL and LDL"
         kernel.violations.append(f"{spilled}, where none is allowed")
+    found = {x.opcode.split(".")[0] for x in code}
+    if kernel.name in DEALS_REGISTERS and "HGMMA" in found and "USETMAXREG" not in found:
+        kernel.violations.append("no USETMAXREG, where registers are to be dealt out")
     try:
         kernel.loops = loops_of(code) if any(x.hmma for x in code) else []
         kernel.violations += name_loops(kernel)

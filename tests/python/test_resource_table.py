@@ -414,6 +414,18 @@ def test_spills_and_stack_are_violations():
     ]
 
 
+def test_registers_that_are_not_dealt_out_are_a_violation():
+    """ptxas ignores setmaxnreg where it finds too few for either side."""
+    product = loop("intra", "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24")
+    violation = "no USETMAXREG, where registers are to be dealt out"
+    deals = "USETMAXREG.DEALLOC.CTAPOOL 0x50"
+    assert violation in read(output(APPLY, product)).violations
+    assert violation not in read(output(APPLY, deals, product)).violations
+    assert violation not in read(output(APPLY, loop("intra", HMMA))).violations
+    other = read(output(APPLY, product), kernel=symbol("ValueGradient", d=64, dv=64))
+    assert violation not in other.violations
+
+
 KEY_SUM = loop("keys", "LDSM.16.M88.4 R0, [R2]", HMMA)
 
 
