@@ -420,7 +420,7 @@ def test_registers_that_are_not_dealt_out_are_a_violation():
     violation = "no USETMAXREG, where registers are to be dealt out"
     deals = "USETMAXREG.DEALLOC.CTAPOOL 0x50"
     assert violation in read(output(APPLY, product)).violations
-    assert violation not in read(output(APPLY, deals, product)).violations
+    assert violation not in read(output(APPLY, f"{deals}\n{product}")).violations
     assert violation not in read(output(APPLY, loop("intra", HMMA))).violations
     other = read(output(APPLY, product), kernel=symbol("ValueGradient", d=64, dv=64))
     assert violation not in other.violations
