@@ -164,7 +164,7 @@ def test_contract_by_hgmma_is_the_loop_that_reads_no_operand_transposed():
 
 
 def test_an_hgmma_whose_shape_cannot_be_told():
-    kernel = read(loop("a", "HGMMA.SP.F32 R24, R4, gdesc[UR8], R24"))
+    kernel = read(loop("a", "HGMMA.SP.F32 R24, R4, gdesc[UR8], R24"), kernel="k")
     assert kernel.violations == ["cannot tell the shape of HGMMA.SP.F32"]
 
 
