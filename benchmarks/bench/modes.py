@@ -45,8 +45,8 @@ class Bench:
     upstream: Path | None = None
     upstream_seconds: float = 300.0
     only: tuple[str, ...] = ()  # names of peers, or how they begin; all of them where empty
-    call_shapes: tuple[Shape, ...] = ()  # of the mode that has many, and of the one of two forms
-    heads: tuple[forms.Heads, ...] = ()
+    call_shapes: tuple[Shape, ...] = ()  # of the mode `shapes`
+    heads: tuple[forms.Heads, ...] = ()  # of the mode `forms`
     shapes: tuple[decoding.Shape, ...] = ()  # of decoding, and its contexts
     contexts: tuple[int, ...] = ()
     serving: serving.Plan = dataclasses.field(default_factory=lambda: serving.Plan())
@@ -116,8 +116,7 @@ def of_forms(bench: Bench) -> Iterator[Row]:
     for heads, pass_ in itertools.product(bench.heads, forms.PASSES):
 
         def chunk_of(t: int, heads: forms.Heads = heads, pass_: str = pass_) -> int:
-            p = peer.with_chunk(heads.of(bench.problem, t, None), pass_ == "bwd")
-            return p.chunk or t
+            return peer.with_chunk(heads.of(bench.problem, t, None), pass_ == "bwd").chunk
 
         choice = forms.Choice.of(chunk_of)
         for t, form in itertools.product(choice.lengths(), forms.FORMS):

@@ -233,7 +233,7 @@ def _by_shape(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row], list[Row]]]
 
 def _decode_shape(row: Row) -> str:
     tokens = f", {row['tokens']} tokens" if row["tokens"] > 1 else ""
-    return f"b{row['b']} hq{row['hq']} h{row['h']} d{row['d']}{tokens}"
+    return f"{forms.shape_of(row)}{tokens}"
 
 
 def _fastest(theirs: Iterable[Row]) -> dict[int, Row]:

@@ -21,7 +21,6 @@ from retention.ops.symmetric_power import state_dim
 _operators = torch.ops.retention
 _step = _operators.decode_step.default
 _MOST_CHECKED = 1024
-_ORDINARY = {Tensor, type(None)}
 
 
 class RetentionCache:
@@ -275,9 +274,9 @@ class RetentionCache:
         sizes = (most, self.window, self._layout.deg, self._slices)
         key = None
         if not torch.compiler.is_compiling():  # a step of few tokens waits for the host
-            key = self._known.key(self.pool, Q, K, V, log_G, slots, cu_seqlens, sizes)
+            new = (Q, K, V, log_G, slots, cu_seqlens)
+            key = self._known.key(self.pool, new, sizes)
             if (plan := self._known.find(key)) is not None:
-                new = (Q, K, V, log_G, slots, cu_seqlens)
                 return cuda_decoding.step(plan, (*self.pool, *new, *sizes))
         Q, K, V, log_G = self._tokens(Q, K, V, log_G, slots, cu_seqlens)
         if cu_seqlens is None and Q.shape[1] > most:
@@ -499,9 +498,7 @@ class RetentionCache:
             return _detached(Q, K, V, log_G)
         # A step of few tokens waits for the host: what was found to fit is not looked at again.
         key = None
-        if type(Q) is type(K) is type(V) is type(slots) is Tensor and _ORDINARY.issuperset(
-            (type(log_G), type(cu_seqlens))
-        ):
+        if decoding_operators.are_ordinary(Q, K, V, log_G, slots, cu_seqlens):
             key = (
                 *(Q.shape, K.shape, V.shape, slots.shape),
                 *(Q.dtype, K.dtype, V.dtype, slots.dtype),
@@ -513,12 +510,7 @@ class RetentionCache:
             self._check_tokens(Q, K, V, log_G, slots, cu_seqlens)
             if key is not None and len(self._checked) < _MOST_CHECKED:
                 self._checked.add(key)
-        if torch.is_grad_enabled() and (
-            Q.requires_grad
-            or K.requires_grad
-            or V.requires_grad
-            or (log_G is not None and log_G.requires_grad)
-        ):
+        if decoding_operators.want_gradients(Q, K, V, log_G):
             return _detached(Q, K, V, log_G)
         return Q, K, V, log_G
 

@@ -165,6 +165,7 @@ def power_retention_inference(
     check_decoding_arguments(
         Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len
     )
-    operands = (Q, K, V, log_G, initial_state, sum_of_keys, deg)
-    run = inference.decode if inference.takes(*operands) else decode
-    return run(*operands, switch_over_seq_len)
+    operands = Operands(Q, K, V, log_G, initial_state, sum_of_keys)
+    if inference.takes(operands, deg):
+        return inference.decode(operands, deg, switch_over_seq_len)
+    return decode(*operands[:6], deg, switch_over_seq_len)

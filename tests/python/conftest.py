@@ -5,8 +5,10 @@ import functools
 import importlib.machinery
 import importlib.util
 import itertools
+import logging
 import math
 import os
+import re
 import zlib
 
 import pytest
@@ -83,3 +85,25 @@ def emulator(monkeypatch, request):
         for name, run in decoding_operators.on_cuda.items():
             library.impl(name, run, "CPU")
         yield
+
+
+@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Where tensors are for kernels: on the emulator, and on a GPU."""
+    if request.param == "cuda":
+        return "cuda"
+    request.getfixturevalue("emulator")
+    return "cpu"
+
+
+@pytest.fixture
+def decoding_paths(caplog):
+    """``decoding_paths()``: operators that ran since the last question, and the path of each."""
+    caplog.set_level(logging.DEBUG, logger="retention")
+
+    def asked() -> list[tuple[str, str]]:
+        found = [re.match(r"(decode_\w+|forward) on .*?: (.*?);", x) for x in caplog.messages]
+        caplog.clear()
+        return [(x[1], x[2]) for x in found if x]
+
+    return asked

@@ -47,29 +47,6 @@ LARGE = [
 ]
 
 
-@pytest.fixture(
-    params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)],
-)
-def device(request) -> str:
-    if request.param == "cuda":
-        return "cuda"
-    request.getfixturevalue("emulator")
-    return "cpu"
-
-
-@pytest.fixture
-def paths(caplog):
-    """``paths()``: the operators that ran since the last question, and the path that each took."""
-    caplog.set_level(logging.DEBUG, logger="retention")
-
-    def asked() -> list[tuple[str, str]]:
-        taken = [m.split(" on ", 1) for m in caplog.messages if m.startswith("decode_")]
-        caplog.clear()
-        return [(name, rest.split(": ", 1)[1].split(";")[0]) for name, rest in taken]
-
-    return asked
-
-
 def used(config: Config) -> RetentionCache:
     cache = config.cache()
     slots = config.indices(*range(config.slots))
@@ -97,7 +74,7 @@ def test_anything(device, config):
     run_state_machine_as_test(Machine, settings=few)
 
 
-def test_which_path_runs_where(device, paths):
+def test_which_path_runs_where(device, decoding_paths):
     config = dataclasses.replace(SMALL, device=device)
     cache = config.cache()
     slots, new = config.indices(0, -1, 2), config.tokens(0, 3, 2)
@@ -107,7 +84,7 @@ def test_which_path_runs_where(device, paths):
     cache.copy(slots, slots.flip(0))
     cache.reset(slots)
     torch.ops.retention.decode_fold(*cache.pool, slots, config.window, 0, 2)
-    assert paths() == [
+    assert decoding_paths() == [
         (f"decode_{name}", "kernels")
         for name in ("reset", "prefill", "step", "rollback", "copy", "reset", "fold")
     ]
@@ -129,32 +106,32 @@ def test_which_path_runs_where(device, paths):
     ],
     ids=str,
 )
-def test_reasons_against_a_step(device, paths, config, tokens, rows, expected):
+def test_reasons_against_a_step(device, decoding_paths, config, tokens, rows, expected):
     """The PyTorch path then steps as it does without kernels."""
     config = dataclasses.replace(config, device=device)
     cache, other = config.cache(), config.cache()
     slots, new = config.indices(*[0, 3, -1, -1, -1][:rows]), config.tokens(0, rows, tokens)
-    paths()
+    decoding_paths()
     out = cache.step(**new, slots=slots)
-    ((name, path),) = paths()
+    ((name, path),) = decoding_paths()
     assert name == "decode_step"
     assert path.startswith(f"PyTorch path ({expected}")
     with coverage.turned_off():
         wanted = other.step(**new, slots=slots)
-    assert paths() == [("decode_step", "PyTorch path (kernels are turned off)")]
+    assert decoding_paths() == [("decode_step", "PyTorch path (kernels are turned off)")]
     assert torch.equal(out, wanted)
     assert_same(cache, snapshot(other), [*range(config.slots)])
 
 
-def test_a_list_of_no_slots_and_one_of_too_many(device, paths):
+def test_a_list_of_no_slots_and_one_of_too_many(device, decoding_paths):
     config = dataclasses.replace(SMALL, device=device)
     cache = config.cache()
-    paths()
+    decoding_paths()
     for count in (0, 8193):
         slots = torch.full((count,), -1, dtype=torch.int32, device=device)
         cache.copy(slots, slots)
         cache.reset(slots)
-    assert paths() == [
+    assert decoding_paths() == [
         ("decode_copy", "PyTorch path (count: got 0, expected at least 1)"),
         ("decode_reset", "PyTorch path (count: got 0, expected at least 1)"),
         ("decode_copy", "PyTorch path (count: got 8193, expected at most 8192)"),
@@ -203,7 +180,7 @@ def test_tensors_that_do_not_fit_are_refused(device, name):
         torch.ops.retention.decode_step(*arguments, None, config.most, config.window, 2, 0)
 
 
-def test_rows_as_they_lie_and_rows_that_are_copied(device, paths):
+def test_rows_as_they_lie_and_rows_that_are_copied(device, decoding_paths):
     """Of one projection for queries, keys and values, of heads before tokens, off by one."""
     config = dataclasses.replace(SMALL, device=device, gating=False, most=2)
     tokens = config.tokens(0, 3, 2)
@@ -237,7 +214,7 @@ def test_rows_as_they_lie_and_rows_that_are_copied(device, paths):
             )
         )
         assert outs[-1].is_contiguous()
-    assert {path for _, path in paths()} == {"kernels"}
+    assert {path for _, path in decoding_paths()} == {"kernels"}
     for out in outs[1:]:
         assert torch.equal(out, outs[0])
 
@@ -297,12 +274,12 @@ def test_a_captured_step(packed):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # says that it is a prototype
-def test_nothing_synchronises(paths):
+def test_nothing_synchronises(decoding_paths):
     cache, slots = used(ON_GPU), ON_GPU.indices(2, -1, 0)
     new, packed = ON_GPU.tokens(0, 3, 2), ON_GPU.tokens(0, 1, 6)
     bounds = ON_GPU.indices(0, 2, 2, 5)
     torch.cuda.synchronize()
-    paths()
+    decoding_paths()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(9):
@@ -316,7 +293,7 @@ def test_nothing_synchronises(paths):
         cache.reset()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert {path for _, path in paths()} == {"kernels"}
+    assert {path for _, path in decoding_paths()} == {"kernels"}
 
 
 @pytest.mark.gpu
@@ -343,10 +320,10 @@ def test_a_side_stream():
 
 
 @pytest.mark.gpu
-def test_inference_mode_and_autocast_on_a_device(paths):
+def test_inference_mode_and_autocast_on_a_device(decoding_paths):
     cache, other = used(ON_GPU), used(ON_GPU)
     slots = ON_GPU.indices(0, 1, 2, 3)
-    paths()
+    decoding_paths()
     for i in range(8):
         new = ON_GPU.tokens(i, 4, 2)
         wide = {name: x.float().requires_grad_() for name, x in new.items()}
@@ -354,7 +331,7 @@ def test_inference_mode_and_autocast_on_a_device(paths):
             out = cache.step(**wide, slots=slots)
         assert not out.requires_grad
         assert torch.equal(out, other.step(**new, slots=slots))
-    assert set(paths()) == {("decode_step", "kernels")}
+    assert set(decoding_paths()) == {("decode_step", "kernels")}
     assert_same(cache, snapshot(other), [0, 1, 2, 3])
 
 

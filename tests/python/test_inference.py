@@ -1,7 +1,5 @@
 """power_retention_inference against the definition, and decoding loops built from it."""
 
-import logging
-
 import pytest
 import torch
 
@@ -151,27 +149,6 @@ def test_low_precision_runs_in_float32():
 # ---- by the kernels -----------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
-    if request.param == "cuda":
-        return "cuda"
-    request.getfixturevalue("emulator")
-    return "cpu"
-
-
-@pytest.fixture
-def operators_run(caplog):
-    """``operators_run()``: what ran since the last question, and on which path."""
-    caplog.set_level(logging.DEBUG, logger="retention")
-
-    def asked() -> list[tuple[str, str]]:
-        messages = [x.split(" on ", 1) for x in caplog.messages if " on " in x]
-        caplog.clear()
-        return [(name, rest.split(": ", 1)[1].split(";")[0]) for name, rest in messages]
-
-    return asked
-
-
 def by_kernels(device, **changes):
     small = {"d": 32, "dv": 32, "by_kernels": True, "device": device}
     return Config(**{"formats": (BF16, F32), **small, **changes})
@@ -208,7 +185,7 @@ def assert_state(config, sequences, state, keys):
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
 @pytest.mark.parametrize(("tq", "tk"), [(1, 1), (1, 40), (5, 9), (16, 16)])
 @pytest.mark.parametrize(("dtype", "h", "ratio"), [(BF16, 2, 3), (F16, 3, 1)], ids=str)
-def test_kernels(device, operators_run, dtype, tq, tk, state, gating, h, ratio):
+def test_kernels(device, decoding_paths, dtype, tq, tk, state, gating, h, ratio):
     config = by_kernels(device, formats=(dtype, F32), h=h, ratio=ratio, gating=gating)
     past, new = config.tokens(1, 3, 7 if state else 0), config.tokens(2, 3, tk)
     inputs = tail(new, tq) | (states_of(config, seen(config, past)) if state else {})
@@ -220,7 +197,7 @@ def test_kernels(device, operators_run, dtype, tq, tk, state, gating, h, ratio):
             **inputs, switch_over_seq_len=switch_over
         )
         ran = ["decode_step", "forward"] if folds else ["decode_step"]
-        assert operators_run() == [(name, "kernels") for name in ran]
+        assert decoding_paths() == [(name, "kernels") for name in ran]
         assert out.dtype == dtype
         for i, sequence in enumerate(sequences):
             for j in range(tq):
@@ -235,13 +212,13 @@ def test_kernels(device, operators_run, dtype, tq, tk, state, gating, h, ratio):
         assert x is None or torch.equal(x, before[name])
 
 
-def test_kernels_read_a_state_alone(device, operators_run):
+def test_kernels_read_a_state_alone(device, decoding_paths):
     config = by_kernels(device)
     past, queries = config.tokens(1, 2, 9), config.tokens(2, 2, 4)["Q"]
     sequences = seen(config, past)
     state = states_of(config, sequences)
     out, *same = retention.power_retention_inference(queries, None, None, **state)
-    assert operators_run() == [("decode_step", "kernels")]
+    assert decoding_paths() == [("decode_step", "kernels")]
     assert all(x is y for x, y in zip(same, state.values(), strict=True))
     for i, sequence in enumerate(sequences):
         for j in range(4):
@@ -273,31 +250,31 @@ def test_a_fold_by_kernels_keeps_the_digits_of_a_state(device):
     ],
     ids=str,
 )
-def test_what_kernels_do_not_take(device, operators_run, changes, tokens, grad):
+def test_what_kernels_do_not_take(device, decoding_paths, changes, tokens, grad):
     config = by_kernels(device, **changes)
     inputs = config.tokens(1, 2, tokens)
     exact = {name: x.double() for name, x in inputs.items()}
     inputs["K"].requires_grad_(grad)
     out, *_ = retention.power_retention_inference(**inputs, deg=config.deg)
-    assert operators_run() == []
+    assert decoding_paths() == []
     expected, *_ = retention.power_retention_inference(**exact, deg=config.deg)
     assert torch.allclose(out.double(), expected, 2**-7, 1e-5)
     assert out.requires_grad == grad
 
 
-def test_no_rows_for_kernels(device, operators_run):
+def test_no_rows_for_kernels(device, decoding_paths):
     inputs = by_kernels(device).tokens(1, 0, 4)
     assert retention.power_retention_inference(**inputs)[0].shape == (0, 4, 2, 32)
-    assert operators_run() == []
+    assert decoding_paths() == []
 
 
-def test_a_transform_takes_no_kernels(device, operators_run):
+def test_a_transform_takes_no_kernels(device, decoding_paths):
     inputs = by_kernels(device).tokens(1, 1, 4)
 
     def decode(queries):
         return retention.power_retention_inference(**inputs | {"Q": queries})[0]
 
     out = torch.func.vmap(decode)(inputs["Q"][None])
-    assert operators_run() == []
+    assert decoding_paths() == []
     with torch.no_grad():
         assert torch.allclose(out[0].double(), decode(inputs["Q"]).double(), 2**-6, 2**-8)

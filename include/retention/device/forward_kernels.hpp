@@ -119,6 +119,8 @@ struct ForwardKernels {
   static_assert(sizeof(kernel::ChunkRange) == 5 * sizeof(float) &&
                     sizeof(kernel::StateRange) == 2 * sizeof(float) &&
                     kernel::ChooseExponents::kStateParts == ForwardPlan::kStateParts &&
+                    collective::kFitsWarpgroups<ValueDim> ==
+                        (ValueDim >= ForwardPlan::kWarpgroupValueDim) &&
                     sizeof(kernel::SequenceList::Entry) == ForwardPlan::kListEntry &&
                     kernel::SequenceLists::kLists == kSequenceLists,
                 "the plan reserves memory for them");

@@ -35,6 +35,7 @@ _POOL = (
     "Tensor(f!)? log_gates, Tensor(g!) cursors, Tensor(h!) arrivals"
 )
 _FIELDS = len(Pool._fields)
+_ORDINARY = {Tensor, type(None)}
 _NEW = "Tensor Q, Tensor K, Tensor V, Tensor? log_G, Tensor slots, Tensor? cu_seqlens"
 
 
@@ -80,6 +81,23 @@ def _check_rollback(slots: Tensor, tokens: Tensor, p: Pool) -> None:
         raise ValueError(
             f"tokens: expected 0 to {least}, the tokens in the ring of slot {slot}, got {got}"
         )
+
+
+def are_ordinary(Q: Any, K: Any, V: Any, log_G: Any, slots: Any, cu_seqlens: Any) -> bool:
+    """Whether these are tensors, and of no class of their own."""
+    return type(Q) is type(K) is type(V) is type(slots) is Tensor and _ORDINARY.issuperset(
+        (type(log_G), type(cu_seqlens))
+    )
+
+
+def want_gradients(Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None) -> bool:
+    """Whether somebody would wait for the gradients of new tokens."""
+    return torch.is_grad_enabled() and (
+        Q.requires_grad
+        or K.requires_grad
+        or V.requires_grad
+        or (log_G is not None and log_G.requires_grad)
+    )
 
 
 def _refuse_gradients(name: str, arguments: tuple[Any, ...]) -> None:
@@ -209,35 +227,21 @@ class KnownSteps:
         return KnownSteps, ()  # a copy's pool is another one
 
     def key(
-        self,
-        p: Pool,
-        Q: Tensor,
-        K: Tensor,
-        V: Tensor,
-        log_G: Tensor | None,
-        slots: Tensor,
-        cu_seqlens: Tensor | None,
-        options: tuple[int, ...],
+        self, p: Pool, new: tuple[Any, ...], options: tuple[int, ...]
     ) -> tuple[Any, ...] | None:
-        """What decides how a step is carried out; None where more than this does: other tensors
-        than ordinary ones, gradients, transforms, autocast, somebody who reads the log."""
+        """What decides how a step is carried out, with Q, K, V, log_G, slots and cu_seqlens; None
+        where more than this does: other tensors than ordinary ones, gradients, transforms,
+        autocast, somebody who reads the log."""
         if p is not self._pool:
             self._pool = p
             self._plans.clear()
-        if not (
-            type(Q) is type(K) is type(V) is type(slots) is Tensor
-            and (log_G is None or type(log_G) is Tensor)
-            and (cu_seqlens is None or type(cu_seqlens) is Tensor)
-            and nothing_intercepts()
-            and not torch.is_autocast_enabled(Q.device.type)
-            and not _logger.isEnabledFor(logging.DEBUG)
-        ):
-            return None
-        if torch.is_grad_enabled() and (
-            Q.requires_grad
-            or K.requires_grad
-            or V.requires_grad
-            or (log_G is not None and log_G.requires_grad)
+        Q, K, V, log_G, slots, cu_seqlens = new
+        if (
+            not are_ordinary(*new)
+            or not nothing_intercepts()
+            or torch.is_autocast_enabled(Q.device.type)
+            or _logger.isEnabledFor(logging.DEBUG)
+            or want_gradients(Q, K, V, log_G)
         ):
             return None
         return (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from retention.ops import decoding_operators, pool  # noqa: F401  (registers torch.ops.retention)
+from retention.ops.call import Operands
 from retention.ops.cuda import coverage
 from retention.ops.pool import Pool
 from retention.ops.symmetric_power import state_dim
@@ -20,18 +21,11 @@ _MOST_GROUP = 64  # query heads of a key head
 _operators = torch.ops.retention
 
 
-def takes(
-    Q: Tensor,
-    K: Tensor | None,
-    V: Tensor | None,
-    log_G: Tensor | None,
-    initial_state: Tensor | None,
-    sum_of_keys: Tensor | None,
-    deg: int,
-) -> bool:
+def takes(operands: Operands, deg: int) -> bool:
     """Whether the kernels run a call that was checked: where they have its dtype and its head dims,
     for few queries, and nobody waits for gradients or traces the operations."""
-    tensors = [x for x in (Q, K, V, log_G, initial_state, sum_of_keys) if x is not None]
+    Q, _, V, _, initial_state, _, _ = operands
+    tensors = [x for x in operands if x is not None]
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return False
     if not nothing_intercepts():
@@ -48,17 +42,11 @@ def takes(
 
 
 def decode(
-    Q: Tensor,
-    K: Tensor | None,
-    V: Tensor | None,
-    log_G: Tensor | None,
-    initial_state: Tensor | None,
-    sum_of_keys: Tensor | None,
-    deg: int,
-    switch_over_seq_len: int | None,
+    operands: Operands, deg: int, switch_over_seq_len: int | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The same as :func:`retention.ops.decoding.decode`, which reads all of the state's digits.
     Queries here read it as bfloat16; a fold, which the kernels of forward make, loses none."""
+    Q, K, V, log_G, initial_state, sum_of_keys, _ = operands
     b, tq, _, d = Q.shape
     if K is None:  # tokens of zeros weigh nothing
         h, dv = initial_state.shape[1::2]
@@ -70,7 +58,7 @@ def decode(
     out = _operators.decode_step(*p, Q, *new, slots, None, tq, 0, deg, 0)
     if switch_over_seq_len is None or K.shape[1] < switch_over_seq_len:
         return out, initial_state, sum_of_keys
-    tokens = (K, K, V, log_G, initial_state, sum_of_keys, None)  # no queries: any will do
+    tokens = operands._replace(Q=K)  # there are no queries: any will do
     _, _, state, keys, *_ = _operators.forward(*tokens, deg, return_final_state=True)
     return out, state, keys
 
