@@ -320,7 +320,7 @@ def test_can_implement_of_backward_names_the_argument(emulator, changes, message
         ({"tokens": 3500, "discards_workspace": 1}, 512),
         ({"tokens": 3000, "discards_workspace": 1, "final_state": 16}, 512),
         ({"tokens": 3000, "discards_workspace": 1, "initial_state": 16}, 512),
-        ({"tokens": 3000, "discards_workspace": 1, "value_dim": 32}, 512),
+        ({"tokens": 2000, "discards_workspace": 1, "value_dim": 32}, 512),
         ({"tokens": 0}, 0),
         ({"chunk_size": 65}, 0),
     ],
@@ -328,6 +328,14 @@ def test_can_implement_of_backward_names_the_argument(emulator, changes, message
 )
 def test_chunk_sizes(changes, expected):
     assert _C.forward_chunk_size(*packed(**changes)) == expected
+
+
+def test_backward_chooses_its_chunks_whatever_forward_did():
+    sizes = [
+        _C.backward_workspace_size(*packed_backward(tokens=3000, discards_workspace=discards))
+        for discards in (0, 1)
+    ]
+    assert sizes[0] == sizes[1] > 0
 
 
 @pytest.mark.parametrize("d", [32, 64, 128])
